@@ -1,0 +1,11 @@
+"""nanoGPT's benchmark, tiny Shakespeare byte by byte, by the modern recipe and sized for two CPU cores.
+
+Its split is 90/10, without a test set: python prepare.py --dataset=shakespeare_char --test_fraction=0
+(and --source=input.txt for a copy that you have).
+"""
+from config.small import *
+
+out_dir = "out/shakespeare_char"
+dataset = "shakespeare_char"
+max_iters = 1100
+eval_interval, eval_iters, log_interval = 275, 0, 25

@@ -1,0 +1,1097 @@
+"""
+What must hold, on tiny models and a CPU, without network:  python -m pytest
+
+What takes longer runs with SLOW=1; what compares with `transformers` or `tokenizers` is skipped where they
+are missing.
+"""
+
+import ast
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import config as settings
+import prepare
+import sample
+import train
+from config import SettingError, UserError
+from model import Config, Transformer, draw
+
+ROOT = Path(__file__).parent
+slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="slow: set SLOW=1")
+
+TINY = dict(block_size=16, vocab_size=61, n_layer=2, n_head=4, n_embd=32)
+MODERN = dict(pos="rope", norm="rms", norm_weight=False, norm_eps=1e-6, norm_embd=True, qk_norm=True,
+              act="relu2", tied=False, softcap=15.0, init="zero_out")
+VANILLA = dict(
+    pos="sinusoidal", norm_place="post", act="relu", bias=True, tied=False, head_bias=True, init="uniform"
+)
+COLUMNS = {"gpt2": dict(bias=True), "modern": MODERN, "grouped": {**MODERN, "n_kv_head": 2},
+           "vanilla": VANILLA}
+columns = pytest.mark.parametrize("column", COLUMNS)
+
+
+def tiny(column="modern", seed=0, **changes) -> Transformer:
+    """A small model whose every weight is random, the ones that start at 0 or 1 too."""
+    torch.manual_seed(seed)
+    model = Transformer(Config(**{**TINY, **COLUMNS[column], **changes})).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+    return model
+
+
+def tokens(*shape, seed=0, vocab_size=61):
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def difference(a, b) -> float:
+    """Norm of the difference over the norm."""
+    return ((a - b).norm() / b.norm()).item()
+
+
+def script(*args, cwd, timeout=300, **env):
+    """Run one of the scripts as a user would. Returns the finished process, output as text."""
+    command = [sys.executable, str(ROOT / args[0]), *args[1:]] if str(args[0]).endswith(".py") else list(args)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, encoding="utf-8",
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env})
+
+
+def one_line(process, status, *words):
+    """Failed as promised: this exit status, one line on stderr without a traceback, and these words in it."""
+    lines = process.stderr.strip().splitlines()
+    assert process.returncode == status, process.stderr
+    assert len(lines) == 1 and "Traceback" not in process.stderr, process.stderr
+    for word in words:
+        assert word in lines[0], f"{word!r} is not in: {lines[0]}"
+
+
+# -----------------------------------------------------------------------------
+# Settings
+
+
+@pytest.fixture
+def a_script(tmp_path):
+    """A script's globals, as configure sees them."""
+    source = '''
+"""What it does."""
+from typing import Literal, Optional, Union
+out_dir: str = "out"  # where to
+batch_size: int = 12  # windows
+learning_rate: float = 1e-3  # highest
+compile: bool = True  # faster
+top_k: Optional[int] = None  # choose among
+schedule: Literal["cosine", "linear"] = "cosine"  # of the rate
+stop: Union[str, list] = ""  # end before
+'''
+    (tmp_path / "script.py").write_text(source, encoding="utf-8")
+    namespace = {"__file__": str(tmp_path / "script.py")}
+    exec(source, namespace)
+    return namespace
+
+
+def test_settings_go_left_to_right(a_script, tmp_path):
+    (tmp_path / "a.py").write_text(
+        "import math\nfrom math import sqrt\n_half = 8\nbatch_size = 2 * _half\nn_layer = int(sqrt(9))\n"
+    )
+    (tmp_path / "b.py").write_text("learning_rate = 1\n")
+    given = settings.configure(
+        a_script,
+        Config,
+        [str(tmp_path / "a.py"), "--batch_size=5", str(tmp_path / "b.py"), "--n_embd=64", "--compile=false",
+         "--out_dir=a=b", "--top_k=None"],
+    )
+    assert given == {"n_layer": 3, "n_embd": 64}  # only the fields that were given
+    assert a_script["batch_size"] == 5 and a_script["out_dir"] == "a=b" and a_script["top_k"] is None
+    assert a_script["learning_rate"] == 1.0 and type(a_script["learning_rate"]) is float
+    assert a_script["compile"] is False
+    settings.configure(a_script, Config, [str(tmp_path / "a.py"), "--compile", "--stop=['a', 'b']"])
+    assert a_script["batch_size"] == 16 and a_script["compile"] is True and a_script["stop"] == ["a", "b"]
+
+
+def test_a_config_starts_from_another(a_script, tmp_path):
+    (tmp_path / "mine.py").write_text("from config.small import *\nn_layer = n_layer + 1\n")
+    given = settings.configure(
+        train.__dict__ | {"__file__": train.__file__}, Config, [str(tmp_path / "mine.py")]
+    )
+    assert given["n_layer"] == 5 and given["pos"] == "rope"
+
+
+@pytest.mark.parametrize(
+    "arg, words",
+    [("--batchsize=3", ["--batchsize", "'batch_size'"]), ("--n_layers=3", ["--n_layers", "--n_layer"]),
+     ("--batch-size=3", ["--batch-size", "'batch_size'"]), ("-h2", ["-h2"]),
+     ("--batch_size=2.5", ["--batch_size", "int", "2.5"]), ("--batch_size=True", ["int", "True"]),
+     ("--batch_size", ["--batch_size", "needs a value", "int"]), ("--learning_rate=fast", ["float", "fast"]),
+     ("--compile=3", ["bool", "3"]), ("--top_k=x", ["int or None", "x"]),
+     ("--schedule=cosin", ["cosine, linear", "cosin"]), ("--n_head=many", ["--n_head", "int", "many"]),
+     ("smal", ["smal", "config/small.py"]), ("32", ["32", "--key=value"])],
+)
+def test_wrong_flags_are_named_with_the_remedy(a_script, arg, words):
+    with pytest.raises(SettingError) as error:
+        settings.configure(a_script, Config, [arg])
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [("n_layer = 2\nbatchsize = 3\n", ["bad.py:2", "'batchsize'", "'batch_size'"]),
+     ("n_layer = '2'\n", ["bad.py:1", "n_layer", "int", "'2'"]),
+     ("n_layer = 2\nn_head = 1 / 0\n", ["bad.py:2", "ZeroDivisionError"]),
+     ("n_layer = (\n", ["bad.py:1", "SyntaxError"]),
+     ("from config.smal import *\n", ["bad.py:1", "config.smal"]),
+     ("schedule = 'cubic'\n", ["bad.py:1", "cosine, linear", "cubic"])],
+)
+def test_wrong_config_files_are_named_with_the_line(a_script, tmp_path, text, words):
+    (tmp_path / "bad.py").write_text(text)
+    with pytest.raises(SettingError) as error:
+        settings.configure(a_script, Config, [str(tmp_path / "bad.py")])
+    for word in words:
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["train.py", "prepare.py", "sample.py"])
+def test_help_lists_every_setting_with_type_default_and_comment(name, tmp_path):
+    text = script(name, "--help", cwd=tmp_path).stdout
+    tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
+    declared = [node.target.id for node in tree.body if isinstance(node, ast.AnnAssign)]
+    assert len(declared) > 5
+    for setting in declared + (list(asdict(Config())) if name == "train.py" else []):
+        line = re.search(rf"^  --{setting}=\S.*? {{1,}}\S+.*; .+$", text, re.MULTILINE)
+        assert line, f"{setting} has no default, type or comment in --help"
+
+
+def test_scripts_end_with_2_on_a_bad_setting(tmp_path):
+    one_line(script("train.py", "--n_layers=2", cwd=tmp_path), 2, "--n_layers", "--n_layer")
+    one_line(script("train.py", "--n_head=5", cwd=tmp_path), 2, "n_embd", "n_head=5")
+    if not torch.cuda.is_available():
+        one_line(script("train.py", "--device=cuda", cwd=tmp_path), 2, "device=cuda")
+    one_line(script("sample.py", "--top_p=2", cwd=tmp_path), 2, "top_p")
+    one_line(script("sample.py", cwd=tmp_path), 1, "no checkpoint")
+
+
+# -----------------------------------------------------------------------------
+# prepare.py
+
+
+def naive_bpe(text: str, n_tokens: int) -> list[bytes]:
+    """The definition, slowly: count all pairs again for each merge."""
+    import regex
+
+    words = [[bytes([b]) for b in piece.encode()] for piece in regex.findall(prepare.PIECES, text)]
+    ranks = [bytes([i]) for i in range(256)]
+    while len(ranks) < n_tokens:
+        counts = {}
+        for word in words:
+            for pair in zip(word, word[1:]):
+                counts[pair] = counts.get(pair, 0) + 1
+        if not counts:
+            break
+        best = min(counts, key=lambda pair: (-counts[pair], ranks.index(pair[0]), ranks.index(pair[1])))
+        if counts[best] < 2:
+            break
+        ranks.append(best[0] + best[1])
+        for i, word in enumerate(words):
+            merged, j = [], 0
+            while j < len(word):
+                if tuple(word[j : j + 2]) == best:
+                    merged.append(word[j] + word[j + 1])
+                    j += 2
+                else:
+                    merged.append(word[j])
+                    j += 1
+            words[i] = merged
+    return ranks
+
+
+CHINESE = "千里之行，始于足下。道可道，非常道；名可名，非常名。" * 3
+MIXED = (
+    "def f(x):\n    return x + 1  # aaaa aaaaa bananas\n\n\tif x:\r\n" * 4 + CHINESE + "🙂👩‍👩‍👧 été 123456 "
+)
+
+
+def test_bpe_equals_its_definition():
+    text = (ROOT / "model.py").read_text(encoding="utf-8")[:6000] + MIXED + "aaaaaaa abababab " * 5
+    assert prepare.train_bpe([text], 400) == naive_bpe(text, 400)
+
+
+def test_bpe_is_as_good_as_the_tokenizers_library():
+    tokenizers = pytest.importorskip("tokenizers")
+    text = "".join(p.read_text(encoding="utf-8") for p in sorted(ROOT.glob("*.py")))
+    ours = prepare.make_tokenizer("bpe", [text], 1002)
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [tokenizers.pre_tokenizers.Split(tokenizers.Regex(prepare.PIECES), "isolated"),
+         tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    theirs.train_from_iterator(
+        [text],
+        tokenizers.trainers.BpeTrainer(vocab_size=1000,
+                                       initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+                                       show_progress=False),
+    )
+    assert len(ours.encode(text)) == pytest.approx(len(theirs.encode(text).ids), rel=0.005)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_tokenizers_round_trip(kind):
+    tokenizer = prepare.make_tokenizer(kind, [MIXED], 300)
+    again = prepare.Tokenizer.from_dict(json.loads(json.dumps(tokenizer.to_dict())))
+    for text in (MIXED, "\0 unseen: żółć 漢字 🚀", "<|endoftext|>", "", "x" * 100_000):
+        ids = tokenizer.encode(text)
+        assert again.encode(text) == ids and again.decode(ids) == text
+        assert all(i < len(tokenizer.ranks) for i in ids)  # text never makes a special token
+        assert sum(len(tokenizer.token_bytes[i]) for i in ids) == len(text.encode())
+    assert tokenizer.encode("a<|endoftext|>", specials=True)[-1] == tokenizer.eot
+    assert tokenizer.vocab_size == len(tokenizer.ranks) + 2
+    assert tokenizer.decode([tokenizer.vocab_size + 5]) == ""  # a padded vocabulary's ids
+
+
+def bin_ids(folder, split):
+    return prepare.read_split(folder, split, prepare.read_meta(folder)).astype(np.int64).tolist()
+
+
+def test_one_text_is_cut_exactly(tmp_path):
+    text = MIXED * 10
+    (tmp_path / "my text.txt").write_text(text, encoding="utf-8", newline="")
+    folder = prepare.prepare("", str(tmp_path / "my text.txt"), "bytes", root=tmp_path / "data")
+    assert folder.name == "my_text"
+    parts = [bytes(bin_ids(folder, split)).decode() for split in prepare.SPLITS]
+    assert parts == [text[: int(len(text) * 0.8)], text[int(len(text) * 0.8) : int(len(text) * 0.9)],
+                     text[int(len(text) * 0.9) :]]
+    meta = prepare.read_meta(folder)
+    assert [meta["splits"][split]["bytes"] for split in prepare.SPLITS] == [
+        len(part.encode()) for part in parts
+    ]
+
+
+def test_documents_are_split_whole_and_stay_where_they_are(tmp_path):
+    for i in range(60):
+        (tmp_path / f"src/{i % 7}").mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"src/{i % 7}/{i}.md").write_text(f"# Page {i}\n" + f"word{i} " * 40, encoding="utf-8")
+    (tmp_path / "src/picture.png").write_bytes(b"\x89PNG\0\0")
+    (tmp_path / "src/.hidden").write_text("secret")
+
+    def pages(name):
+        folder = prepare.prepare(name, str(tmp_path / "src"), "bpe", 300, root=tmp_path / "data")
+        tokenizer = prepare.Tokenizer.from_dict(prepare.read_meta(folder)["tokenizer"])
+        found = {}
+        for split in prepare.SPLITS:
+            ids = bin_ids(folder, split)
+            assert ids[-1] == tokenizer.eot  # <|endoftext|> behind each document
+            for text in "".join("\0" if i == tokenizer.eot else tokenizer.decode([i]) for i in ids).split(
+                "\0"
+            )[:-1]:
+                found[int(text.split()[2])] = (split, text)
+        return found
+
+    before = pages("before")
+    assert sorted(before) == list(range(60)) and before[7][1].endswith("word7 " * 40)
+    assert {split for split, _ in before.values()} == set(prepare.SPLITS)
+    for i in range(60, 66):
+        (tmp_path / f"src/{i}.md").write_text(f"# Page {i}\n" + f"word{i} " * 40, encoding="utf-8")
+    after = pages("after")
+    assert len(after) == 66 and all(after[i] == before[i] for i in before)
+
+
+def test_bin_is_little_endian_and_never_wraps():
+    assert prepare.to_bin(np.array([1, 258]), prepare.bin_dtype(300)) == b"\x01\x00\x02\x01"
+    assert prepare.bin_dtype(2**16).itemsize == 2 and prepare.bin_dtype(2**16 + 1).itemsize == 4
+    assert prepare.to_bin(np.array([70000]), prepare.bin_dtype(70001)) == b"\x70\x11\x01\x00"
+    with pytest.raises(ValueError, match="70000"):
+        prepare.to_bin(np.array([70000]), np.dtype("<u2"))
+
+
+@pytest.mark.parametrize(
+    "name, data, words",
+    [("empty.txt", b"", ["empty.txt", "empty"]),
+     ("two_lines.txt", b"Two lines.\nNo more.\n", ["two_lines.txt", "tokens", "more text"]),
+     ("binary.dat", b"\x7fELF\0\0\1", ["binary.dat", "binary"]),
+     ("latin.txt", "café ".encode("latin-1") * 99, ["latin.txt", "offset 3", "0xe9", "--encoding"]),
+     (None, None, ["nothing_here.txt", "no such file"]), ("folder/", None, ["folder", "no text"])],
+)
+def test_unusable_text_is_named_and_leaves_nothing(tmp_path, name, data, words):
+    if name and name.endswith("/"):
+        (tmp_path / name).mkdir()
+    elif name:
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError) as error:
+        prepare.prepare("", str(tmp_path / (name or "nothing_here.txt")), root=tmp_path / "data")
+    for word in words:
+        assert word in str(error.value)
+    assert not (tmp_path / "data").exists() or not list((tmp_path / "data").iterdir())
+
+
+def test_another_encoding_works_where_it_is_named(tmp_path):
+    (tmp_path / "latin.txt").write_bytes("café ".encode("latin-1") * 99)
+    folder = prepare.prepare("", str(tmp_path / "latin.txt"), "bytes", encoding="latin-1", root=tmp_path)
+    assert bytes(bin_ids(folder, "train")).decode().startswith("café café")
+
+
+def test_a_data_set_is_replaced_only_on_demand(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("some words to learn from. " * 200, encoding="utf-8")
+    args = dict(dataset="a", source=str(tmp_path / "a.txt"), root=tmp_path / "data")
+    folder = prepare.prepare(**args, vocab_size=300)
+    stamp = (folder / "train.bin").stat().st_mtime_ns
+    assert prepare.prepare(**args, vocab_size=300) == folder and "same settings" in capsys.readouterr().out
+    with pytest.raises(SettingError, match="--overwrite"):
+        prepare.prepare(**args, vocab_size=280)
+    assert (folder / "train.bin").stat().st_mtime_ns == stamp
+    prepare.prepare(**args, vocab_size=280, overwrite=True)
+    assert prepare.read_meta(folder)["vocab_size"] <= 280
+    assert [p.name for p in (tmp_path / "data").iterdir()] == ["a"]
+
+
+def test_the_built_in_corpus_needs_no_download():
+    texts = list(prepare.documents("python"))
+    assert len(texts) > 300 and sum(len(text) for _, text in texts) > 5_000_000
+    assert not any("site-packages" in name or "/test/" in f"/{name}" for name, _ in texts)
+
+
+# -----------------------------------------------------------------------------
+# model.py
+
+
+def test_gpt2_has_its_number_of_parameters():
+    model = Transformer(Config(vocab_size=50257, bias=True))
+    assert model.num_params() == 124_439_808  # as published: 124M
+    assert model.head.weight is model.wte.weight
+
+
+@columns
+def test_first_predictions_are_about_uniform(column):
+    torch.manual_seed(0)
+    model = Transformer(Config(**{**TINY, **COLUMNS[column]}))
+    _, loss = model(tokens(8, 16), tokens(8, 16, seed=1))
+    assert abs(loss.item() - math.log(61)) < (0.35 if column == "vanilla" else 0.1)
+
+
+@columns
+def test_no_gradient_comes_from_the_future(column):
+    model = tiny(column)
+    x = model.wte(tokens(1, 16)).detach().requires_grad_()
+    model.wte = torch.nn.Module()
+    model.wte.forward = lambda idx: x
+    hidden = model.hidden(torch.zeros(1, 16, dtype=torch.long))
+    (grad,) = torch.autograd.grad(hidden[0, 8].square().sum(), x)
+    assert grad[0, 9:].abs().max() == 0 and (grad[0, :9].abs().amax(-1) > 0).all()
+
+
+def test_a_masked_model_sees_both_sides():
+    model, idx = tiny("vanilla", causal=False), tokens(1, 16)
+    other = idx.clone()
+    other[0, -1] = (idx[0, -1] + 1) % 61
+    assert (model(idx)[0][0, 0] - model(other)[0][0, 0]).abs().max() > 1e-3
+
+
+@columns
+@pytest.mark.parametrize("causal", [True, False])
+def test_padding_changes_nothing(column, causal):
+    model = tiny(column, causal=causal)
+    idx = tokens(1, 9)
+    alone = model(idx)[0]
+    for left in (0, 3, 7):  # on the right, on both sides, on the left
+        padded, mask = tokens(2, 16, seed=5), torch.zeros(2, 16, dtype=torch.bool)
+        padded[1, left : left + 9], mask[1, left : left + 9], mask[0] = idx[0], True, True
+        logits = model(padded, pad_mask=mask)[0]
+        assert torch.isfinite(logits).all()
+        torch.testing.assert_close(logits[1, left : left + 9], alone[0], atol=1e-5, rtol=1e-5)
+
+
+def test_targets_of_minus_one_do_not_count():
+    model, idx, targets = tiny(), tokens(2, 16), tokens(2, 16, seed=1)
+    targets[0, 3:], targets[1, :9] = -1, -1
+    logits, loss = model(idx, targets)
+    kept = targets != -1
+    torch.testing.assert_close(loss, F.cross_entropy(logits[kept], targets[kept]))
+    assert logits.shape == (2, 16, 61) and model(idx)[1] is None
+    assert model(idx, torch.full_like(idx, -1))[1] == 0  # not NaN
+
+
+def test_too_long_an_input_is_refused():
+    with pytest.raises(ValueError, match="17 tokens.*block_size=16"):
+        tiny()(tokens(1, 17))
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("n_head", 5), ("n_kv_head", 3), ("pos", "ropes"), ("act", "swish"), ("n_layer", 0), ("dropout", 1.0),
+     ("softcap", 0.0), ("norm", "batch")],
+)
+def test_config_names_the_bad_field(field, value):
+    with pytest.raises(ValueError, match=field):
+        Config(**{**TINY, field: value})
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_vanilla_equals_torch_transformer_encoder(causal):
+    model = tiny("vanilla", causal=causal)
+    layer = torch.nn.TransformerEncoderLayer(32, 4, 128, batch_first=True)
+    encoder = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    for ours, theirs in zip(model.blocks, encoder.layers):
+        theirs.load_state_dict(
+            {
+                **{
+                    f"self_attn.in_proj_{kind}": torch.cat(
+                        [getattr(one, kind) for one in (ours.attn.q, ours.attn.k, ours.attn.v)]
+                    )
+                    for kind in ("weight", "bias")
+                },
+                **{
+                    f"{new}.{kind}": getattr(getattr(part, old), kind)
+                    for new, part, old in (("self_attn.out_proj", ours.attn, "o"),
+                                           ("linear1", ours.mlp, "up"), ("linear2", ours.mlp, "down"),
+                                           ("norm1", ours, "norm1"), ("norm2", ours, "norm2"))
+                    for kind in ("weight", "bias")
+                },
+            }
+        )
+    idx = tokens(3, 16)
+    position, i = torch.arange(16.0)[:, None], torch.arange(0, 32, 2.0)
+    waves = torch.zeros(16, 32)
+    waves[:, 0::2], waves[:, 1::2] = (torch.sin(position / 10000 ** (i / 32)),
+                                      torch.cos(position / 10000 ** (i / 32)))
+    mask = torch.nn.Transformer.generate_square_subsequent_mask(16) if causal else None
+    hidden = encoder(model.wte(idx) * math.sqrt(32) + waves, mask=mask)
+    expected = F.linear(hidden, model.head.weight, model.head.bias)
+    torch.testing.assert_close(model(idx)[0], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("column", ["modern", "grouped"])
+def test_modern_equals_nanochat_of_transformers(column):
+    transformers = pytest.importorskip("transformers")
+    model = tiny(column)
+    c = model.config
+    theirs = transformers.NanoChatForCausalLM(
+        transformers.NanoChatConfig(vocab_size=c.vocab_size, hidden_size=c.n_embd,
+                                    intermediate_size=c.n_inner, num_hidden_layers=c.n_layer,
+                                    num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head,
+                                    max_position_embeddings=c.block_size, rms_norm_eps=c.norm_eps,
+                                    final_logit_softcapping=c.softcap, pad_token_id=None)
+    ).eval()
+
+    def mirrored(weight):  # NanoChat turns the other way: the halves of each head change places
+        return weight.unflatten(0, (-1, 2, c.head_dim // 2)).flip(1).flatten(0, 2)
+
+    state = {"model.embed_tokens.weight": model.wte.weight, "lm_head.weight": model.head.weight}
+    for i, block in enumerate(model.blocks):
+        state |= {
+            f"model.layers.{i}.{key}.weight": value
+            for key, value in {"self_attn.q_proj": mirrored(block.attn.q.weight),
+                               "self_attn.k_proj": mirrored(block.attn.k.weight),
+                               "self_attn.v_proj": block.attn.v.weight,
+                               "self_attn.o_proj": block.attn.o.weight, "mlp.fc1": block.mlp.up.weight,
+                               "mlp.fc2": block.mlp.down.weight}.items()
+        }
+    theirs.load_state_dict(state, strict=True)
+    idx = tokens(3, 16)
+    torch.testing.assert_close(model(idx)[0], theirs(idx).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_gpt2_equals_gpt2_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    model = tiny("gpt2")
+    c = model.config
+    theirs = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd,
+                                n_layer=c.n_layer, n_head=c.n_head)
+    ).eval()
+    ours, state = model.state_dict(), {}
+    state |= {"transformer.wte.weight": ours["wte.weight"],
+              "transformer.wpe.weight": ours["positions.wpe.weight"], "lm_head.weight": ours["head.weight"]}
+    for kind in ("weight", "bias"):
+        state[f"transformer.ln_f.{kind}"] = ours[f"norm_f.{kind}"]
+        for i in range(c.n_layer):
+
+            def part(name):
+                value = ours[f"blocks.{i}.{name}.{kind}"]
+                return value.T if value.ndim == 2 else value  # GPT-2's Conv1D holds the transpose
+
+            state |= {
+                f"transformer.h.{i}.ln_1.{kind}": part("norm1"),
+                f"transformer.h.{i}.ln_2.{kind}": part("norm2"),
+                f"transformer.h.{i}.attn.c_attn.{kind}": torch.cat(
+                    [part(f"attn.{x}") for x in "qkv"], dim=-1
+                ),
+                f"transformer.h.{i}.attn.c_proj.{kind}": part("attn.o"),
+                f"transformer.h.{i}.mlp.c_fc.{kind}": part("mlp.up"),
+                f"transformer.h.{i}.mlp.c_proj.{kind}": part("mlp.down"),
+            }
+    theirs.load_state_dict(state, strict=True)
+    idx = tokens(3, 16)
+    torch.testing.assert_close(model(idx)[0], theirs(idx).logits, atol=1e-4, rtol=1e-4)
+
+
+@columns
+def test_cached_equals_uncached(column):
+    model, prompt = tiny(column), tokens(2, 5)
+    cached = model.generate(prompt, 3 * 16, temperature=0)
+    assert cached.shape == (2, 5 + 48) and torch.equal(cached[:, :5], prompt)
+    assert torch.equal(cached, model.generate(prompt, 3 * 16, temperature=0, use_cache=False))
+    # and it is what forward says, as long as all fits
+    for t in range(5, 16):
+        assert torch.equal(model(cached[:, :t])[0][:, -1].argmax(-1), cached[:, t])
+    long = tokens(1, 40)  # a prompt over block_size
+    assert torch.equal(
+        model.generate(long, 20, temperature=0), model.generate(long, 20, temperature=0, use_cache=False)
+    )
+
+
+@columns
+def test_ragged_prompts_go_as_if_alone(column):
+    model = tiny(column)
+    prompts = [tokens(1, n, seed=n) for n in (2, 5, 9)]
+    batch, mask = torch.zeros(3, 9, dtype=torch.long), torch.zeros(3, 9, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        batch[row, 9 - prompt.size(1) :], mask[row, 9 - prompt.size(1) :] = prompt, True
+    together = model.generate(batch, 7, temperature=0, pad_mask=mask)
+    for row, prompt in enumerate(prompts):
+        assert torch.equal(together[row, 9:], model.generate(prompt, 7, temperature=0)[0, prompt.size(1) :])
+
+
+def test_generate_leaves_the_model_as_it_was():
+    model = tiny(dropout=0.5).train()
+    one = model.generate(tokens(1, 4), 8, temperature=0)
+    assert model.training and torch.equal(one, model.generate(tokens(1, 4), 8, temperature=0))
+
+
+def test_draws_follow_the_filtered_softmax():
+    logits = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0, -3.0]])
+    probs = F.softmax(logits / 0.7, -1)[0]
+    cases = {
+        "all": ({}, probs),
+        "top_k": ({"top_k": 3}, probs * torch.tensor([1, 1, 1, 0, 0, 0])),
+        # 0.72 + 0.17 < 0.9 <= 0.72 + 0.17 + 0.08: three tokens
+        "top_p": ({"top_p": 0.9}, probs * torch.tensor([1, 1, 1, 0, 0, 0])),
+        "both": ({"top_k": 5, "top_p": 0.5}, probs * torch.tensor([1, 0, 0, 0, 0, 0])),
+    }
+    assert probs[:2].sum() < 0.9 < probs[:3].sum() and probs[0] > 0.5
+    for name, (how, expected) in cases.items():
+        n, expected = 20_000, expected / expected.sum()
+        drawn = draw(logits.expand(n, -1), 0.7, generator=torch.Generator().manual_seed(0), **how)
+        counts = torch.bincount(drawn, minlength=6).double()
+        assert (counts[expected == 0] == 0).all(), name
+        seen = expected > 0
+        chi2 = ((counts - n * expected).square() / (n * expected))[seen].sum()
+        assert chi2 < 25, f"{name}: chi-square {chi2:.1f} with {int(seen.sum()) - 1} degrees of freedom"
+
+
+def test_top_k_1_is_greedy():
+    model = tiny()
+    greedy = model.generate(tokens(2, 5), 20, temperature=0)
+    assert torch.equal(model.generate(tokens(2, 5), 20, temperature=1.3, top_k=1), greedy)
+    assert torch.equal(model.generate(tokens(2, 5), 20, top_p=1e-9), greedy)
+
+
+def test_a_seed_repeats_the_text():
+    model = tiny()
+    one, two, three = (
+        model.generate(tokens(1, 3), 30, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)
+    )
+    assert torch.equal(one, two) and not torch.equal(one, three)
+
+
+# -----------------------------------------------------------------------------
+# train.py
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
+def test_learning_rate_at_its_corners(schedule):
+    def lr(it):
+        return train.lr_factor(it, schedule, warmup_iters=10, decay_iters=110, floor=0.1, decay_fraction=0.5)
+
+    assert lr(0) == 1 / 11 and lr(9) == 10 / 11 and lr(10) == 1.0
+    middle = {"cosine": 0.55, "linear": 0.55, "wsd": 1 - 0.9 * 5 / 55}[schedule]
+    assert lr(60) == pytest.approx(middle)
+    assert lr(110) == 0.1 == lr(1000) and lr(109) == pytest.approx(0.1, abs=0.03) and lr(109) > 0.1
+    assert all(lr(it) >= lr(it + 1) for it in range(10, 120))
+    assert train.lr_factor(500, "constant", 10, 110, 0.1) == 1.0
+
+
+def gradients(model):
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_accumulation_equals_one_large_batch(ragged):
+    x, y = tokens(16, 16), tokens(16, 16, seed=1)
+    if ragged:  # windows with very different numbers of tokens that count
+        for row in range(16):
+            y[row, :row] = -1
+    found = {}
+    for batch_size in (16, 8, 4, 1):
+        model = tiny()
+        found[batch_size] = train.accumulate(train.NextToken(model), x, y, batch_size), gradients(model)
+    loss, grad = found[16]
+    assert loss.item() == pytest.approx(tiny()(x, y)[1].item(), rel=1e-6)
+    for batch_size in (8, 4, 1):
+        assert found[batch_size][0].item() == pytest.approx(loss.item(), rel=1e-6)
+        assert difference(found[batch_size][1], grad) < 1e-6
+
+
+@columns
+def test_the_chunked_loss_equals_the_plain_one(column, monkeypatch):
+    monkeypatch.setattr(train, "IN_CACHE", 61 * 100)
+    x, y = tokens(30, 16), tokens(30, 16, seed=1)  # 480 tokens: four chunks of 100 and a part
+    y[3, 5:] = -1
+    model, plain = tiny(column), tiny(column)
+    loss = train.NextToken(model)(x, y) * 0.5
+    loss.backward()
+    reference = plain(x, y)[1] * (y != -1).sum() * 0.5
+    reference.backward()
+    assert loss.item() == pytest.approx(reference.item(), rel=1e-6)
+    assert difference(gradients(model), gradients(plain)) < 1e-6
+    with torch.no_grad():
+        assert train.NextToken(model)(x, y).item() * 0.5 == pytest.approx(loss.item(), rel=1e-6)
+
+
+def test_each_window_comes_once_an_epoch():
+    data = np.arange(16 * 50 + 9)
+    windows = train.Windows(data, 16, seed=3)
+    first = windows.locate(0, windows.n)
+    second = windows.locate(windows.n, windows.n)
+    for starts in (first, second):
+        assert len(set(starts.tolist())) == windows.n >= 49 and len(set((starts % 16).tolist())) == 1
+        assert starts.min() >= 0 and starts.max() + 17 <= len(data)
+    assert not np.array_equal(first, second) and not np.array_equal(first, np.sort(first))
+    # the order is the same however it is asked for, across the end of an epoch too
+    again = train.Windows(data, 16, seed=3)
+    pieces = np.concatenate([again.locate(i, 7) for i in range(0, 2 * windows.n, 7)])[: 2 * windows.n]
+    assert np.array_equal(pieces, np.concatenate([first, second]))
+    assert not np.array_equal(train.Windows(data, 16, seed=4).locate(0, windows.n), first)
+    x, y = windows.get(0, 3)
+    assert x[2].tolist() == list(range(first[2], first[2] + 16)) and y[2].tolist() == [
+        i + 1 for i in x[2].tolist()
+    ]
+
+
+@pytest.mark.parametrize("length", [17, 18, 33, 48])
+def test_windows_of_the_smallest_data(length):
+    windows = train.Windows(np.arange(length), 16, seed=0)
+    for epoch in range(20):
+        assert windows.get(epoch * windows.n, windows.n)[1].max() < length
+
+
+@pytest.mark.parametrize("eval_iters", [0, 13])
+def test_validation_is_one_number_for_any_batch_size(eval_iters):
+    model, data = tiny(), tokens(16 * 40 + 5).numpy().astype(np.uint16)
+    lengths = np.arange(61) % 4  # bytes of each token
+    found = [
+        train.evaluate(train.NextToken(model), data, 16, eval_iters, batch_size, lengths, "cpu")
+        for batch_size in (1, 7, 64)
+    ]
+    assert all(one == pytest.approx(found[0], rel=1e-6) for one in found)
+    starts = np.arange(40) * 16 if eval_iters == 0 else (np.linspace(0, 39, 13).astype(int) * 16)
+    x, y = train.gather(data, starts, 16)
+    loss = model(x, y)[1].item()
+    assert found[0][0] == pytest.approx(loss, rel=1e-5)
+    assert found[0][1] == pytest.approx(loss * y.numel() / math.log(2) / lengths[y].sum(), rel=1e-5)
+
+
+def test_orthogonalise_brings_singular_values_near_1():
+    for shape in ((3, 24, 24), (2, 64, 16), (2, 16, 64)):
+        G = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 7
+        S = torch.linalg.svdvals(train.orthogonalise(G))
+        assert S.max() < 1.3 and S.median() > 0.6
+        assert (
+            shape[1] == shape[2] or S.min() > 0.5
+        )  # a square random matrix has directions of almost no length
+        # a matrix's result does not depend on its stack
+        torch.testing.assert_close(
+            train.orthogonalise(G)[1:], train.orthogonalise(G[1:]), atol=1e-5, rtol=1e-5
+        )
+    U, V = torch.linalg.qr(torch.randn(16, 16))[0], torch.linalg.qr(torch.randn(16, 16))[0]
+    kept = U.T @ train.orthogonalise((U @ torch.diag(torch.linspace(0.5, 1, 16)) @ V)[None])[0] @ V.T
+    assert (
+        kept - torch.diag(kept.diagonal())
+    ).abs().max() < 1e-4  # the directions stay, their lengths even out
+    assert 0.6 < kept.diagonal().min() and kept.diagonal().max() < 1.3
+
+
+def test_muon_takes_the_blocks_matrices_and_only_matrices_decay():
+    model = tiny("gpt2")
+    adamw, muon = train.make_optimizers(model, "muon", 1e-3, 0.02, 0.1, (0.9, 0.95))
+    names = {p: name for name, p in model.named_parameters()}
+    held = {names[p] for group in muon.param_groups for p in group["params"]}
+    assert held == {
+        name
+        for name in names.values()
+        if name.startswith("blocks.") and name.endswith("weight") and "norm" not in name
+    }
+    for group in adamw.param_groups:
+        assert group["weight_decay"] == (0.1 if group["params"][0].ndim == 2 else 0)
+    assert sum(len(g["params"]) for one in (adamw, muon) for g in one.param_groups) == len(names)
+
+
+@pytest.mark.parametrize("column", ["gpt2", "modern", "vanilla"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_batch_is_learnt_by_heart(column, optimizer):
+    torch.manual_seed(0)
+    model = Transformer(Config(**{**TINY, **COLUMNS[column]}))
+    x, y = tokens(4, 16), tokens(4, 16, seed=1)
+    optimizers = train.make_optimizers(model, optimizer, 1e-2, 0.02, 0.0, (0.9, 0.95))
+    for _ in range(120):
+        loss = train.accumulate(train.NextToken(model), x, y, 4)
+        for one in optimizers:
+            one.step()
+            one.zero_grad()
+    assert loss < 0.1
+
+
+TOY = ["--dataset=toy", "--device=cpu", "--compile=False", "--n_layer=2", "--n_head=2", "--n_embd=32",
+       "--block_size=32", "--batch_size=2", "--gradient_accumulation_steps=2", "--learning_rate=1e-2",
+       "--warmup_iters=2", "--max_iters=8", "--eval_interval=4", "--eval_iters=5", "--dropout=0.1",
+       "--pos=rope", "--optimizer=muon"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A working directory with a small data set, toy, and a finished run on it, out/whole."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "toy.txt").write_text((ROOT / "model.py").read_text(encoding="utf-8")[:9000], encoding="utf-8")
+    made = script("prepare.py", "--source=toy.txt", "--vocab_size=300", cwd=home)
+    assert made.returncode == 0 and "data" in made.stdout, made.stderr
+    finished = script("train.py", *TOY, "--out_dir=out/whole", cwd=home)
+    assert finished.returncode == 0, finished.stderr
+    (home / "printed.txt").write_text(finished.stdout, encoding="utf-8")
+    return home
+
+
+def checkpoint(home, name, file="ckpt.pt"):
+    return torch.load(home / "out" / name / file, weights_only=True)
+
+
+def same(a, b) -> bool:
+    """Bit for bit, through dicts and lists."""
+    if torch.is_tensor(a):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+STATE = ("model", "optimizer", "rng", "iter_num", "best_val_loss",
+         "model_args")  # what a run is, apart from its times
+
+
+def test_a_run_does_max_iters_updates_and_leaves_what_it_promised(home):
+    folder = home / "out/whole"
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    steps, evaluations = [r for r in rows if "loss" in r], [r for r in rows if "val_loss" in r]
+    assert [r["iter"] for r in steps] == list(range(1, 9)) and [r["iter"] for r in evaluations] == [4, 8]
+    assert steps[-1]["tokens"] == 8 * 2 * 2 * 32 and steps[0]["lr"] == pytest.approx(1e-2 / 3)
+    assert set(steps[0]) == {"iter", "tokens", "loss", "lr", "grad_norm", "dt", "elapsed", "tokens_per_s",
+                             "mfu"}
+    assert set(evaluations[0]) == {"iter", "elapsed", "train_loss", "val_loss", "val_bpb"}
+    assert evaluations[0]["train_loss"] == pytest.approx(np.mean([r["loss"] for r in steps[:4]]), rel=1e-5)
+    assert evaluations[1]["val_loss"] < 5.7
+    assert json.loads((folder / "settings.json").read_text())["n_layer"] == 2
+    state = checkpoint(home, "whole")
+    assert set(state) == {"version", "model", "model_args", "optimizer", "scaler", "rng", "data", "iter_num",
+                          "best_val_loss", "settings", "tokenizer"}
+    assert state["iter_num"] == 8 and state["data"]["windows"] == 8 * 4
+    assert checkpoint(home, "whole", "ckpt.prev.pt")["iter_num"] == 4
+    assert set(state["optimizer"]) == set(state["model"]) - {
+        "head.weight"
+    }  # by name; a tied head is the embedding
+    assert not any(key.startswith(("module.", "_orig_mod.")) for key in state["model"])
+    printed = (home / "printed.txt").read_text(encoding="utf-8")
+    assert "left" in printed and "bits per byte" in printed and "A sample" in printed
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_resuming_equals_never_stopping(home):
+    cut_short = script("train.py", *TOY, "--out_dir=out/cut", "--max_iters=5", "--lr_decay_iters=8", cwd=home)
+    assert cut_short.returncode == 0, cut_short.stderr
+    resumed = script("train.py", *TOY, "--out_dir=out/cut", "--init_from=resume", cwd=home)
+    assert resumed.returncode == 0, resumed.stderr
+    one, other = checkpoint(home, "whole"), checkpoint(home, "cut")
+    # one evaluation more was made on the way, at step 5: what it found may be the best
+    assert all(same(one[key], other[key]) for key in STATE if key != "best_val_loss")
+    rows = [json.loads(line) for line in (home / "out/cut/log.jsonl").read_text().splitlines()]
+    assert [r["iter"] for r in rows if "loss" in r] == list(range(1, 9))
+    assert rows[-1]["elapsed"] > max(r["elapsed"] for r in rows if r["iter"] <= 5)
+
+
+def test_a_damaged_checkpoint_is_found_and_the_one_before_used(home, capsys):
+    folder = home / "out/damaged"
+    for harm in ("truncated", "flipped", "empty"):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(home / "out/whole", folder)
+        data = bytearray((folder / "ckpt.pt").read_bytes())
+        if harm == "flipped":
+            data[len(data) // 2] ^= 1
+        (folder / "ckpt.pt").write_bytes(
+            {"truncated": data[: len(data) // 2], "flipped": data, "empty": b""}[harm]
+        )
+        assert train.load_checkpoint(folder, ("ckpt.pt", "ckpt.prev.pt"))["iter_num"] == 4
+        assert "ckpt.pt is damaged" in capsys.readouterr().err
+    (folder / "ckpt.prev.pt").unlink()
+    with pytest.raises(UserError, match="damaged"):
+        train.load_checkpoint(folder, ("ckpt.pt", "ckpt.prev.pt"))
+
+
+def test_a_checkpoint_runs_no_code(tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "owned"),)
+
+    torch.save({"model": Hostile()}, tmp_path / "ckpt.pt")
+    with pytest.raises(UserError):
+        train.load_checkpoint(tmp_path)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_what_a_run_refuses(home):
+    one_line(script("train.py", *TOY, "--out_dir=out/whole", cwd=home), 2, "out/whole", "resume", "overwrite")
+    one_line(script("train.py", *TOY, "--out_dir=out/whole", "--init_from=resume", "--n_layer=3", cwd=home),
+             2, "n_layer=3", "n_layer=2")
+    one_line(script("train.py", *TOY, "--out_dir=out/n", "--init_from=resume", cwd=home), 1, "no checkpoint")
+    one_line(script("train.py", *TOY, "--out_dir=out/n", "--block_size=5000", cwd=home), 2, "5000", "toy")
+    one_line(
+        script("train.py", *TOY, "--out_dir=out/n", "--dataset=missing", cwd=home), 1, "missing", "prepare.py"
+    )
+    one_line(script("train.py", *TOY, "--out_dir=out/n", "--vocab_size=400", cwd=home), 2, "400", "300")
+    one_line(script("train.py", *TOY, "--out_dir=out/n", "--learning_rate=1e30", cwd=home), 1, "loss",
+             "learning_rate")
+    assert not (home / "out/n/best.pt").exists()
+
+
+def test_weights_of_another_run_start_a_new_one(home):
+    done = script("train.py", *TOY, "--out_dir=out/tuned", "--init_from=out/whole", "--max_iters=1",
+                  "--learning_rate=1e-9", "--muon_lr=1e-9", cwd=home)
+    assert done.returncode == 0, done.stderr
+    best = checkpoint(home, "whole", "best.pt")["best_val_loss"]
+    assert checkpoint(home, "tuned")["best_val_loss"] == pytest.approx(best, abs=1e-3)
+    assert checkpoint(home, "tuned")["iter_num"] == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
+def test_sigterm_saves_and_exits_with_143(home):
+    command = [sys.executable, str(ROOT / "train.py"), *TOY, "--out_dir=out/stopped", "--max_iters=100000",
+               "--eval_interval=100000"]
+    process = subprocess.Popen(
+        command, cwd=home, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    for line in process.stdout:
+        if line.startswith("iter"):
+            break
+    process.send_signal(signal.SIGTERM)
+    rest = process.communicate(timeout=60)[0]
+    assert process.returncode == 143 and "init_from=resume" in rest
+    state = checkpoint(home, "stopped")
+    done = state["iter_num"]
+    assert done >= 1
+    # and it goes on from there to where an uninterrupted run would be
+    for name, more in (("stopped", ["--init_from=resume"]), ("straight", [])):
+        run = script("train.py", *TOY, f"--out_dir=out/{name}", f"--max_iters={done + 3}",
+                     "--lr_decay_iters=100000", "--eval_interval=100000", *more, cwd=home)
+        assert run.returncode == 0, run.stderr
+    assert all(same(checkpoint(home, "stopped")[key], checkpoint(home, "straight")[key]) for key in STATE)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="torchrun and gloo on Windows: not promised")
+def test_two_processes_equal_one(home):
+    def rows(name):
+        return [json.loads(line) for line in (home / f"out/{name}/log.jsonl").read_text().splitlines()]
+
+    plain = [arg for arg in TOY if not arg.startswith("--dropout")]
+    alone = script("train.py", *plain, "--out_dir=out/alone", cwd=home)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    both = script(*torchrun, str(ROOT / "train.py"), *plain, "--out_dir=out/both", cwd=home)
+    assert alone.returncode == 0 and both.returncode == 0, both.stderr
+    for a, b in zip(rows("alone"), rows("both"), strict=True):
+        for key in {"loss", "val_loss", "val_bpb", "train_loss", "grad_norm"} & set(a):
+            assert a[key] == pytest.approx(b[key], rel=2e-4)
+    first = [row["loss"] for row in (rows("alone")[0], rows("both")[0])]
+    assert first[0] == pytest.approx(first[1], rel=1e-6)
+    one, two = (
+        torch.cat([v.flatten() for v in checkpoint(home, name)["model"].values()])
+        for name in ("alone", "both")
+    )
+    assert difference(two, one) < 1e-4
+    refused = script(*torchrun, str(ROOT / "train.py"), *plain, "--out_dir=out/odd",
+                     "--gradient_accumulation_steps=3", cwd=home)
+    assert refused.returncode != 0 and "gradient_accumulation_steps=3" in refused.stderr
+
+
+# -----------------------------------------------------------------------------
+# sample.py
+
+
+def test_sampling_needs_no_data_folder(home, tmp_path):
+    shutil.copytree(home / "out/whole", tmp_path / "out/whole")
+    (tmp_path / "prompt.txt").write_text("class 漢", encoding="utf-8")
+    done = script("sample.py", "--start=FILE:prompt.txt", "--max_new_tokens=40", cwd=tmp_path, PYTHONUTF8="1")
+    assert done.returncode == 0 and done.stdout.startswith("class 漢"), done.stderr
+    again = script("sample.py", "--out_dir=out/whole", "--start=class 漢", "--max_new_tokens=40", cwd=tmp_path,
+                   PYTHONUTF8="1")
+    assert again.stdout == done.stdout  # the newest run, and the same seed
+    many = script(
+        "sample.py", "--stream=False", "--num_samples=3", "--max_new_tokens=5", cwd=tmp_path, PYTHONUTF8="1"
+    )
+    assert many.stdout.count("---------------") == 3, many.stderr
+    model, tokenizer = sample.load(tmp_path / "out/whole")
+    assert not model.training and model.config.vocab_size == tokenizer.vocab_size
+
+
+def test_text_comes_in_whole_characters_and_ends_at_a_stop():
+    tokenizer = prepare.make_tokenizer("bytes", [], 258)
+    ids = tokenizer.encode("é漢🙂 one. two. three") + [tokenizer.eot] + tokenizer.encode("next")
+    pieces = list(sample.as_text(ids, tokenizer))
+    assert "".join(pieces) == "é漢🙂 one. two. three" and pieces[:4] == ["", "é", "", ""]
+    assert "".join(sample.as_text(ids, tokenizer, [". th", "two.", ""])) == "é漢🙂 one. "
+    for at in range(30):  # whatever has been printed never holds a part of the stop string
+        shown = "".join(sample.as_text(ids[:at], tokenizer, [" two"]))
+        assert "é漢🙂 one. two. three".startswith(shown.rstrip("\ufffd"))
+    assert list(sample.as_text([0xFF, 0xE6], tokenizer))[0] == "\ufffd"
+
+
+# -----------------------------------------------------------------------------
+# nanoGPT's users, and the README
+
+NANOGPT_SHAKESPEARE = """
+out_dir = 'out-shakespeare-char'
+eval_interval = 250
+eval_iters = 200
+log_interval = 10
+always_save_checkpoint = False
+wandb_log = False
+wandb_project = 'shakespeare-char'
+wandb_run_name = 'mini-gpt'
+dataset = 'shakespeare_char'
+gradient_accumulation_steps = 1
+batch_size = 64
+block_size = 256
+n_layer = 6
+n_head = 6
+n_embd = 384
+dropout = 0.2
+learning_rate = 1e-3
+max_iters = 5000
+lr_decay_iters = 5000
+min_lr = 1e-4
+beta2 = 0.99
+warmup_iters = 100
+"""
+NANOGPT_GPT2 = """
+wandb_log = True
+wandb_project = 'owt'
+wandb_run_name = 'gpt2-124M'
+batch_size = 12
+block_size = 1024
+gradient_accumulation_steps = 5 * 8
+max_iters = 600000
+lr_decay_iters = 600000
+eval_interval = 1000
+eval_iters = 200
+log_interval = 10
+weight_decay = 1e-1
+"""
+
+
+@pytest.mark.parametrize(
+    "text, smaller",
+    [
+        (NANOGPT_SHAKESPEARE, ["--n_embd=24", "--batch_size=2", "--eval_iters=2"]),
+        (
+            NANOGPT_GPT2,
+            ["--dataset=toy", "--block_size=64", "--n_layer=1", "--n_embd=24", "--batch_size=1",
+             "--gradient_accumulation_steps=2", "--eval_iters=2"],
+        ),
+    ],
+    ids=["shakespeare_char", "gpt2"],
+)
+def test_nanogpt_config_files_run_unmodified(home, text, smaller):
+    (home / "theirs.py").write_text(text, encoding="utf-8")
+    (home / "chars.txt").write_text(
+        "First Citizen:\nBefore we proceed any further, hear me speak.\n" * 90, "utf-8"
+    )
+    if not (home / "data/shakespeare_char").exists():  # the name is a built-in, its text a download
+        prepare.prepare(
+            "shakespeare_char", str(home / "chars.txt"), "bytes", test_fraction=0, root=home / "data"
+        )
+    done = script("train.py", "theirs.py", "--max_iters=2", "--compile=False", "--device=cpu", "--overwrite",
+                  *smaller, cwd=home, WANDB_MODE="disabled")
+    assert done.returncode == 0, done.stderr
+    assert "iter 2/2" in done.stdout
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    lines = [line.split(" #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [part.strip() for line in lines if line for part in line.split("&&")]
+
+
+def test_the_readme_s_commands_are_right(monkeypatch):
+    """Each is pip, pytest, or a script of ours with files and settings that it takes."""
+    monkeypatch.chdir(ROOT)
+    seen = set()
+    for words in map(shlex.split, readme_commands()):
+        if words[0] == "pip" or words[:3] == ["python", "-m", "pytest"]:
+            continue
+        at = next(i for i, word in enumerate(words) if word in ("train.py", "prepare.py", "sample.py"))
+        module = {"train.py": train, "prepare.py": prepare, "sample.py": sample}[words[at]]
+        args = [word for word in words[at + 1:] if word != "--help"]
+        settings.configure(dict(vars(module)), Config if module is train else None, args)
+        seen.add(words[at])
+    assert seen == {"train.py", "prepare.py", "sample.py"}
+
+
+def test_every_recipe_is_one_that_train_takes():
+    for path in sorted((ROOT / "config").glob("[!_]*.py")):
+        given = settings.configure(dict(vars(train)), Config, [str(path)])
+        Config(**given)
+
+
+@slow
+def test_the_quickstart(tmp_path):
+    """The README's first command as it stands, with fewer steps; then sampling without the data."""
+    done = script(
+        "train.py", str(ROOT / "config/small.py"), "--max_iters=60", "--eval_interval=30", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "bits per byte" in done.stdout and "A sample" in done.stdout
+    rows = [json.loads(line) for line in (tmp_path / "out/small/log.jsonl").read_text().splitlines()]
+    assert rows[-1]["val_bpb"] < 3.0 and rows[-1]["iter"] == 60
+    shutil.rmtree(tmp_path / "data")
+    done = script("sample.py", "--start=import ", "--max_new_tokens=20", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.startswith("import "), done.stderr
+
+
+@slow
+def test_compiling_changes_nothing_but_the_speed(home):
+    runs = [
+        script("train.py", *TOY, "--dropout=0.0", f"--out_dir=out/{name}", f"--compile={name == 'fast'}",
+               cwd=home)
+        for name in ("plain", "fast")
+    ]
+    assert all(run.returncode == 0 for run in runs) and "compiled" in runs[1].stdout, runs[1].stderr
+    one, two = (
+        torch.cat([v.flatten() for v in checkpoint(home, name)["model"].values()])
+        for name in ("plain", "fast")
+    )
+    assert difference(two, one) < 1e-3
+    assert not any("_orig_mod" in key for key in checkpoint(home, "fast")["model"])
+    # where there is no compiler, a warning, and the run goes on
+    done = script("train.py", *TOY, "--out_dir=out/fallback", "--compile", "--max_iters=2", cwd=home,
+                  CXX="/nowhere/c++", PATH="", TORCHINDUCTOR_CACHE_DIR=str(home / "cache"))
+    assert done.returncode == 0 and "torch.compile failed" in done.stderr, done.stderr
+    assert "iter 2/2" in done.stdout
