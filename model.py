@@ -118,8 +118,7 @@ class Learned(nn.Module):
 
 
 class Sinusoidal(nn.Module):
-    """Sines and cosines of many wavelengths, added to the scaled embedding (Vaswani et al. 2017, 3.4,
-    3.5)."""
+    """Sines and cosines of many wavelengths, added to the scaled embedding (Vaswani et al. 2017)."""
 
     def __init__(self, config: Config):
         super().__init__()

@@ -58,8 +58,7 @@ SHA256 = {SHAKESPEARE: "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e
 # Collect
 
 def documents(source: str, encoding: str = "utf-8") -> Iterator[tuple[str, str]]:
-    """(name, text) of each document; a file is one. Raises UserError, naming the file, for what is no
-    text."""
+    """(name, text) of each document; a file is one. Raises UserError, with its name, for what is not text."""
     if source == "python":
         yield from standard_library()
         return
@@ -193,8 +192,7 @@ class Tokenizer:
         return [np.array(one, dtype=np.uint32) for one in ids]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Ids of no token (a padded vocabulary has some) decode to nothing, bytes that are no UTF-8 to
-        U+FFFD."""
+        """Ids of no token (a padded vocabulary has some) decode to nothing, stray bytes to U+FFFD."""
         return b"".join(self.decode_one(i) for i in ids).decode("utf-8", "replace")
 
     def decode_one(self, i: int) -> bytes:
@@ -249,9 +247,10 @@ def tiktoken_pattern() -> str:
 
 
 def train_bpe(texts: Iterable[str], n_tokens: int) -> list[bytes]:
-    """Byte pair encoding (Sennrich et al. 2016): from the 256 bytes on, merge the most frequent pair of
-    neighbours into a new token, until there are n_tokens or no pair comes twice. Returns the tokens in that
-    order.
+    """Byte pair encoding (Sennrich et al. 2016): the bytes of n_tokens tokens, in the order of their making.
+
+    From the 256 bytes on, the most frequent pair of neighbours is merged into a new token, until there are
+    n_tokens or no pair comes twice.
 
     Each distinct piece is kept once, with its count. All lie in one long array, linked to their neighbours,
     and each pair knows its places, so that a merge touches these only, and all of them at once in numpy. Ties

@@ -120,10 +120,10 @@ def gather(data: np.ndarray, starts: np.ndarray, block_size: int) -> tuple[torch
 
 
 def open_data(dataset: str, vocab_size: Optional[int], block_size: int) -> tuple[dict, dict, Tokenizer]:
-    """The splits, meta.json and the tokenizer of data/<dataset>. `vocab_size`: the model's, where it was
-    given.
+    """The splits, meta.json and the tokenizer of data/<dataset>, which is made where it is a built-in.
 
-    Raises UserError where there is no such data set or it is too small, SettingError where it does not fit.
+    vocab_size: the model's, where it was given. Raises UserError where there is no such data set or it is too
+    small, SettingError where it does not fit.
     """
     folder = Path("data") / dataset
     if dataset in prepare.BUILT_IN and not folder.exists():
@@ -151,8 +151,7 @@ def open_data(dataset: str, vocab_size: Optional[int], block_size: int) -> tuple
 # Objective
 
 class NextToken(nn.Module):
-    """What is minimised: (B, T) inputs and targets -> the sum of the loss, in nats, over targets that are not
-    -1.
+    """What is minimised: (B, T) inputs and targets -> the loss in nats, summed over targets that are not -1.
 
     A sum, so that micro-batches and processes add up, and are divided once, by all the tokens that count.
     """
@@ -250,7 +249,7 @@ def evaluate(objective, data, block_size, eval_iters, batch_size, token_bytes, d
         missing = batch_size - len(x)  # a last batch of its own size would be compiled anew
         x, y = F.pad(x, (0, 0, 0, missing)), F.pad(y, (0, 0, 0, missing), value=-1)
         with amp:
-            sums[0] += objective(x.to(device), y.to(device)).double().cpu()
+            sums[0] += objective(x.to(device), y.to(device)).item()
     objective.train()
     if world > 1:
         sums = sums.to(device if dist.get_backend() == "nccl" else "cpu")
@@ -263,8 +262,7 @@ def evaluate(objective, data, block_size, eval_iters, batch_size, token_bytes, d
 # Optimizers
 
 def lr_factor(it, schedule, warmup_iters, decay_iters, floor, decay_fraction=0.6) -> float:
-    """The learning rate of step `it` (0 is the first), as a share of the highest; `floor` is the lowest
-    share.
+    """The learning rate of step `it` (0 is the first) as a share of the highest; `floor` is the lowest.
 
     Rises over the warmup_iters first steps, has reached `floor` at step decay_iters and stays there.
     """
@@ -317,8 +315,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(G: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """U V^T of G = U S V^T, roughly, for a stack of matrices (N, rows, columns): singular values go to about
-    1.
+    """U V^T of G = U S V^T, roughly, for a stack of matrices (N, rows, columns): singular values near 1.
 
     A quintic Newton-Schulz iteration whose slope at 0 is large rather than its limit exact (Jordan et al.
     2024). bfloat16 is enough on a GPU; a CPU without bfloat16 arithmetic would spend nine times as long.
@@ -356,8 +353,7 @@ def make_optimizers(model, optimizer, learning_rate, muon_lr, weight_decay, beta
 # Checkpoints
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write, then rename: at every moment there is a whole file. ckpt.pt's predecessor stays, as
-    ckpt.prev.pt.
+    """Write, then rename: there is a whole file at every moment. The last ckpt.pt stays, as ckpt.prev.pt.
 
     Raises UserError where it cannot be written; what was there before is unharmed.
     """
@@ -500,8 +496,11 @@ def compiled(objective, x, y, amp):
 
 
 def keep_memory() -> None:
-    """Have the C library keep the memory of freed tensors. It would give large ones back to Linux, which
-    hands out fresh pages, zeroed one by one, for the next: a tenth of a small model's step on a CPU."""
+    """Have the C library keep the memory of freed tensors.
+
+    It would give large ones back to Linux, which hands out fresh pages, zeroed one by one, for the next: a
+    tenth of a small model's step on a CPU.
+    """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block
@@ -626,7 +625,7 @@ def main(model_args: dict):
         objective = compiled(objective, *(to_device(t, run_device) for t in windows.get(0, batch_size)), amp)
     is_compiled = not isinstance(objective, NextToken)
     if world > 1:
-        objective = DistributedDataParallel(objective)
+        objective = DistributedDataParallel(objective, broadcast_buffers=False)  # they are constants
 
     # Where we are. Weights were taken above; here is what a run under way has besides.
     iter_num, windows_seen, best_val_loss, elapsed_before = 0, 0, math.inf, 0.0
@@ -688,8 +687,7 @@ def main(model_args: dict):
             wandb.log(row, step=row["iter"])
 
     def save(name, resumable):
-        """The state after iter_num steps, by all processes together; `resumable` with what only a resume
-        needs."""
+        """The state after iter_num steps, by all processes together; resumable: all that a resume needs."""
         extra = {"optimizer": {}, "scaler": {}, "rng": {}}
         if resumable:
             extra = {"optimizer": optimizer_state(optimizers, model), "rng": random_states(run_device),

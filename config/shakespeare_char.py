@@ -7,5 +7,5 @@ from config.small import *
 
 out_dir = "out/shakespeare_char"
 dataset = "shakespeare_char"
-max_iters = 1100
-eval_interval, eval_iters, log_interval = 275, 0, 25
+max_iters = 1000
+eval_interval, eval_iters, log_interval = 250, 0, 25

@@ -1,4 +1,5 @@
-"""The modern recipe, on the Python standard library of this machine: no download, minutes on two CPU cores."""
+"""The modern recipe, on the Python standard library of this machine: no download, minutes on two CPU
+cores."""
 out_dir = "out/small"
 dataset = "python"
 
