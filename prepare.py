@@ -9,31 +9,28 @@ Text to tokens: collect documents, split them, train or load a tokenizer, write 
 
 A data set is train.bin, val.bin and test.bin (raw token ids, uint16 or uint32, little-endian) and meta.json.
 """
-import base64
 import codecs
 import glob
 import hashlib
-import heapq
 import json
 import os
 import shutil
 import sysconfig
 import time
 import urllib.request
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 
 from config import SettingError, UserError, run
+from tokenizer import Tokenizer, make_tokenizer
 
 # -----------------------------------------------------------------------------
 # Settings
 dataset: str = ""  # name of the folder under data/, or a built-in: python, shakespeare, shakespeare_char
 source: str = ""  # a text file, a folder or a glob of them; empty: the built-in's own
-tokenizer: str = ""  # bytes, bpe (trained on the text), tiktoken's names, a .tiktoken file; empty: bpe
+tokenizer: str = ""  # bytes, bpe (of the text), gpt2, a .tiktoken file, a Hugging Face folder; empty: bpe
 vocab_size: int = 4096  # tokens of a bpe, specials included
 val_fraction: float = 0.1  # share of the text for validation
 test_fraction: float = 0.1  # share kept for the very end
@@ -43,7 +40,6 @@ overwrite: bool = False  # replace a data set that was made with other settings
 
 FORMAT = 1  # of meta.json and the .bin files
 SPLITS = ("train", "val", "test")
-EOT, MASK = "<|endoftext|>", "<|mask|>"  # ends a document; stands for a token to be guessed
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 BUILT_IN = {  # dataset -> its source and tokenizer
@@ -152,173 +148,6 @@ def cut(text: str, val_fraction: float, test_fraction: float) -> list[str]:
     a = int(len(text) * (1 - val_fraction - test_fraction))
     b = int(len(text) * (1 - test_fraction))
     return [text[:a], text[a:b], text[b:]]
-
-
-# -----------------------------------------------------------------------------
-# The tokenizer
-
-# What a token may span at most: a word with the space or sign before it, up to three digits, a run of signs
-# with the space before it, white space but for its last character, which goes with the word behind it. So an
-# indented line of code is: line break and indent, word, word.
-PIECES = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-
-
-class Tokenizer:
-    """Text to ids and back: a tiktoken.Encoding that can be stored, in meta.json and in every checkpoint.
-
-    `ranks` are the tokens' bytes in the order of their ids; specials follow. No text is out of vocabulary.
-    """
-
-    def __init__(self, kind: str, pattern: str, ranks: list[bytes], specials: dict[str, int]):
-        self.kind, self.pattern, self.ranks, self.specials = kind, pattern, ranks, specials
-        self.encoding = tiktoken.Encoding(kind, pat_str=pattern, special_tokens=specials,
-                                          mergeable_ranks={token: i for i, token in enumerate(ranks)})
-        self.vocab_size = max(len(ranks), *(i + 1 for i in specials.values()))
-        self.eot, self.mask = specials[EOT], specials[MASK]
-        # what each id decodes to; specials stand for no text of the corpus
-        self.token_bytes = ranks + [b""] * (self.vocab_size - len(ranks))
-
-    def encode(self, text: str, specials: bool = False) -> list[int]:
-        """specials=True reads <|endoftext|> in the text as the special token, not as its characters."""
-        if specials:
-            return self.encoding.encode(text, allowed_special="all")
-        return self.encode_batch([text])[0].tolist()
-
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """Documents to arrays of ids, on all cores (tiktoken lets go of Python's lock)."""
-        if len(self.ranks) == 256:  # bytes are their own ids
-            return [np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8) for text in texts]
-        ids = self.encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
-        return [np.array(one, dtype=np.uint32) for one in ids]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Ids of no token (a padded vocabulary has some) decode to nothing, stray bytes to U+FFFD."""
-        return b"".join(self.decode_one(i) for i in ids).decode("utf-8", "replace")
-
-    def decode_one(self, i: int) -> bytes:
-        """The bytes of one token, maybe a part of a character."""
-        if i < len(self.ranks):
-            return self.ranks[i]
-        return next((name.encode() for name, special in self.specials.items() if special == i), b"")
-
-    def to_dict(self) -> dict:
-        ranks = " ".join(base64.b64encode(token).decode() for token in self.ranks)
-        return {"kind": self.kind, "pattern": self.pattern, "ranks": ranks, "specials": self.specials}
-
-    @classmethod
-    def from_dict(cls, stored: dict) -> "Tokenizer":
-        ranks = [base64.b64decode(token) for token in stored["ranks"].split(" ")]
-        return cls(stored["kind"], stored["pattern"], ranks, dict(stored["specials"]))
-
-
-def make_tokenizer(name: str, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """By the name in the settings; `texts` are read only for bpe. Raises UserError where it cannot be had."""
-    if name in ("bytes", "bpe"):
-        ranks = [bytes([i]) for i in range(256)]
-        if name == "bpe":
-            ranks = train_bpe(texts, vocab_size - 2)
-        return Tokenizer(name, PIECES, ranks, {EOT: len(ranks), MASK: len(ranks) + 1})
-    if name.endswith(".tiktoken"):
-        try:
-            lines = Path(name).read_text(encoding="ascii").split("\n")
-            pairs = [line.split() for line in lines if line]
-            ranks = [base64.b64decode(token) for token, _ in sorted(pairs, key=lambda pair: int(pair[1]))]
-        except (OSError, ValueError) as error:
-            raise UserError(f"{name}: not a file of BPE ranks: {error}") from None
-        gpt2 = len(ranks) == 50256  # the file has the ranks alone, and this one's pattern is known
-        pattern = tiktoken_pattern() if gpt2 else PIECES
-        return Tokenizer(Path(name).stem, pattern, ranks, {EOT: len(ranks), MASK: len(ranks) + 1})
-    try:
-        known = tiktoken.get_encoding("r50k_base" if name == "gpt2" else name)
-    except ValueError:
-        raise SettingError(f"--tokenizer={name}: wanted bytes, bpe, gpt2, a .tiktoken file, or one of "
-                           f"{', '.join(tiktoken.list_encoding_names())}") from None
-    except Exception as error:  # whatever the network does; tiktoken passes on what its HTTP client raises
-        reason = str(error).split("\n")[0][:120]
-        raise UserError(f"--tokenizer={name}: tiktoken cannot download it ({reason}): set TIKTOKEN_CACHE_DIR "
-                        "to a folder that has it, or use --tokenizer=bpe") from None
-    ranks = sorted(known._mergeable_ranks, key=known._mergeable_ranks.get)
-    return Tokenizer(name, known._pat_str, ranks, {**known._special_tokens, MASK: known.n_vocab})
-
-
-def tiktoken_pattern() -> str:
-    from tiktoken_ext.openai_public import r50k_pat_str
-    return r50k_pat_str
-
-
-def train_bpe(texts: Iterable[str], n_tokens: int) -> list[bytes]:
-    """Byte pair encoding (Sennrich et al. 2016): the bytes of n_tokens tokens, in the order of their making.
-
-    From the 256 bytes on, the most frequent pair of neighbours is merged into a new token, until there are
-    n_tokens or no pair comes twice.
-
-    Each distinct piece is kept once, with its count. All lie in one long array, linked to their neighbours,
-    and each pair knows its places, so that a merge touches these only, and all of them at once in numpy. Ties
-    go to the pair whose tokens are older: the result depends on the text alone.
-    """
-    import regex  # comes with tiktoken; Python's own re has no \p{L}
-    pieces = Counter()
-    find = regex.compile(PIECES).findall
-    for text in texts:
-        pieces.update(find(text))
-
-    words = [word.encode("utf-8", "replace") for word in pieces]
-    lengths = np.array([len(word) for word in words], dtype=np.int64)
-    n = int(lengths.sum())
-    sym = np.frombuffer(b"".join(words), dtype=np.uint8).astype(np.int64)  # token at each place
-    weight = np.repeat(np.array(list(pieces.values())), lengths)  # how often the piece around it occurs
-    ends = lengths.cumsum()
-    after, before = np.arange(1, n + 1), np.arange(-1, n - 1)  # linked neighbours; -1: none
-    after[ends - 1] = before[ends - lengths] = -1
-
-    tokens = [bytes([i]) for i in range(256)]
-    V = max(n_tokens, 256)  # a pair is one number, left * V + right
-    count, places, heap = {}, {}, []
-
-    def add(at):  # the pairs that begin at these places, new ones all
-        pairs = sym[at] * V + sym[after[at]]
-        order = np.argsort(pairs, kind="stable")
-        at, pairs = at[order], pairs[order]
-        starts = np.flatnonzero(np.diff(pairs, prepend=-1))
-        totals = np.add.reduceat(weight[at], starts) if len(at) else []
-        groups = zip(pairs[starts].tolist(), np.asarray(totals).tolist(), np.split(at, starts[1:]))
-        for pair, total, where in groups:
-            count[pair], places[pair] = total, where
-            heapq.heappush(heap, (-total, pair))
-
-    add(np.flatnonzero(after >= 0))
-    while len(tokens) < n_tokens and heap:
-        c, pair = heapq.heappop(heap)
-        if -c != count[pair]:  # it has lost places since it was pushed: back in line
-            heapq.heappush(heap, (-count[pair], pair))
-            continue
-        if -c < 2:
-            break
-        left, right = divmod(pair, V)
-        at = places.pop(pair)
-        at = at[(sym[at] == left) & (after[at] >= 0)]  # some have merged with other neighbours
-        at = at[sym[after[at]] == right]
-        if left == right:  # in a run, aaaa, every other place
-            new_run = np.append(True, after[at[:-1]] != at[1:])
-            nth = np.arange(len(at)) - np.maximum.accumulate(np.where(new_run, np.arange(len(at)), 0))
-            at = at[nth % 2 == 0]
-
-        # the pairs that end: the one before each place, and the one behind
-        second = after[at]
-        gone = np.concatenate((before[at][before[at] >= 0], second[after[second] >= 0]))
-        gone = np.unique(gone)  # between two merged neighbours it is the same pair
-        pairs, which = np.unique(sym[gone] * V + sym[after[gone]], return_inverse=True)
-        for ended, lost in zip(pairs.tolist(), np.bincount(which, weight[gone]).tolist()):
-            count[ended] -= int(lost)
-        count[pair] = 0
-
-        sym[at], sym[second] = len(tokens), -1
-        follower = after[second]
-        after[at] = follower
-        before[follower[follower >= 0]] = at[follower >= 0]
-        tokens.append(tokens[left] + tokens[right])
-        add(np.unique(np.concatenate((before[at][before[at] >= 0], at[follower >= 0]))))
-    return tokens
 
 
 # -----------------------------------------------------------------------------

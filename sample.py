@@ -1,57 +1,85 @@
 """
-Use a checkpoint: continue a text.
+Use a checkpoint: continue a text, fill its gaps, or hand the model on.
 
     python sample.py                                              the newest run under out/
     python sample.py --out_dir=out/small --start="def main("      a prompt of your own
     python sample.py --start=FILE:prompt.txt --num_samples=3 --temperature=0.5
+    python sample.py --out_dir=out/bert --start="import <|mask|>" a masked model: what may stand in the gap
+    python sample.py --out_dir=openai-community/gpt2              a Hugging Face folder, or an id on its hub
+    python sample.py --out_dir=out/small --export=small_hf        to a folder that transformers loads
 
 From Python, `load` is all it takes:
 
     from sample import load
     model, tokenizer = load("out/small")
 """
-import codecs
+import itertools
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Optional, Union
+from typing import Literal, Optional, Union
 
 import torch
 
 from config import SettingError, UserError, run
 from model import Config, Transformer
-from prepare import Tokenizer
-from train import load_checkpoint, pick_device
+from tokenizer import HubTokenizer, Tokenizer
+from train import load_checkpoint, pick_device, pick_dtype
 
 # -----------------------------------------------------------------------------
 # Settings
-out_dir: str = "out"  # a run's folder, or a folder of runs: the newest of them
+out_dir: str = "out"  # a run's folder, or a folder of runs: the newest of them; a Hugging Face folder or id
+export: str = ""  # instead: write model and tokenizer to this folder, as Hugging Face's libraries read them
 start: str = "\n"  # the prompt; FILE:path reads it from a file; special tokens are known by their names
 num_samples: int = 1  # texts to write
 max_new_tokens: int = 300  # length of each, at most
 temperature: float = 0.8  # 0: always the likeliest token; 1: as the model has it; above: wilder
 top_k: Optional[int] = 200  # choose among so many of the likeliest tokens only; None: all
 top_p: Optional[float] = None  # choose among the likeliest that together have this probability; None: all
+min_p: Optional[float] = None  # choose among those at least so likely, against the likeliest; None: all
+repetition_penalty: float = 1.0  # above 1: what was said becomes less likely
 stop: Union[str, list] = ""  # end before this text, or the first of several: --stop="['#', 'def ']"
 stream: bool = True  # print a text as it comes; False: all samples at once, faster for many
 seed: int = 1337  # the same seed, the same text
 device: str = "auto"  # auto: cuda, else mps, else cpu
+dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights; auto: what is fast there
+compile: bool = False  # the step from token to token: half a minute once, then fast; for much text on a GPU
 # -----------------------------------------------------------------------------
 
 
-def load(folder: str | Path, device: str | torch.device = "cpu") -> tuple[Transformer, Tokenizer]:
-    """The best model of a run (else its latest), ready to use, and its tokenizer. Needs no data/.
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name
 
-    folder: where train.py saved, or a folder of such folders: then the newest.
-    Raises UserError where there is no checkpoint, or not one of ours.
+
+def load(folder: str | Path, device: str | torch.device = "cpu",
+         dtype: torch.dtype = torch.float32) -> tuple[Transformer, Tokenizer | HubTokenizer]:
+    """A model, ready to use, and its tokenizer.
+
+    folder: where train.py saved (the best model of the run, else its latest; data/ is not needed), a folder
+    of such folders (the newest), a Hugging Face folder, or an id on its hub.
+    Raises UserError where there is none of these, or it cannot be used.
     """
-    checkpoint = load_checkpoint(newest_run(Path(folder)))
+    path = Path(folder)
+    try:
+        if (path / "config.json").is_file() or not path.exists() and HUB_ID.fullmatch(str(folder)):
+            tokenizer = Tokenizer.from_pretrained(folder)
+            model = Transformer.from_pretrained(folder, dtype=dtype)
+        else:
+            checkpoint = load_checkpoint(newest_run(path))
+            model, tokenizer = from_checkpoint(checkpoint), Tokenizer.from_dict(checkpoint["tokenizer"])
+    except (ImportError, OSError, ValueError) as error:
+        raise UserError(f"{folder}: {str(error).splitlines()[0].removeprefix(f'{folder}: ')}") from None
+    return model.to(device, dtype).eval(), tokenizer
+
+
+def from_checkpoint(checkpoint: dict) -> Transformer:
+    """The model of one of our checkpoints. Raises ValueError where another version made it."""
     try:
         model = Transformer(Config(**checkpoint["model_args"]))
         model.load_state_dict(checkpoint["model"])
-        return model.to(device).eval(), Tokenizer.from_dict(checkpoint["tokenizer"])
+        return model
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{folder}: not a checkpoint of this version of model.py "
-                        f"({type(error).__name__}: {str(error).splitlines()[0]})") from None
+        raise ValueError(f"not a checkpoint of this version of model.py "
+                         f"({type(error).__name__}: {str(error).splitlines()[0]})") from None
 
 
 def newest_run(folder: Path) -> Path:
@@ -70,18 +98,16 @@ def read_prompt(start: str) -> str:
         raise UserError(f"--start={start}: cannot be read: {error}") from None
 
 
-def as_text(ids: Iterable[int], tokenizer: Tokenizer, stops: Iterable[str] = ()) -> Iterator[str]:
+def as_text(ids: Iterable[int], tokenizer: Tokenizer | HubTokenizer,
+            stops: Iterable[str] = ()) -> Iterator[str]:
     """Token ids to text, piece by piece: never half a character, and nothing of a stop string.
 
     Ends before the first stop string, and at <|endoftext|>.
     """
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # keeps the bytes of an unfinished character
     stops = [stop for stop in stops if stop]
     held = ""  # may be the beginning of a stop string
-    for i in ids:
-        if i == tokenizer.eot:
-            break
-        held += decoder.decode(tokenizer.decode_one(i))
+    for piece in tokenizer.pieces(itertools.takewhile(lambda i: i != tokenizer.eot, ids)):
+        held += piece
         found = [held.index(stop) for stop in stops if stop in held]
         if found:
             yield held[:min(found)]
@@ -89,7 +115,41 @@ def as_text(ids: Iterable[int], tokenizer: Tokenizer, stops: Iterable[str] = ())
         keep = max((n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
         yield held[:len(held) - keep]
         held = held[len(held) - keep:]
-    yield held + decoder.decode(b"", final=True)
+    yield held
+
+
+@torch.no_grad()
+def fill(model: Transformer, tokenizer: Tokenizer | HubTokenizer, text: str,
+         best: int = 5) -> list[list[tuple[str, float]]]:
+    """For each mask token in a text, the likeliest tokens there with their probabilities, by a masked model.
+
+    Raises UserError where the text has no mask token, or is longer than the model's context.
+    """
+    if model.head is None:
+        raise UserError("this model is an encoder without a head for tokens: finetune.py gives it another")
+    ids, segments = tokenizer.wrap(tokenizer.encode(text, specials=True))
+    name = next((name for name, i in tokenizer.specials.items() if i == tokenizer.mask), None)
+    if tokenizer.mask not in ids:
+        raise UserError(f"a masked model fills gaps: write {name} where one is" if name else
+                        "the model's tokenizer has no mask token")
+    if len(ids) > model.config.block_size:
+        raise UserError(f"{len(ids)} tokens: the model reads {model.config.block_size} at most")
+    idx, segments = (torch.tensor([row], device=model.wte.weight.device) for row in (ids, segments))  # (1, T)
+    x = model.hidden(idx, segments=segments)[idx == tokenizer.mask]  # (masks, C)
+    probs, tokens = model.logits(x).softmax(-1)[:, :tokenizer.vocab_size].topk(best)  # (masks, best) each
+    return [[(tokenizer.decode([token]), prob) for token, prob in zip(*row)]
+            for row in zip(tokens.tolist(), probs.tolist())]
+
+
+def write_pretrained(model: Transformer, tokenizer: Tokenizer | HubTokenizer, folder: str) -> None:
+    """Model and tokenizer for transformers' from_pretrained. Raises UserError where it has no such model."""
+    eot, offset = tokenizer.eot, model.config.pos_offset
+    try:
+        model.save_pretrained(folder, eos_token_id=eot, bos_token_id=eot,
+                              pad_token_id=offset - 1 if offset else tokenizer.pad)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"--export={folder}: {error}") from None
+    tokenizer.save_pretrained(folder, model.config.block_size)
 
 
 def main():
@@ -97,19 +157,31 @@ def main():
             ("temperature", temperature, temperature >= 0, "at least 0"),
             ("top_k", top_k, top_k is None or top_k >= 1, "at least 1, or None"),
             ("top_p", top_p, top_p is None or 0 < top_p <= 1, "above 0 and at most 1, or None"),
+            ("min_p", min_p, min_p is None or 0 <= min_p <= 1, "from 0 to 1, or None"),
+            ("repetition_penalty", repetition_penalty, repetition_penalty > 0, "above 0"),
             ("num_samples", num_samples, num_samples >= 1, "at least 1"),
             ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1")):
         if not fine:
             raise SettingError(f"--{name}={value}: must be {wanted}")
     run_device = pick_device(device)
-    model, tokenizer = load(out_dir, run_device)
+    model, tokenizer = load(out_dir, run_device, pick_dtype(dtype, run_device))
+    if export:
+        write_pretrained(model, tokenizer, export)
+        print(f"{export}: model and tokenizer, as transformers' from_pretrained reads them")
+        return
     prompt = read_prompt(start)
+    if not model.config.causal:
+        print(prompt)
+        for n, candidates in enumerate(fill(model, tokenizer, prompt), start=1):
+            print(f"gap {n}:  " + "   ".join(f"{token!r} {prob:.1%}" for token, prob in candidates))
+        return
     ids = tokenizer.encode(prompt, specials=True) or [tokenizer.eot]
     block_size = model.config.block_size
     if len(ids) > block_size:
         print(f"(the model reads {block_size} tokens: the last {block_size // 2} of the prompt's {len(ids)})")
     stops = [stop] if isinstance(stop, str) else stop
-    how = dict(temperature=temperature, top_k=top_k, top_p=top_p,
+    how = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+               repetition_penalty=repetition_penalty, compile=compile,
                generator=torch.Generator(run_device).manual_seed(seed))
 
     rows = 1 if stream else num_samples  # texts written at the same time

@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,18 +30,23 @@ import sample
 import train
 from config import SettingError, UserError
 from model import Config, Transformer, draw
+from optim import lr_factor, make_optimizers, orthogonalise
+from tokenizer import PIECES, Tokenizer, make_tokenizer, train_bpe
 
 ROOT = Path(__file__).parent
 slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="slow: set SLOW=1")
 
 TINY = dict(block_size=16, vocab_size=61, n_layer=2, n_head=4, n_embd=32)
-MODERN = dict(pos="rope", norm="rms", norm_weight=False, norm_eps=1e-6, norm_embd=True, qk_norm=True,
+MODERN = dict(pos="rope", norm="rms", norm_weight=False, norm_eps=1e-6, norm_embd=True, qk_norm="after",
               act="relu2", tied=False, softcap=15.0, init="zero_out")
 VANILLA = dict(
     pos="sinusoidal", norm_place="post", act="relu", bias=True, tied=False, head_bias=True, init="uniform"
 )
 COLUMNS = {"gpt2": dict(bias=True), "modern": MODERN, "grouped": {**MODERN, "n_kv_head": 2},
-           "vanilla": VANILLA}
+           "vanilla": VANILLA,
+           "llama": dict(pos="rope", norm="rms", act="swiglu", n_kv_head=2, tied=False),
+           "qwen": dict(pos="rope", norm="rms", act="swiglu", n_kv_head=1, head_dim=6, qk_norm="before",
+                        qkv_bias=True)}
 columns = pytest.mark.parametrize("column", COLUMNS)
 
 
@@ -193,7 +199,7 @@ def naive_bpe(text: str, n_tokens: int) -> list[bytes]:
     """The definition, slowly: count all pairs again for each merge."""
     import regex
 
-    words = [[bytes([b]) for b in piece.encode()] for piece in regex.findall(prepare.PIECES, text)]
+    words = [[bytes([b]) for b in piece.encode()] for piece in regex.findall(PIECES, text)]
     ranks = [bytes([i]) for i in range(256)]
     while len(ranks) < n_tokens:
         counts = {}
@@ -227,16 +233,16 @@ MIXED = (
 
 def test_bpe_equals_its_definition():
     text = (ROOT / "model.py").read_text(encoding="utf-8")[:6000] + MIXED + "aaaaaaa abababab " * 5
-    assert prepare.train_bpe([text], 400) == naive_bpe(text, 400)
+    assert train_bpe([text], 400) == naive_bpe(text, 400)
 
 
 def test_bpe_is_as_good_as_the_tokenizers_library():
     tokenizers = pytest.importorskip("tokenizers")
     text = "".join(p.read_text(encoding="utf-8") for p in sorted(ROOT.glob("*.py")))
-    ours = prepare.make_tokenizer("bpe", [text], 1002)
+    ours = make_tokenizer("bpe", [text], 1002)
     theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
     theirs.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-        [tokenizers.pre_tokenizers.Split(tokenizers.Regex(prepare.PIECES), "isolated"),
+        [tokenizers.pre_tokenizers.Split(tokenizers.Regex(PIECES), "isolated"),
          tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     theirs.train_from_iterator(
@@ -250,8 +256,8 @@ def test_bpe_is_as_good_as_the_tokenizers_library():
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])
 def test_tokenizers_round_trip(kind):
-    tokenizer = prepare.make_tokenizer(kind, [MIXED], 300)
-    again = prepare.Tokenizer.from_dict(json.loads(json.dumps(tokenizer.to_dict())))
+    tokenizer = make_tokenizer(kind, [MIXED], 300)
+    again = Tokenizer.from_dict(json.loads(json.dumps(tokenizer.to_dict())))
     for text in (MIXED, "\0 unseen: żółć 漢字 🚀", "<|endoftext|>", "", "x" * 100_000):
         ids = tokenizer.encode(text)
         assert again.encode(text) == ids and again.decode(ids) == text
@@ -289,7 +295,7 @@ def test_documents_are_split_whole_and_stay_where_they_are(tmp_path):
 
     def pages(name):
         folder = prepare.prepare(name, str(tmp_path / "src"), "bpe", 300, root=tmp_path / "data")
-        tokenizer = prepare.Tokenizer.from_dict(prepare.read_meta(folder)["tokenizer"])
+        tokenizer = Tokenizer.from_dict(prepare.read_meta(folder)["tokenizer"])
         found = {}
         for split in prepare.SPLITS:
             ids = bin_ids(folder, split)
@@ -472,71 +478,6 @@ def test_vanilla_equals_torch_transformer_encoder(causal):
     torch.testing.assert_close(model(idx)[0], expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("column", ["modern", "grouped"])
-def test_modern_equals_nanochat_of_transformers(column):
-    transformers = pytest.importorskip("transformers")
-    model = tiny(column)
-    c = model.config
-    theirs = transformers.NanoChatForCausalLM(
-        transformers.NanoChatConfig(vocab_size=c.vocab_size, hidden_size=c.n_embd,
-                                    intermediate_size=c.n_inner, num_hidden_layers=c.n_layer,
-                                    num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head,
-                                    max_position_embeddings=c.block_size, rms_norm_eps=c.norm_eps,
-                                    final_logit_softcapping=c.softcap, pad_token_id=None)
-    ).eval()
-
-    def mirrored(weight):  # NanoChat turns the other way: the halves of each head change places
-        return weight.unflatten(0, (-1, 2, c.head_dim // 2)).flip(1).flatten(0, 2)
-
-    state = {"model.embed_tokens.weight": model.wte.weight, "lm_head.weight": model.head.weight}
-    for i, block in enumerate(model.blocks):
-        state |= {
-            f"model.layers.{i}.{key}.weight": value
-            for key, value in {"self_attn.q_proj": mirrored(block.attn.q.weight),
-                               "self_attn.k_proj": mirrored(block.attn.k.weight),
-                               "self_attn.v_proj": block.attn.v.weight,
-                               "self_attn.o_proj": block.attn.o.weight, "mlp.fc1": block.mlp.up.weight,
-                               "mlp.fc2": block.mlp.down.weight}.items()
-        }
-    theirs.load_state_dict(state, strict=True)
-    idx = tokens(3, 16)
-    torch.testing.assert_close(model(idx)[0], theirs(idx).logits, atol=1e-4, rtol=1e-4)
-
-
-def test_gpt2_equals_gpt2_of_transformers():
-    transformers = pytest.importorskip("transformers")
-    model = tiny("gpt2")
-    c = model.config
-    theirs = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd,
-                                n_layer=c.n_layer, n_head=c.n_head)
-    ).eval()
-    ours, state = model.state_dict(), {}
-    state |= {"transformer.wte.weight": ours["wte.weight"],
-              "transformer.wpe.weight": ours["positions.wpe.weight"], "lm_head.weight": ours["head.weight"]}
-    for kind in ("weight", "bias"):
-        state[f"transformer.ln_f.{kind}"] = ours[f"norm_f.{kind}"]
-        for i in range(c.n_layer):
-
-            def part(name):
-                value = ours[f"blocks.{i}.{name}.{kind}"]
-                return value.T if value.ndim == 2 else value  # GPT-2's Conv1D holds the transpose
-
-            state |= {
-                f"transformer.h.{i}.ln_1.{kind}": part("norm1"),
-                f"transformer.h.{i}.ln_2.{kind}": part("norm2"),
-                f"transformer.h.{i}.attn.c_attn.{kind}": torch.cat(
-                    [part(f"attn.{x}") for x in "qkv"], dim=-1
-                ),
-                f"transformer.h.{i}.attn.c_proj.{kind}": part("attn.o"),
-                f"transformer.h.{i}.mlp.c_fc.{kind}": part("mlp.up"),
-                f"transformer.h.{i}.mlp.c_proj.{kind}": part("mlp.down"),
-            }
-    theirs.load_state_dict(state, strict=True)
-    idx = tokens(3, 16)
-    torch.testing.assert_close(model(idx)[0], theirs(idx).logits, atol=1e-4, rtol=1e-4)
-
-
 @columns
 def test_cached_equals_uncached(column):
     model, prompt = tiny(column), tokens(2, 5)
@@ -579,6 +520,7 @@ def test_draws_follow_the_filtered_softmax():
         # 0.72 + 0.17 < 0.9 <= 0.72 + 0.17 + 0.08: three tokens
         "top_p": ({"top_p": 0.9}, probs * torch.tensor([1, 1, 1, 0, 0, 0])),
         "both": ({"top_k": 5, "top_p": 0.5}, probs * torch.tensor([1, 0, 0, 0, 0, 0])),
+        "min_p": ({"min_p": 0.1}, probs * torch.tensor([1, 1, 1, 0, 0, 0])),
     }
     assert probs[:2].sum() < 0.9 < probs[:3].sum() and probs[0] > 0.5
     for name, (how, expected) in cases.items():
@@ -613,14 +555,14 @@ def test_a_seed_repeats_the_text():
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
 def test_learning_rate_at_its_corners(schedule):
     def lr(it):
-        return train.lr_factor(it, schedule, warmup_iters=10, decay_iters=110, floor=0.1, decay_fraction=0.5)
+        return lr_factor(it, schedule, warmup_iters=10, decay_iters=110, floor=0.1, decay_fraction=0.5)
 
     assert lr(0) == 1 / 11 and lr(9) == 10 / 11 and lr(10) == 1.0
     middle = {"cosine": 0.55, "linear": 0.55, "wsd": 1 - 0.9 * 5 / 55}[schedule]
     assert lr(60) == pytest.approx(middle)
     assert lr(110) == 0.1 == lr(1000) and lr(109) == pytest.approx(0.1, abs=0.03) and lr(109) > 0.1
     assert all(lr(it) >= lr(it + 1) for it in range(10, 120))
-    assert train.lr_factor(500, "constant", 10, 110, 0.1) == 1.0
+    assert lr_factor(500, "constant", 10, 110, 0.1) == 1.0
 
 
 def gradients(model):
@@ -706,17 +648,17 @@ def test_validation_is_one_number_for_any_batch_size(eval_iters):
 def test_orthogonalise_brings_singular_values_near_1():
     for shape in ((3, 24, 24), (2, 64, 16), (2, 16, 64)):
         G = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 7
-        S = torch.linalg.svdvals(train.orthogonalise(G))
+        S = torch.linalg.svdvals(orthogonalise(G))
         assert S.max() < 1.3 and S.median() > 0.6
         assert (
             shape[1] == shape[2] or S.min() > 0.5
         )  # a square random matrix has directions of almost no length
         # a matrix's result does not depend on its stack
         torch.testing.assert_close(
-            train.orthogonalise(G)[1:], train.orthogonalise(G[1:]), atol=1e-5, rtol=1e-5
+            orthogonalise(G)[1:], orthogonalise(G[1:]), atol=1e-5, rtol=1e-5
         )
     U, V = torch.linalg.qr(torch.randn(16, 16))[0], torch.linalg.qr(torch.randn(16, 16))[0]
-    kept = U.T @ train.orthogonalise((U @ torch.diag(torch.linspace(0.5, 1, 16)) @ V)[None])[0] @ V.T
+    kept = U.T @ orthogonalise((U @ torch.diag(torch.linspace(0.5, 1, 16)) @ V)[None])[0] @ V.T
     assert (
         kept - torch.diag(kept.diagonal())
     ).abs().max() < 1e-4  # the directions stay, their lengths even out
@@ -725,7 +667,7 @@ def test_orthogonalise_brings_singular_values_near_1():
 
 def test_muon_takes_the_blocks_matrices_and_only_matrices_decay():
     model = tiny("gpt2")
-    adamw, muon = train.make_optimizers(model, "muon", 1e-3, 0.02, 0.1, (0.9, 0.95))
+    adamw, muon = make_optimizers(model, "muon", 1e-3, 0.02, 0.1, (0.9, 0.95))
     names = {p: name for name, p in model.named_parameters()}
     held = {names[p] for group in muon.param_groups for p in group["params"]}
     assert held == {
@@ -744,7 +686,7 @@ def test_a_batch_is_learnt_by_heart(column, optimizer):
     torch.manual_seed(0)
     model = Transformer(Config(**{**TINY, **COLUMNS[column]}))
     x, y = tokens(4, 16), tokens(4, 16, seed=1)
-    optimizers = train.make_optimizers(model, optimizer, 1e-2, 0.02, 0.0, (0.9, 0.95))
+    optimizers = make_optimizers(model, optimizer, 1e-2, 0.02, 0.0, (0.9, 0.95))
     for _ in range(120):
         loss = train.accumulate(train.NextToken(model), x, y, 4)
         for one in optimizers:
@@ -953,7 +895,7 @@ def test_sampling_needs_no_data_folder(home, tmp_path):
 
 
 def test_text_comes_in_whole_characters_and_ends_at_a_stop():
-    tokenizer = prepare.make_tokenizer("bytes", [], 258)
+    tokenizer = make_tokenizer("bytes", [], 258)
     ids = tokenizer.encode("é漢🙂 one. two. three") + [tokenizer.eot] + tokenizer.encode("next")
     pieces = list(sample.as_text(ids, tokenizer))
     assert "".join(pieces) == "é漢🙂 one. two. three" and pieces[:4] == ["", "é", "", ""]
@@ -962,6 +904,290 @@ def test_text_comes_in_whole_characters_and_ends_at_a_stop():
         shown = "".join(sample.as_text(ids[:at], tokenizer, [" two"]))
         assert "é漢🙂 one. two. three".startswith(shown.rstrip("\ufffd"))
     assert list(sample.as_text([0xFF, 0xE6], tokenizer))[0] == "\ufffd"
+
+
+# -----------------------------------------------------------------------------
+# Checkpoints of others
+
+SMALL = dict(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=56,
+             max_position_embeddings=96)
+GROUPED = dict(**SMALL, num_key_value_heads=2)
+LLAMA3 = dict(rope_type="llama3", rope_theta=500.0, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=48)
+FAMILIES = {  # name -> transformers' class, its configuration
+    "gpt2": ("GPT2LMHead", dict(vocab_size=97, n_positions=96, n_embd=32, n_layer=2, n_head=4)),
+    "llama": ("LlamaForCausalLM", SMALL),
+    "llama grouped, tied": ("LlamaForCausalLM", {**GROUPED, "head_dim": 16, "tie_word_embeddings": True}),
+    "llama 3": ("LlamaForCausalLM", {**GROUPED, "rope_parameters": LLAMA3}),
+    "qwen2": ("Qwen2ForCausalLM", GROUPED),
+    "qwen3": ("Qwen3ForCausalLM", {**GROUPED, "head_dim": 16}),
+    "nanochat": ("NanoChatForCausalLM", GROUPED),
+    "bert": ("BertForMaskedLM", SMALL),
+    "roberta": ("RobertaForMaskedLM", {**SMALL, "pad_token_id": 1, "type_vocab_size": 1}),
+    "encoder": ("BertModel", SMALL),
+}
+
+
+def theirs(name):
+    """A small model of transformers, every weight random."""
+    transformers = pytest.importorskip("transformers")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    cls, fields = FAMILIES[name]
+    cls = getattr(transformers, cls + "Model" * cls.endswith("Head"))
+    torch.manual_seed(0)
+    model = cls(cls.config_class(**{"bos_token_id": None, "eos_token_id": None, **fields})).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return model
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_equal_transformers_in_and_out(name, tmp_path):
+    their = theirs(name)
+    their.save_pretrained(tmp_path / "in")
+    model = Transformer.from_pretrained(tmp_path / "in")
+    idx = tokens(3, 20, vocab_size=97).clamp(min=3)
+    pad_mask = torch.ones_like(idx, dtype=torch.bool)
+    pad_mask[0, 12:], pad_mask[1, 5:] = False, False
+    idx[~pad_mask] = 1
+    more = {"segments": idx % 2} if model.config.n_segment > 1 else {}
+    with torch.no_grad():
+        wanted = their(idx, attention_mask=pad_mask.long(),
+                       **({"token_type_ids": idx % 2} if more else {}))[0]
+        found = model.hidden(idx, pad_mask, **more)
+        found = found if name == "encoder" else model.logits(found)
+    torch.testing.assert_close(found[pad_mask], wanted[pad_mask], atol=1e-4, rtol=1e-4)
+    if model.config.causal:
+        prompt = tokens(2, 5, vocab_size=97)
+        for penalty in (1.0, 1.4):
+            text = their.generate(prompt, max_new_tokens=64, do_sample=False, repetition_penalty=penalty)
+            assert torch.equal(
+                model.generate(prompt, 64, temperature=0, repetition_penalty=penalty), text), penalty
+
+    model.save_pretrained(tmp_path / "out")
+    again, info = type(their).from_pretrained(tmp_path / "out", output_loading_info=True)
+    pooler = {f"pooler.dense.{kind}" for kind in ("weight", "bias")} if name == "encoder" else set()
+    assert set(info["missing_keys"]) <= pooler and not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
+    state = again.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in their.state_dict().items() if key not in pooler)
+
+
+def test_real_world_files_of_one_model(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    their = theirs("llama 3")
+    their.save_pretrained(tmp_path / "whole")
+    config = json.loads((tmp_path / "whole/config.json").read_text())
+    wanted = Transformer.from_pretrained(tmp_path / "whole").state_dict()
+
+    their.save_pretrained(tmp_path / "sharded", max_shard_size="30KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    rope = config.pop("rope_parameters")
+    config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}  # as before transformers 5
+    (tmp_path / "sharded/config.json").write_text(json.dumps(config))
+    sharded = Transformer.from_pretrained(tmp_path / "sharded")
+    assert all(torch.equal(value, wanted[name]) for name, value in sharded.state_dict().items())
+    assert sharded.config.rope_scaling["factor"] == 4.0 and sharded.config.rope_theta == 500.0
+
+    for dtype in (torch.bfloat16, torch.float16):
+        their.to(dtype).save_pretrained(tmp_path / "half")
+        half = Transformer.from_pretrained(tmp_path / "half")
+        assert half.wte.weight.dtype == torch.float32
+        assert torch.equal(half.wte.weight, their.model.embed_tokens.weight.float())
+        assert Transformer.from_pretrained(tmp_path / "half", dtype=dtype).head.weight.dtype == dtype
+    short = Transformer.from_pretrained(tmp_path / "whole", dropout=0.1, block_size=24)
+    assert short.config.block_size == 24 and short.blocks[0].attn.dropout == 0.1
+
+    weights = safetensors.load_file(tmp_path / "whole/model.safetensors")
+    for change, words in (({"lm_head.bias": torch.zeros(97)}, "lm_head.bias"),
+                          ({"model.norm.weight": torch.ones(33)}, r"model.norm.weight has shape \(33,\)"),
+                          ({"model.norm.weight": None}, "no weight model.norm.weight")):
+        changed = {name: value for name, value in {**weights, **change}.items() if value is not None}
+        safetensors.save_file(changed, tmp_path / "sharded/model.safetensors")
+        (tmp_path / "sharded/model.safetensors.index.json").unlink(missing_ok=True)
+        with pytest.raises(ValueError, match=words):
+            Transformer.from_pretrained(tmp_path / "sharded")
+    for change, words in (({"attention_bias": True}, "attention_bias=True"),
+                          ({"hidden_act": "gelu"}, "hidden_act='gelu'"), ({"model_type": "t5"}, "'t5'"),
+                          ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+                          ({"quantization_config": {"bits": 4}}, "quantization_config"),
+                          ({"layer_types": ["sliding_attention"]}, "layer_types"),
+                          ({"hidden_size": None}, "hidden_size")):
+        changed = {name: value for name, value in {**config, **change}.items() if value is not None}
+        (tmp_path / "sharded/config.json").write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=words):
+            Transformer.from_pretrained(tmp_path / "sharded")
+    (tmp_path / "whole/model.safetensors").write_bytes(b"\x10" * 99)
+    with pytest.raises(ValueError, match="damaged"):
+        Transformer.from_pretrained(tmp_path / "whole")
+    with pytest.raises(FileNotFoundError, match="config.json"):
+        Transformer.from_pretrained(tmp_path)
+
+
+def test_gpt2_files_of_all_ages(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    their = theirs("gpt2")
+    idx = tokens(2, 20, vocab_size=97)
+    wanted = their(idx).logits
+    their.save_pretrained(tmp_path)
+    # as on the hub: no prefix, and the causal mask among the weights
+    state = {name.removeprefix("transformer."): value.clone() for name, value in their.state_dict().items()
+             if name != "lm_head.weight"}
+    safetensors.save_file({**state, "h.0.attn.bias": torch.ones(1, 1, 96, 96)}, tmp_path / "model.safetensors")
+    torch.testing.assert_close(Transformer.from_pretrained(tmp_path)(idx)[0], wanted)
+    # as nanoGPT saves it: compiled, matrices the other way round
+    state = {"_orig_mod." + name: value.T if value.ndim == 2 and ".h." in name else value
+             for name, value in their.state_dict().items()}
+    torch.save({"model": state, "model_args": dict(n_layer=2, n_head=4, n_embd=32, block_size=96, bias=True,
+                                                   vocab_size=97, dropout=0.0),
+                "config": {"dataset": "x"}, "best_val_loss": torch.tensor(1.0)}, tmp_path / "ckpt.pt")
+    torch.testing.assert_close(Transformer.from_pretrained(tmp_path / "ckpt.pt")(idx)[0], wanted)
+
+
+@slow
+def test_decoding_comes_near_the_memory_bound(tmp_path):
+    """One token reads every weight once: at best it takes as long as that. Prints the README's figures."""
+    theirs = pytest.importorskip("transformers").GPT2LMHeadModel(
+        pytest.importorskip("transformers").GPT2Config()).eval()
+    theirs.save_pretrained(tmp_path)
+    model, prompt, n = Transformer.from_pretrained(tmp_path), tokens(1, 16, vocab_size=50257), 32
+
+    def seconds(work, times):
+        found = []
+        for _ in range(times):
+            start = time.perf_counter()
+            work()
+            found.append(time.perf_counter() - start)
+        return min(found)
+
+    @torch.no_grad()
+    def bound():  # each matrix times a vector, weights as they are or transposed, whichever is faster here
+        total, known = 0.0, {}
+        for name, p in model.named_parameters():
+            if p.ndim == 2 and "wpe" not in name:
+                if p.shape not in known:
+                    weights = [torch.randn(p.shape) for _ in range(1 + 2**26 // p.numel())]  # past the caches
+                    turned, x = [w.t().contiguous() for w in weights], torch.randn(1, p.size(1))
+                    known[p.shape] = min(seconds(lambda: [F.linear(x, w) for w in weights], 3),
+                                         seconds(lambda: [x @ w for w in turned], 3)) / len(weights)
+                total += known[p.shape]
+        return total
+
+    rounds = []
+    for _ in range(3):  # in turns, for a machine is not always equally fast
+        a = seconds(lambda: theirs.generate(prompt, max_new_tokens=n, min_new_tokens=n, do_sample=False,
+                                            pad_token_id=0), 1) / n
+        b, c = seconds(lambda: model.generate(prompt, n, temperature=0), 1) / n, bound()
+        rounds.append((a / b, c / b))
+        print(f"\ntokens/s: transformers {1 / a:.1f}, ours {1 / b:.1f}, bound {1 / c:.1f}")
+    times, share = (sorted(column)[1] for column in zip(*rounds))
+    print(f"{times:.2f} times transformers, {share:.0%} of the bound")
+    assert times > 1.1 and share > 0.6
+
+
+def test_what_no_family_has_is_not_exported(tmp_path):
+    pytest.importorskip("safetensors")
+    with pytest.raises(ValueError, match="nanochat, differs in act=gelu"):
+        Transformer(Config(**TINY | MODERN | {"act": "gelu"})).save_pretrained(tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+@columns
+def test_a_step_of_fixed_shapes_gives_the_same_text(column):
+    model = tiny(column)
+    batch, pad_mask = tokens(2, 6), torch.tensor([[False, False, True, True, True, True], [True] * 6])
+    with torch.compiler.set_stance("force_eager"):  # the shapes that compiled code would have
+        for mask in (None, pad_mask):
+            assert torch.equal(model.generate(batch, 30, temperature=0, pad_mask=mask, compile=True),
+                               model.generate(batch, 30, temperature=0, pad_mask=mask))
+
+
+def test_a_masked_model_fills_gaps():
+    model = tiny("gpt2", causal=False, head="mlm", head_bias=True, vocab_size=258)
+    tokenizer = make_tokenizer("bytes", [], 258)
+    found = sample.fill(model, tokenizer, "a<|mask|>b<|mask|>", best=3)
+    idx = torch.tensor([[ord("a"), tokenizer.mask, ord("b"), tokenizer.mask, tokenizer.eot]])
+    for row, at in zip(found, (1, 3), strict=True):
+        probs = model(idx)[0][0, at].softmax(-1)
+        assert [p for _, p in row] == pytest.approx(probs.topk(3).values.tolist())
+    for text, words in (("no gap", "<|mask|>"), ("x" * 20 + "<|mask|>", "22 tokens")):
+        with pytest.raises(UserError, match=re.escape(words)):
+            sample.fill(model, tokenizer, text)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_our_tokenizers_go_to_transformers_and_back(kind, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    source = (ROOT / "model.py").read_text(encoding="utf-8")
+    ours = make_tokenizer(kind, [source, MIXED], 600)
+    ours.save_pretrained(tmp_path, context=10**6)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    back = Tokenizer.from_pretrained(tmp_path)
+    stored = Tokenizer.from_dict(json.loads(json.dumps(back.to_dict())))
+    assert (theirs.eos_token_id, theirs.mask_token_id) == (ours.eot, ours.mask) == (back.eot, back.mask)
+    for text in (MIXED, source, "\0 unseen: żółć 漢字 🚀\r\n\t ", "a<|endoftext|>"):
+        ids = ours.encode(text, specials=True)
+        assert theirs(text)["input_ids"] == ids and theirs.decode(ids) == text
+        assert stored.encode(text, specials=True) == ids and back.decode(ids) == text
+        assert "".join(back.pieces(ids)) == "".join(ours.pieces(ids)) == text
+        ids, offsets = ours.offsets(text)
+        assert back.offsets(text) == (ids, offsets) == back.offsets(text)
+        if kind == "bpe":
+            assert back.encode_batch([text, ""])[0].tolist() == ours.encode_batch([text, ""])[0].tolist() == ids
+            assert [text[a:b] for a, b in ours.offsets("def f(x):")[1]] != []
+    assert [bytes(b) for b in back.token_bytes] == ours.token_bytes
+
+
+def test_a_tokenizer_wraps_texts_as_its_model_reads_them(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    vocab = {token: i for i, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "##b"])}
+    fast = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token="[UNK]"))
+    fast.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    fast.decoder = tokenizers.decoders.WordPiece()
+    fast.add_special_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
+    fast.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    fast.enable_padding(length=16)
+    fast.enable_truncation(4)  # what a file says of lengths is no concern of ours
+    fast.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match="sep_token"):
+        Tokenizer.from_pretrained(tmp_path)
+    roles = {"sep_token": "[SEP]", "pad_token": {"content": "[PAD]"}, "mask_token": "[MASK]"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(roles))
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    assert (tokenizer.eot, tokenizer.pad, tokenizer.mask, tokenizer.vocab_size) == (3, 0, 4, 8)
+    assert tokenizer.encode("a b ab a b a") == [5, 6, 5, 7, 5, 6, 5]
+    assert tokenizer.wrap([5, 6]) == ([2, 5, 6, 3], [0] * 4)
+    assert tokenizer.wrap([5, 6], [7]) == ([2, 5, 6, 3, 7, 3], [0, 0, 0, 0, 1, 1])
+    assert tokenizer.encode("[MASK]") != [4] == tokenizer.encode("[MASK]", specials=True)
+    assert tokenizer.token_bytes[7] == b"b" and tokenizer.token_bytes[3] == b""
+    ours = make_tokenizer("bytes", [], 258)
+    assert ours.wrap([1, 2], [3]) == ([1, 2, 256, 3, 256], [0, 0, 0, 1, 1])
+
+
+@pytest.mark.parametrize("column", ["modern", "gpt2 without biases"])
+def test_a_run_is_exported_whole(column, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = tiny(**({"column": "modern"} if column == "modern" else {"column": "gpt2", "bias": False}),
+                 vocab_size=258, block_size=32)
+    tokenizer = make_tokenizer("bytes", [], 258)
+    (tmp_path / "run").mkdir()
+    train.save_checkpoint(tmp_path / "run/ckpt.pt", {
+        "version": 1, "model": model.state_dict(), "model_args": asdict(model.config), "iter_num": 1,
+        "tokenizer": tokenizer.to_dict()})
+    done = script("sample.py", "--out_dir=run", "--export=hf", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    prompt = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")("class A:", return_tensors="pt")
+    assert prompt["input_ids"][0].tolist() == tokenizer.encode("class A:")
+    text = theirs.generate(**prompt, max_new_tokens=20, do_sample=False, eos_token_id=None)
+    assert torch.equal(text, model.generate(prompt["input_ids"], 20, temperature=0))
+    again = script("sample.py", "--out_dir=hf", "--start=class A:", "--temperature=0", "--max_new_tokens=20",
+                   cwd=tmp_path, PYTHONUTF8="1")
+    ids = text[0].tolist()
+    ids = ids[:ids.index(tokenizer.eot)] if tokenizer.eot in ids else ids
+    assert again.stdout.startswith(tokenizer.decode(ids).rstrip("\ufffd")), again.stderr
 
 
 # -----------------------------------------------------------------------------
