@@ -27,13 +27,13 @@ head        tied        either     either               untied, soft cap    tied
 causal      yes         yes        yes                  yes                 no               either
 
 A family is a column of settings: no name is tested below. Config is read where modules are built, so that
-forward is straight. FAMILIES, at the end, says what each column is called in Hugging Face's checkpoints.
+forward is straight. families.py says what each column is called in Hugging Face's checkpoints.
 """
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -476,7 +476,8 @@ class Transformer(nn.Module):
         return torch.cat([idx, *new], dim=1)
 
     # -------------------------------------------------------------------------
-    # Checkpoints of others: see the tables at the end of this file
+    # Checkpoints of others. Their names for things are in families.py, which the rest of this file does
+    # without.
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dropout: float = 0.0, block_size: Optional[int] = None,
@@ -487,6 +488,7 @@ class Transformer(nn.Module):
         precision, into `dtype`. Raises ValueError naming the setting or weight that does not fit, and
         FileNotFoundError; ImportError where a package is missing.
         """
+        from families import grouped_names, open_weights, turned
         family, settings, read = open_weights(path)
         prefix = family.prefix if any(name.startswith(family.prefix) for name in read) else ""
         head = [name for name in family.names.values() if not name.startswith(family.prefix)]
@@ -528,6 +530,7 @@ class Transformer(nn.Module):
         Raises ValueError where no family of transformers has this combination of settings, naming what
         differs; ImportError without safetensors.
         """
+        from families import grouped_names, to_hf_config, turned
         try:
             from safetensors.torch import save_file
         except ImportError:
@@ -662,263 +665,3 @@ def init_uniform(model: Transformer):
 
 
 INITS = {"normal": init_normal, "zero_out": init_zero_out, "uniform": init_uniform}
-
-
-# -----------------------------------------------------------------------------
-# Checkpoints of Hugging Face's transformers, and nanoGPT's
-
-class Family(NamedTuple):
-    """What a column is called in transformers: read in one direction to load, in the other to save."""
-    classes: tuple[str, str]  # with a head, without
-    prefix: str  # of the body's weights, where there is a head
-    fixed: dict  # our settings that all its models share; the rest are Config's defaults
-    fields: dict  # our setting -> its name in config.json
-    defaults: dict  # what config.json may leave out
-    only: dict  # what we follow at this value alone
-    names: dict  # our layer (* is its number) or parameter -> theirs
-    ignore: str = r"$."  # weights that have no place here, as a regular expression
-    transposed: bool = False  # matrices of the blocks are (in, out)
-    mirrored: bool = False  # rope turns the other way: as if each head had its halves swapped
-
-
-ACTS = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu", "relu2": "relu2"}  # ours -> theirs
-
-GPT2 = Family(
-    classes=("GPT2LMHeadModel", "GPT2Model"), prefix="transformer.",
-    fixed=dict(bias=True),
-    fields=dict(vocab_size="vocab_size", block_size="n_positions", n_layer="n_layer", n_head="n_head",
-                n_embd="n_embd", n_inner="n_inner", act="activation_function", norm_eps="layer_norm_epsilon",
-                tied="tie_word_embeddings"),
-    defaults=dict(n_inner=None, activation_function="gelu_new", layer_norm_epsilon=1e-5,
-                  tie_word_embeddings=True),
-    only=dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False),
-    names={"wte": "transformer.wte", "positions.wpe": "transformer.wpe",
-           "blocks.*.norm1": "transformer.h.*.ln_1",
-           "blocks.*.attn.q": "transformer.h.*.attn.c_attn",  # the three are one matrix, side by side
-           "blocks.*.attn.k": "transformer.h.*.attn.c_attn",
-           "blocks.*.attn.v": "transformer.h.*.attn.c_attn",
-           "blocks.*.attn.o": "transformer.h.*.attn.c_proj", "blocks.*.norm2": "transformer.h.*.ln_2",
-           "blocks.*.mlp.up": "transformer.h.*.mlp.c_fc", "blocks.*.mlp.down": "transformer.h.*.mlp.c_proj",
-           "norm_f": "transformer.ln_f", "head": "lm_head"},
-    ignore=r".*\.attn\.(masked_)?bias$",  # the causal mask, which old versions stored
-    transposed=True)
-
-LLAMA = Family(
-    classes=("LlamaForCausalLM", "LlamaModel"), prefix="model.",
-    fixed=dict(pos="rope", norm="rms", act="swiglu"),
-    fields=dict(vocab_size="vocab_size", block_size="max_position_embeddings", n_layer="num_hidden_layers",
-                n_head="num_attention_heads", n_kv_head="num_key_value_heads", head_dim="head_dim",
-                n_embd="hidden_size", n_inner="intermediate_size", norm_eps="rms_norm_eps",
-                tied="tie_word_embeddings"),
-    defaults=dict(num_key_value_heads=None, head_dim=None, rms_norm_eps=1e-6, tie_word_embeddings=False),
-    only=dict(hidden_act="silu", attention_bias=False, mlp_bias=False),
-    names={"wte": "model.embed_tokens", "blocks.*.norm1": "model.layers.*.input_layernorm",
-           "blocks.*.attn.q": "model.layers.*.self_attn.q_proj",
-           "blocks.*.attn.k": "model.layers.*.self_attn.k_proj",
-           "blocks.*.attn.v": "model.layers.*.self_attn.v_proj",
-           "blocks.*.attn.o": "model.layers.*.self_attn.o_proj",
-           "blocks.*.norm2": "model.layers.*.post_attention_layernorm",
-           "blocks.*.mlp.gate": "model.layers.*.mlp.gate_proj",
-           "blocks.*.mlp.up": "model.layers.*.mlp.up_proj",
-           "blocks.*.mlp.down": "model.layers.*.mlp.down_proj",
-           "norm_f": "model.norm", "head": "lm_head"},
-    ignore=r".*rotary_emb\.inv_freq$")
-
-NANOCHAT = LLAMA._replace(
-    classes=("NanoChatForCausalLM", "NanoChatModel"),
-    fixed=dict(pos="rope", norm="rms", norm_weight=False, norm_embd=True, act="relu2", qk_norm="after"),
-    fields={name: theirs for name, theirs in LLAMA.fields.items() if name != "head_dim"}
-           | {"softcap": "final_logit_softcapping"},
-    defaults=LLAMA.defaults | {"final_logit_softcapping": 15.0},
-    only=dict(hidden_act="relu2", attention_bias=False),
-    names=LLAMA.names | {"blocks.*.mlp.up": "model.layers.*.mlp.fc1",
-                         "blocks.*.mlp.down": "model.layers.*.mlp.fc2"},
-    mirrored=True)
-
-BERT = Family(
-    classes=("BertForMaskedLM", "BertModel"), prefix="bert.",
-    fixed=dict(causal=False, norm_place="post", norm_embd=True, bias=True, head="mlm", head_bias=True),
-    fields=dict(vocab_size="vocab_size", block_size="max_position_embeddings", n_segment="type_vocab_size",
-                n_layer="num_hidden_layers", n_head="num_attention_heads", n_embd="hidden_size",
-                n_inner="intermediate_size", act="hidden_act", norm_eps="layer_norm_eps",
-                tied="tie_word_embeddings"),
-    defaults=dict(type_vocab_size=2, hidden_act="gelu", layer_norm_eps=1e-12, tie_word_embeddings=True),
-    only=dict(position_embedding_type="absolute"),
-    names={"wte": "bert.embeddings.word_embeddings", "positions.wpe": "bert.embeddings.position_embeddings",
-           "wse": "bert.embeddings.token_type_embeddings", "norm_embd": "bert.embeddings.LayerNorm",
-           "blocks.*.attn.q": "bert.encoder.layer.*.attention.self.query",
-           "blocks.*.attn.k": "bert.encoder.layer.*.attention.self.key",
-           "blocks.*.attn.v": "bert.encoder.layer.*.attention.self.value",
-           "blocks.*.attn.o": "bert.encoder.layer.*.attention.output.dense",
-           "blocks.*.norm1": "bert.encoder.layer.*.attention.output.LayerNorm",
-           "blocks.*.mlp.up": "bert.encoder.layer.*.intermediate.dense",
-           "blocks.*.mlp.down": "bert.encoder.layer.*.output.dense",
-           "blocks.*.norm2": "bert.encoder.layer.*.output.LayerNorm",
-           "head.dense": "cls.predictions.transform.dense",
-           "head.norm": "cls.predictions.transform.LayerNorm",
-           "head": "cls.predictions.decoder", "head.bias": "cls.predictions.bias"},
-    ignore=r"(bert\.)?(pooler\..*|embeddings\.position_ids)$|cls\.seq_relationship\.|.*\.decoder\.bias$")
-
-ROBERTA = BERT._replace(
-    classes=("RobertaForMaskedLM", "RobertaModel"), prefix="roberta.",
-    fixed=BERT.fixed | {"pos_offset": 2},
-    names={name: theirs.replace("bert.", "roberta.") for name, theirs in BERT.names.items()}
-          | {"head.dense": "lm_head.dense", "head.norm": "lm_head.layer_norm",
-             "head": "lm_head.decoder", "head.bias": "lm_head.bias"},
-    ignore=BERT.ignore.replace("bert", "roberta"))
-
-FAMILIES = {  # model_type in config.json -> the column
-    "gpt2": GPT2,
-    "llama": LLAMA,
-    "nanochat": NANOCHAT,
-    "bert": BERT,
-    "roberta": ROBERTA,
-    "qwen2": LLAMA._replace(classes=("Qwen2ForCausalLM", "Qwen2Model"),
-                            fixed=LLAMA.fixed | {"qkv_bias": True},
-                            only=dict(hidden_act="silu", use_sliding_window=False)),
-    "qwen3": LLAMA._replace(classes=("Qwen3ForCausalLM", "Qwen3Model"),
-                            fixed=LLAMA.fixed | {"qk_norm": "before"},
-                            defaults=LLAMA.defaults | {"head_dim": 128},
-                            only=dict(hidden_act="silu", attention_bias=False, use_sliding_window=False),
-                            names=LLAMA.names | {"blocks.*.attn.norm_q": "model.layers.*.self_attn.q_norm",
-                                                 "blocks.*.attn.norm_k": "model.layers.*.self_attn.k_norm"}),
-}
-
-
-def from_hf_config(theirs: dict) -> tuple[Family, dict]:
-    """config.json to the family and our settings. Raises ValueError, naming what we cannot follow."""
-    kind = theirs.get("model_type")
-    if kind not in FAMILIES:
-        raise ValueError(f"config.json: model_type={kind!r}: must be one of {', '.join(FAMILIES)}")
-    family = FAMILIES[kind]
-    theirs = {**family.defaults, **theirs}
-    only = {"quantization_config": None, "is_decoder": False, "add_cross_attention": False,
-            "partial_rotary_factor": 1.0, **family.only}
-    for name, value in only.items():
-        if theirs.get(name, value) != value:
-            raise ValueError(f"config.json: {name}={theirs[name]!r}: only {value!r} is supported")
-    if set(theirs.get("layer_types") or ()) - {"full_attention"}:
-        raise ValueError(f"config.json: layer_types={theirs['layer_types']}: must be full_attention")
-    missing = [name for name in family.fields.values() if name not in theirs]
-    if missing:
-        raise ValueError(f"config.json: has no {missing[0]}")
-    ours = {**family.fixed, **{name: theirs[their] for name, their in family.fields.items()}}
-    if "act" in family.fields:
-        acts = {their: name for name, their in ACTS.items()} | {"gelu_pytorch_tanh": "gelu_tanh"}
-        if ours["act"] not in acts:
-            raise ValueError(f"config.json: {family.fields['act']}={ours['act']!r}: must be one of "
-                             f"{', '.join(acts)}")
-        ours["act"] = acts[ours["act"]]
-    if ours.get("pos") == "rope":  # rope_parameters since transformers 5, rope_theta and rope_scaling before
-        rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
-        ours["rope_theta"] = float(rope.get("rope_theta", theirs.get("rope_theta") or 10000.0))
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type == "llama3":
-            ours["rope_scaling"] = {name: rope[name] for name in LLAMA3}
-        elif rope_type != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
-            raise ValueError(f"config.json: rope_parameters={rope}: only default and llama3 are supported")
-    ours["block_size"] -= ours.get("pos_offset", 0)
-    return family, ours
-
-
-def to_hf_config(config: Config) -> tuple[Family, dict]:
-    """The family whose column this is, and its config.json. Raises ValueError where there is none."""
-    free = ["dropout", "init"] + (["head", "head_bias", "tied"] if config.head == "none" else [])
-    wanted = {name: value for name, value in asdict(config).items() if name not in free}
-    nearest = None
-    for kind, family in FAMILIES.items():
-        theirs = {"model_type": kind, "architectures": [family.classes[config.head == "none"]], **family.only,
-                  **{their: getattr(config, name) for name, their in family.fields.items()}}
-        if "act" in family.fields:
-            theirs[family.fields["act"]] = ACTS.get(config.act, config.act)
-        theirs[family.fields["block_size"]] += config.pos_offset
-        if family.fixed.get("pos") == "rope":
-            scaling = config.rope_scaling and {"rope_type": "llama3", **config.rope_scaling}
-            theirs["rope_theta"], theirs["rope_scaling"] = config.rope_theta, scaling  # before transformers 5
-            theirs["rope_parameters"] = {"rope_type": "default", **(scaling or {}),
-                                         "rope_theta": config.rope_theta}
-        try:
-            found = asdict(Config(**from_hf_config(theirs)[1]))
-        except ValueError:
-            continue
-        differs = [f"{name}={value}" for name, value in wanted.items() if found[name] != value]
-        if not differs:
-            return family, theirs
-        if nearest is None or len(differs) < len(nearest[1]):
-            nearest = kind, differs
-    raise ValueError(f"transformers has no such model: the nearest, {nearest[0]}, differs in "
-                     f"{', '.join(nearest[1])}")
-
-
-def grouped_names(model: Transformer, family: Family, prefix: str) -> dict[str, list[str]]:
-    """Their weights -> ours: one each, but for those that lie side by side in theirs."""
-    groups = {}
-    for name in model.state_dict():
-        layer, _, kind = name.rpartition(".")
-        number = "".join(re.findall(r"\.(\d+)\.", name))
-        pattern = re.sub(r"\.\d+\.", ".*.", layer)
-        their = family.names.get(name) or family.names[pattern].replace("*", number) + "." + kind
-        if their.startswith(family.prefix):
-            their = prefix + their.removeprefix(family.prefix)
-        groups.setdefault(their, []).append(name)
-    return groups
-
-
-def turned(weight: torch.Tensor, name: str, family: Family, head_dim: int) -> torch.Tensor:
-    """A weight of ours as they keep it; and back, for twice changes nothing."""
-    if family.transposed and name.startswith("blocks.") and weight.ndim == 2:
-        return weight.t()
-    if family.mirrored and ".attn." in name and name.endswith((".q.weight", ".k.weight")):
-        return weight.unflatten(0, (-1, 2, head_dim // 2)).flip(1).flatten(0, 2)
-    return weight
-
-
-def open_weights(path: str | Path) -> tuple[Family, dict, dict[str, Callable]]:
-    """A folder with config.json, an id on Hugging Face's hub, or nanoGPT's ckpt.pt: its family, our settings,
-    and for each weight a function that reads it."""
-    if Path(path).is_file():
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if not {"model", "model_args"} <= set(checkpoint) or "version" in checkpoint:
-            raise ValueError(f"{path}: not a nanoGPT checkpoint (a run of ours is read by sample.load)")
-        family = GPT2._replace(transposed=False)
-        settings = {name: value for name, value in checkpoint["model_args"].items() if value is not None}
-        weights = {name.removeprefix("_orig_mod."): value for name, value in checkpoint["model"].items()}
-        return family, settings, {name: lambda value=value: value for name, value in weights.items()}
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError:
-        raise ImportError("Hugging Face models need safetensors: pip install safetensors") from None
-    folder = Path(path)
-    if not folder.is_dir():
-        folder = Path(download(str(path)))
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder}: has no config.json, so it is no Hugging Face model")
-    family, settings = from_hf_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    index, files = folder / "model.safetensors.index.json", ["model.safetensors"]
-    if index.is_file():
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    weights = {}
-    for file in files:
-        if not (folder / file).is_file():
-            raise FileNotFoundError(f"{folder}: has no {file}; weights are read from safetensors files only")
-        try:
-            opened = safe_open(folder / file, framework="pt")  # reads a weight when it is asked for
-        except SafetensorError as error:
-            raise ValueError(f"{folder / file}: damaged ({error})") from None
-        weights.update({name: partial(opened.get_tensor, name) for name in opened.keys()})
-    return family, settings, weights
-
-
-def download(name: str) -> str:
-    """A model of the hub to a folder in its cache. Raises FileNotFoundError where it cannot be had."""
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise FileNotFoundError(f"{name}: no such folder here; if it is a model on Hugging Face's hub: "
-                                "pip install huggingface_hub") from None
-    try:
-        return snapshot_download(name, allow_patterns=["*.json", "model*.safetensors"])
-    except Exception as error:  # of many kinds: no such name, no network, no permission
-        reason = str(error).strip().split("\n")[0][:120]
-        raise FileNotFoundError(f"{name}: neither a folder here nor a model that Hugging Face's hub gives us "
-                                f"({reason})") from None

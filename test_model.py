@@ -2,7 +2,7 @@
 What must hold, on tiny models and a CPU, without network:  python -m pytest
 
 What takes longer runs with SLOW=1; what compares with `transformers` or `tokenizers` is skipped where they
-are missing.
+are missing. What measures a speed runs with TIMED=1, and wants a machine that does nothing else.
 """
 
 import ast
@@ -35,6 +35,7 @@ from tokenizer import PIECES, Tokenizer, make_tokenizer, train_bpe
 
 ROOT = Path(__file__).parent
 slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="slow: set SLOW=1")
+timed = pytest.mark.skipif(not os.environ.get("TIMED"), reason="a measurement: set TIMED=1, on a quiet machine")
 
 TINY = dict(block_size=16, vocab_size=61, n_layer=2, n_head=4, n_embd=32)
 MODERN = dict(pos="rope", norm="rms", norm_weight=False, norm_eps=1e-6, norm_embd=True, qk_norm="after",
@@ -972,7 +973,8 @@ def test_families_equal_transformers_in_and_out(name, tmp_path):
     assert set(info["missing_keys"]) <= pooler and not info["unexpected_keys"]
     assert not info["mismatched_keys"]
     state = again.state_dict()
-    assert all(torch.equal(value, state[key]) for key, value in their.state_dict().items() if key not in pooler)
+    kept = {key: value for key, value in their.state_dict().items() if key not in pooler}
+    assert all(torch.equal(value, state[key]) for key, value in kept.items())
 
 
 def test_real_world_files_of_one_model(tmp_path):
@@ -1035,7 +1037,8 @@ def test_gpt2_files_of_all_ages(tmp_path):
     # as on the hub: no prefix, and the causal mask among the weights
     state = {name.removeprefix("transformer."): value.clone() for name, value in their.state_dict().items()
              if name != "lm_head.weight"}
-    safetensors.save_file({**state, "h.0.attn.bias": torch.ones(1, 1, 96, 96)}, tmp_path / "model.safetensors")
+    safetensors.save_file(
+        {**state, "h.0.attn.bias": torch.ones(1, 1, 96, 96)}, tmp_path / "model.safetensors")
     torch.testing.assert_close(Transformer.from_pretrained(tmp_path)(idx)[0], wanted)
     # as nanoGPT saves it: compiled, matrices the other way round
     state = {"_orig_mod." + name: value.T if value.ndim == 2 and ".h." in name else value
@@ -1046,7 +1049,7 @@ def test_gpt2_files_of_all_ages(tmp_path):
     torch.testing.assert_close(Transformer.from_pretrained(tmp_path / "ckpt.pt")(idx)[0], wanted)
 
 
-@slow
+@timed
 def test_decoding_comes_near_the_memory_bound(tmp_path):
     """One token reads every weight once: at best it takes as long as that. Prints the README's figures."""
     theirs = pytest.importorskip("transformers").GPT2LMHeadModel(
@@ -1076,15 +1079,15 @@ def test_decoding_comes_near_the_memory_bound(tmp_path):
         return total
 
     rounds = []
-    for _ in range(3):  # in turns, for a machine is not always equally fast
+    for _ in range(6):  # in turns, for a machine is not always equally fast
         a = seconds(lambda: theirs.generate(prompt, max_new_tokens=n, min_new_tokens=n, do_sample=False,
                                             pad_token_id=0), 1) / n
         b, c = seconds(lambda: model.generate(prompt, n, temperature=0), 1) / n, bound()
         rounds.append((a / b, c / b))
         print(f"\ntokens/s: transformers {1 / a:.1f}, ours {1 / b:.1f}, bound {1 / c:.1f}")
-    times, share = (sorted(column)[1] for column in zip(*rounds))
+    times, share = (sorted(column)[2] for column in zip(*rounds[1:]))  # the first round warms up
     print(f"{times:.2f} times transformers, {share:.0%} of the bound")
-    assert times > 1.1 and share > 0.6
+    assert times > 1.2 and share > 0.7
 
 
 def test_what_no_family_has_is_not_exported(tmp_path):
@@ -1135,14 +1138,15 @@ def test_our_tokenizers_go_to_transformers_and_back(kind, tmp_path):
         ids, offsets = ours.offsets(text)
         assert back.offsets(text) == (ids, offsets) == back.offsets(text)
         if kind == "bpe":
-            assert back.encode_batch([text, ""])[0].tolist() == ours.encode_batch([text, ""])[0].tolist() == ids
+            assert back.encode_batch([text, ""])[0].tolist() == ids
+            assert ours.encode_batch([text, ""])[0].tolist() == ids
             assert [text[a:b] for a, b in ours.offsets("def f(x):")[1]] != []
     assert [bytes(b) for b in back.token_bytes] == ours.token_bytes
 
 
 def test_a_tokenizer_wraps_texts_as_its_model_reads_them(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
-    vocab = {token: i for i, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "##b"])}
+    vocab = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4, "a": 5, "b": 6, "##b": 7}
     fast = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token="[UNK]"))
     fast.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     fast.decoder = tokenizers.decoders.WordPiece()

@@ -461,7 +461,8 @@ def main(model_args: dict):
     for name in ("batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval", "log_interval"):
         if globals()[name] < 1:
             raise SettingError(f"{name}={globals()[name]}: must be at least 1")
-    for name in ("eval_iters", "warmup_iters", "lr_decay_iters", "grad_clip", "weight_decay", "min_lr", "seed"):
+    for name in ("eval_iters", "warmup_iters", "lr_decay_iters", "grad_clip", "weight_decay", "min_lr",
+                 "seed"):
         if (globals()[name] or 0) < 0:
             raise SettingError(f"{name}={globals()[name]}: must be at least 0")
     for name, value in (("learning_rate", learning_rate), ("muon_lr", muon_lr)):
