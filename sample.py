@@ -15,6 +15,7 @@ From Python, `load` is all it takes:
 """
 import itertools
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal, Optional, Union
@@ -44,6 +45,7 @@ seed: int = 1337  # the same seed, the same text
 device: str = "auto"  # auto: cuda, else mps, else cpu
 dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights; auto: what is fast there
 compile: bool = False  # the step from token to token: half a minute once, then fast; for much text on a GPU
+quantize: Optional[Literal["int8"]] = None  # int8: weights in a byte each, 2 to 3 times as fast on a CPU
 # -----------------------------------------------------------------------------
 
 
@@ -141,6 +143,25 @@ def fill(model: Transformer, tokenizer: Tokenizer | HubTokenizer, text: str,
             for row in zip(tokens.tolist(), probs.tolist())]
 
 
+def to_int8(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy whose Linear layers keep a weight in one byte, with a scale for each row, for a CPU.
+
+    One token at a time, a model is as fast as its weights are read; embeddings and norms stay as they are.
+    Raises UserError where this torch cannot do it, or the model is on a GPU.
+    """
+    if next(model.parameters()).device.type != "cpu":
+        raise UserError("--quantize=int8: for a CPU: add --device=cpu")
+    try:
+        from torch.ao import quantization
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it is to move to a package of its own
+            return quantization.quantize_dynamic(
+                model.float(), {torch.nn.Linear: quantization.per_channel_dynamic_qconfig}, torch.qint8)
+    except (ImportError, AttributeError, RuntimeError) as error:
+        raise UserError(f"--quantize=int8: not with this torch ({str(error).splitlines()[0][:120]}): "
+                        "leave it out") from None
+
+
 def write_pretrained(model: Transformer, tokenizer: Tokenizer | HubTokenizer, folder: str) -> None:
     """Model and tokenizer for transformers' from_pretrained. Raises UserError where it has no such model."""
     eot, offset = tokenizer.eot, model.config.pos_offset
@@ -169,6 +190,8 @@ def main():
         write_pretrained(model, tokenizer, export)
         print(f"{export}: model and tokenizer, as transformers' from_pretrained reads them")
         return
+    if quantize:
+        model = to_int8(model)
     prompt = read_prompt(start)
     if not model.config.causal:
         print(prompt)

@@ -878,6 +878,17 @@ def test_two_processes_equal_one(home):
 # -----------------------------------------------------------------------------
 # sample.py
 
+def test_int8_weights_are_a_quarter_of_the_size_and_nearly_as_good(home):
+    model, tokenizer = sample.load(home / "out/whole")
+    small = sample.to_int8(model)
+    kinds = [layer.weight().dtype for layer in small.modules() if hasattr(layer, "set_weight_bias")
+             and hasattr(layer, "scale")]
+    assert kinds == [torch.qint8] * (6 * model.config.n_layer + 1)  # all but the embedding
+    ids = torch.tensor([tokenizer.encode((home / "toy.txt").read_text(encoding="utf-8"))[:33]])
+    loss, of_small = (one(ids[:, :-1], ids[:, 1:])[1].item() for one in (model, small))
+    assert 0 < abs(of_small / loss - 1) < 0.01
+    assert script("sample.py", "--out_dir=out/whole", "--quantize=int8", "--max_new_tokens=5", cwd=home).stdout
+
 
 def test_sampling_needs_no_data_folder(home, tmp_path):
     shutil.copytree(home / "out/whole", tmp_path / "out/whole")
@@ -1056,6 +1067,7 @@ def test_decoding_comes_near_the_memory_bound(tmp_path):
         pytest.importorskip("transformers").GPT2Config()).eval()
     theirs.save_pretrained(tmp_path)
     model, prompt, n = Transformer.from_pretrained(tmp_path), tokens(1, 16, vocab_size=50257), 32
+    in_bytes = sample.to_int8(model)
 
     def seconds(work, times):
         found = []
@@ -1083,11 +1095,12 @@ def test_decoding_comes_near_the_memory_bound(tmp_path):
         a = seconds(lambda: theirs.generate(prompt, max_new_tokens=n, min_new_tokens=n, do_sample=False,
                                             pad_token_id=0), 1) / n
         b, c = seconds(lambda: model.generate(prompt, n, temperature=0), 1) / n, bound()
-        rounds.append((a / b, c / b))
-        print(f"\ntokens/s: transformers {1 / a:.1f}, ours {1 / b:.1f}, bound {1 / c:.1f}")
-    times, share = (sorted(column)[2] for column in zip(*rounds[1:]))  # the first round warms up
-    print(f"{times:.2f} times transformers, {share:.0%} of the bound")
-    assert times > 1.2 and share > 0.7
+        d = seconds(lambda: in_bytes.generate(prompt, n, temperature=0), 1) / n
+        rounds.append((a / b, c / b, a / d))
+        print(f"\ntokens/s: transformers {1 / a:.1f}, ours {1 / b:.1f}, bound {1 / c:.1f}, int8 {1 / d:.1f}")
+    times, share, times_int8 = (sorted(column)[2] for column in zip(*rounds[1:]))  # the first warms up
+    print(f"{times:.2f} times transformers, {share:.0%} of the bound, int8 {times_int8:.2f} times")
+    assert times > 1.2 and share > 0.7 and times_int8 > 2.5
 
 
 def test_what_no_family_has_is_not_exported(tmp_path):
