@@ -1,11 +1,12 @@
 """
-Optimizers and their learning rate: AdamW from torch, Muon, and the schedules.
+Optimizers and their learning rate: AdamW from torch, Muon, LARS, SGD, and the schedules.
 
     optimizers = make_optimizers(model, "muon", 3e-3, muon_lr=0.02, weight_decay=0.1, betas=(0.9, 0.95))
 """
 import math
 
 import torch
+import torch.distributed as dist
 
 
 def lr_factor(it, schedule, warmup_iters, decay_iters, floor, decay_fraction=0.6) -> float:
@@ -29,36 +30,76 @@ class Muon(torch.optim.Optimizer):
     """Momentum, whose step is made orthogonal: all directions of a matrix move alike (Jordan et al. 2024).
 
     Takes matrices only. Those of one shape are stacked, so that a model's worth of small products becomes a
-    few large ones. The momentum itself warms up, from 0.85 to `momentum` over 300 steps.
+    few large ones, and the stack is dealt out to all processes. The momentum itself warms up, from 0.85 to
+    `momentum` over 300 steps. Decay is decoupled.
     """
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, steps=5):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, steps=steps))
         for group in self.param_groups:
             for p in group["params"]:
-                self.state[p] = {"step": 0, "momentum": torch.zeros_like(p)}
+                self.state[p] = {"step": torch.zeros((), device=p.device), "momentum": torch.zeros_like(p)}
 
     @torch.no_grad()
     def step(self):
+        ok = may_move(self)
         for group in self.param_groups:
             shapes = {}
             for p in group["params"]:
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
             for (rows, columns), params in shapes.items():
-                states, grads = [self.state[p] for p in params], [p.grad for p in params]
-                buffers = [state["momentum"] for state in states]
-                warm = min(1.0, states[0]["step"] / 300)
+                steps, buffers = ([self.state[p][key] for p in params] for key in ("step", "momentum"))
+                warm = (steps[0] / 300).clamp(max=1)
                 mu = (1 - warm) * 0.85 + warm * group["momentum"]
-                torch._foreach_lerp_(buffers, grads, 1 - mu)
-                nesterov = torch._foreach_lerp(grads, buffers, mu)
-                update = orthogonalise(torch.stack(nesterov), group["steps"])
+                grads = torch.where(ok, torch.stack([p.grad for p in params]), 0)
+                momentum = torch.stack(buffers).lerp_(grads, (1 - mu) * ok)
+                update = orthogonalise_together(grads.lerp(momentum, mu), group["steps"])  # Nesterov's
                 # a tall matrix's orthogonal step moves its outputs less, by this factor
-                update *= max(1.0, rows / columns) ** 0.5
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, list(update.to(params[0].dtype)), alpha=-group["lr"])
-                for state in states:
-                    state["step"] += 1
+                update = update.to(grads.dtype) * (max(1.0, rows / columns) ** 0.5 * group["lr"] * ok)
+                torch._foreach_copy_(buffers, list(momentum))
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"] * ok)
+                torch._foreach_sub_(params, list(update))
+                torch._foreach_add_(steps, ok.float())
+
+
+class Momentum(torch.optim.Optimizer):
+    """SGD with momentum; with `trust`, LARS (You et al. 2017).
+
+    LARS gives each tensor a step of its own size: lr * trust times its length, whatever the gradient's. Its
+    decay is part of the gradient, as in the paper; that of SGD is decoupled.
+    """
+
+    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust=None):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust))
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p] = {"momentum": torch.zeros_like(p)}
+
+    @torch.no_grad()
+    def step(self):
+        ok = may_move(self)
+        for group in self.param_groups:
+            lr, decay, trust = group["lr"], group["weight_decay"], group["trust"]
+            for p in (p for p in group["params"] if p.grad is not None):
+                grad, momentum = torch.where(ok, p.grad, 0), self.state[p]["momentum"]
+                if trust is None:
+                    p.mul_(1 - lr * decay * ok)
+                else:
+                    length, slope = p.norm(), grad.norm() + decay * p.norm()
+                    # a tensor that is still 0 would never leave it
+                    ratio = torch.where((length > 0) & (slope > 0), length / slope, 1.0)
+                    grad = (grad + decay * p) * (trust * ratio)
+                momentum.copy_(torch.where(ok, group["momentum"] * momentum + lr * grad, momentum))
+                p.sub_(momentum * ok)
+
+
+def may_move(optimizer) -> torch.Tensor:
+    """False on the device where this step is to be left out: `found_inf`, as torch's fused optimizers read
+    it."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    return torch.tensor(True, device=optimizer.param_groups[0]["params"][0].device) if found_inf is None else (
+        found_inf == 0)
 
 
 def orthogonalise(G: torch.Tensor, steps: int = 5) -> torch.Tensor:
@@ -78,8 +119,25 @@ def orthogonalise(G: torch.Tensor, steps: int = 5) -> torch.Tensor:
     return X.mT if tall else X
 
 
-def make_optimizers(model, optimizer, learning_rate, muon_lr, weight_decay, betas) -> list:
-    """Muon for the matrices of the blocks if asked for, AdamW for the rest. Only matrices decay."""
+def orthogonalise_together(G: torch.Tensor, steps: int) -> torch.Tensor:
+    """orthogonalise(G), (N, rows, columns), where each process does its share of the N and sends it around."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return orthogonalise(G, steps)
+    share = -(-len(G) // dist.get_world_size())  # rounded up: the last ones may have less, or nothing
+    first = dist.get_rank() * share
+    mine = orthogonalise(G[first:first + share], steps)
+    sent = mine.new_zeros(share, *G.shape[1:])
+    sent[:len(mine)] = mine
+    found = mine.new_empty(share * dist.get_world_size(), *G.shape[1:])
+    dist.all_gather_into_tensor(found, sent)
+    return found[:len(G)]
+
+
+def make_optimizers(model, optimizer, learning_rate, muon_lr, weight_decay, betas, momentum=0.9) -> list:
+    """adamw, sgd or lars for all parameters; or muon for the matrices of the blocks, and AdamW for the rest.
+
+    Only matrices decay. momentum: of sgd and lars.
+    """
     params = dict(model.named_parameters())
     in_muon = [name for name, p in params.items()
                if optimizer == "muon" and p.ndim == 2 and name.startswith("blocks.")]
@@ -87,13 +145,35 @@ def make_optimizers(model, optimizer, learning_rate, muon_lr, weight_decay, beta
     matrices = [params[name] for name in rest if params[name].ndim == 2]
     vectors = [params[name] for name in rest if params[name].ndim < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    fused = next(model.parameters()).device.type in ("cuda", "cpu")
-    made = [torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas, fused=fused)]
+    groups = [group for group in groups if group["params"]]
+    if optimizer in ("sgd", "lars"):
+        made = [Momentum(groups, learning_rate, momentum, trust=0.001 if optimizer == "lars" else None)]
+    else:
+        made = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)]
     if in_muon:
         made.append(Muon([params[name] for name in in_muon], lr=muon_lr, weight_decay=weight_decay))
     for group in (group for one in made for group in one.param_groups):
         group["highest_lr"] = group["lr"]
     return made
+
+
+def update(model, optimizers, loss, grad_clip, scaler=None) -> torch.Tensor:
+    """Clip the gradient and take a step, or none at all where the loss or the gradient is not finite.
+
+    That is decided on the device: nobody waits to read it here, see BadSteps in train.py. Takes the gradients
+    away, and returns their norm before clipping.
+    """
+    for one in optimizers if scaler else ():
+        scaler.unscale_(one)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    found_inf = 1 - (loss.isfinite() & norm.isfinite()).float()
+    for one in optimizers:
+        one.found_inf = found_inf  # not GradScaler.step: that waits for the device
+        one.step()
+        one.zero_grad(set_to_none=True)
+    if scaler:
+        scaler.update()
+    return norm
 
 
 def optimizer_state(optimizers, model) -> dict:
