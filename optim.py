@@ -95,11 +95,9 @@ class Momentum(torch.optim.Optimizer):
 
 
 def may_move(optimizer) -> torch.Tensor:
-    """False on the device where this step is to be left out: `found_inf`, as torch's fused optimizers read
-    it."""
-    found_inf = getattr(optimizer, "found_inf", None)
-    return torch.tensor(True, device=optimizer.param_groups[0]["params"][0].device) if found_inf is None else (
-        found_inf == 0)
+    """On the device, False for a step to leave out: `found_inf`, as torch's own fused optimizers have it."""
+    device = optimizer.param_groups[0]["params"][0].device
+    return getattr(optimizer, "found_inf", torch.zeros((), device=device)) == 0
 
 
 def orthogonalise(G: torch.Tensor, steps: int = 5) -> torch.Tensor:
@@ -120,7 +118,7 @@ def orthogonalise(G: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 
 def orthogonalise_together(G: torch.Tensor, steps: int) -> torch.Tensor:
-    """orthogonalise(G), (N, rows, columns), where each process does its share of the N and sends it around."""
+    """orthogonalise(G), (N, rows, columns): each process does its share of the N, and sends it around."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return orthogonalise(G, steps)
     share = -(-len(G) // dist.get_world_size())  # rounded up: the last ones may have less, or nothing

@@ -579,7 +579,7 @@ def test_accumulation_equals_one_large_batch(ragged):
     found = {}
     for batch_size in (16, 8, 4, 1):
         model = tiny()
-        found[batch_size] = train.accumulate(train.NextToken(model), x, y, batch_size), gradients(model)
+        found[batch_size] = train.accumulate(train.Objective(model), x, y, batch_size), gradients(model)
     loss, grad = found[16]
     assert loss.item() == pytest.approx(tiny()(x, y)[1].item(), rel=1e-6)
     for batch_size in (8, 4, 1):
@@ -593,14 +593,14 @@ def test_the_chunked_loss_equals_the_plain_one(column, monkeypatch):
     x, y = tokens(30, 16), tokens(30, 16, seed=1)  # 480 tokens: four chunks of 100 and a part
     y[3, 5:] = -1
     model, plain = tiny(column), tiny(column)
-    loss = train.NextToken(model)(x, y) * 0.5
+    loss = train.Objective(model)(x, y)[0] * 0.5
     loss.backward()
     reference = plain(x, y)[1] * (y != -1).sum() * 0.5
     reference.backward()
     assert loss.item() == pytest.approx(reference.item(), rel=1e-6)
     assert difference(gradients(model), gradients(plain)) < 1e-6
     with torch.no_grad():
-        assert train.NextToken(model)(x, y).item() * 0.5 == pytest.approx(loss.item(), rel=1e-6)
+        assert train.Objective(model)(x, y)[0].item() * 0.5 == pytest.approx(loss.item(), rel=1e-6)
 
 
 def test_each_window_comes_once_an_epoch():
@@ -635,15 +635,15 @@ def test_validation_is_one_number_for_any_batch_size(eval_iters):
     model, data = tiny(), tokens(16 * 40 + 5).numpy().astype(np.uint16)
     lengths = np.arange(61) % 4  # bytes of each token
     found = [
-        train.evaluate(train.NextToken(model), data, 16, eval_iters, batch_size, lengths, "cpu")
+        train.evaluate(train.Objective(model), data, 16, eval_iters, batch_size, lengths, "cpu")
         for batch_size in (1, 7, 64)
     ]
     assert all(one == pytest.approx(found[0], rel=1e-6) for one in found)
     starts = np.arange(40) * 16 if eval_iters == 0 else (np.linspace(0, 39, 13).astype(int) * 16)
     x, y = train.gather(data, starts, 16)
     loss = model(x, y)[1].item()
-    assert found[0][0] == pytest.approx(loss, rel=1e-5)
-    assert found[0][1] == pytest.approx(loss * y.numel() / math.log(2) / lengths[y].sum(), rel=1e-5)
+    assert found[0]["val_loss"] == pytest.approx(loss, rel=1e-5)
+    assert found[0]["val_bpb"] == pytest.approx(loss * y.numel() / math.log(2) / lengths[y].sum(), rel=1e-5)
 
 
 def test_orthogonalise_brings_singular_values_near_1():
@@ -689,7 +689,7 @@ def test_a_batch_is_learnt_by_heart(column, optimizer):
     x, y = tokens(4, 16), tokens(4, 16, seed=1)
     optimizers = make_optimizers(model, optimizer, 1e-2, 0.02, 0.0, (0.9, 0.95))
     for _ in range(120):
-        loss = train.accumulate(train.NextToken(model), x, y, 4)
+        loss = train.accumulate(train.Objective(model), x, y, 4)
         for one in optimizers:
             one.step()
             one.zero_grad()

@@ -5,6 +5,8 @@ Pretrain a Transformer: one loop, from a prepared text to a checkpoint.
     python train.py config/small.py --dataset=novel                    your own text, once it is prepared
     python train.py config/small.py --init_from=resume                 go on where it was stopped
     torchrun --standalone --nproc_per_node=8 train.py config/gpt2.py   the same on 8 GPUs of one machine
+    python train.py config/bert.py                                     masked tokens instead of next ones
+    python train.py config/small.py --teacher=out/large --out_dir=out/student   learn from a larger model too
 
 Without a config file the settings are nanoGPT's: GPT-2 124M, AdamW, cosine schedule.
 """
@@ -19,8 +21,10 @@ import os
 import signal
 import sys
 import zipfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Literal, Optional
 
@@ -30,21 +34,23 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint as recomputed
 
 import prepare
 from config import SettingError, UserError, run
 from model import Config, Transformer
-from optim import load_optimizer_state, lr_factor, make_optimizers, optimizer_state
+from optim import load_optimizer_state, lr_factor, make_optimizers, optimizer_state, update
 from tokenizer import Tokenizer
 
 # -----------------------------------------------------------------------------
 # Settings. The model's are the fields of Config in model.py: --n_layer=6 works as well.
 out_dir: str = "out"  # where checkpoints and logs go
 overwrite: bool = False  # start from scratch although out_dir holds a checkpoint
-init_from: str = "scratch"  # scratch; resume: go on in out_dir; another run's folder: its weights
+init_from: str = "scratch"  # scratch; resume: go on in out_dir; or weights: a run's folder, a Hugging Face id
 eval_interval: int = 2000  # steps from one evaluation to the next
 eval_iters: int = 200  # windows of block_size tokens in an evaluation, evenly spaced; 0: all
 eval_only: bool = False  # evaluate once and leave
+sample_tokens: int = 0  # of text that the model writes at each evaluation, to look at
 log_interval: int = 1  # steps from one log line to the next
 always_save_checkpoint: bool = True  # at each evaluation; False: only where validation is the best so far
 wandb_log: bool = False  # log to Weights & Biases too
@@ -54,26 +60,38 @@ wandb_run_name: str = "gpt2"  # its name for this run
 dataset: str = "python"  # a folder under data/; built-in ones are made when missing
 batch_size: int = 12  # windows in a micro-batch
 gradient_accumulation_steps: int = 5 * 8  # micro-batches in a step, over all processes
+# objective: the next token, or where the model is not causal the masked ones
+mask_rate: float = 0.3  # share of a window's tokens to guess, for causal=False (Wettig et al. 2022)
+label_smoothing: float = 0.0  # share of each target that is spread over all tokens
+teacher: str = ""  # a run's folder, a Hugging Face folder or id: its predictions are targets too; empty: none
+teacher_share: float = 0.5  # of the teacher in the loss
+teacher_temperature: float = 2.0  # both models' scores are divided by this: above 1, the unlikely counts more
 # optimizer
-optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, AdamW for the rest
-learning_rate: float = 6e-4  # highest, of AdamW
+optimizer: Literal["adamw", "muon", "lars", "sgd"] = "adamw"  # muon: for the blocks' matrices only
+learning_rate: float = 6e-4  # highest, of all but Muon
 muon_lr: float = 0.02  # highest, of Muon
 max_iters: int = 600000  # steps, that is updates of the weights
 weight_decay: float = 0.1  # of matrices, decoupled: each step takes away lr * weight_decay
 beta1: float = 0.9  # AdamW's memory of the gradient
 beta2: float = 0.95  # and of its square
+momentum: float = 0.9  # of lars and sgd
 grad_clip: float = 1.0  # gradients with a larger norm are scaled down to it; 0: never
 # learning rate
 decay_lr: bool = True  # False: constant after the warmup
-schedule: Literal["cosine", "linear", "wsd"] = "cosine"  # its fall; wsd: constant, then linear
+schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"  # its fall; wsd: constant, then linear
 warmup_iters: int = 2000  # steps of linear rise
 lr_decay_iters: Optional[int] = None  # step where min_lr is reached; None: max_iters
 min_lr: float = 6e-5  # lowest, of AdamW; Muon's falls by the same factor
 decay_fraction: float = 0.6  # share of the steps that wsd decays over
+# when to stop before max_iters
+patience: Optional[int] = None  # evaluations without a new best; None: never
+max_minutes: Optional[float] = None  # of this process; the run is saved and can be resumed; None: no limit
+max_bad_steps: int = 20  # in a row, whose loss or gradient is not finite; each leaves the weights as they are
 # system
 device: str = "auto"  # auto: cuda, else mps, else cpu; or one of those, or cuda:1
 dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; auto: what is fast
 compile: bool = True  # torch.compile: half a minute at the start, faster steps (falls back where it fails)
+remat: bool = False  # compute the blocks' activations again in the backward pass: less memory, a third slower
 backend: str = "auto"  # of torch.distributed; auto: nccl on GPUs, gloo on CPUs
 seed: int = 1337  # of weights, data order and dropout
 deterministic: bool = False  # the same bits again on a GPU too, at some cost in speed
@@ -88,11 +106,11 @@ class Windows:
 
     Which window comes when is a function of (seed, epoch) alone: not of the batch size, the number of
     processes or the random state, so all of them may change on resume. An epoch's windows start at an offset
-    of its own.
+    of its own. hide: masked_tokens, for a model that fills gaps.
     """
 
-    def __init__(self, data: np.ndarray, block_size: int, seed: int):
-        self.data, self.block_size, self.seed = data, block_size, seed
+    def __init__(self, data: np.ndarray, block_size: int, seed: int, hide: Optional[Callable] = None):
+        self.data, self.block_size, self.seed, self.hide = data, block_size, seed, hide
         self.n = max(1, (len(data) - block_size) // block_size)  # in an epoch, whatever its offset
         self.epoch, self.starts = -1, None
 
@@ -111,13 +129,37 @@ class Windows:
         return np.concatenate(found)
 
     def get(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets, each (count, block_size): the targets are the inputs one token later."""
-        return gather(self.data, self.locate(first, count), self.block_size)
+        """Inputs and targets, each (count, block_size)."""
+        x, y = gather(self.data, self.locate(first, count), self.block_size)
+        return self.hide(x, range(first, first + count), self.seed) if self.hide else (x, y)
 
 
 def gather(data: np.ndarray, starts: np.ndarray, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The windows that begin at `starts`, and as targets the same one token later."""
     tokens = torch.from_numpy(data[starts[:, None] + np.arange(block_size + 1)].astype(np.int64))
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def masked_tokens(idx, numbers, seed, rate, mask, vocab_size) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens to guess (Devlin et al. 2019): (B, T) -> inputs, and targets that are -1 where there is no gap.
+
+    The same number in each window. 80% of them become the token `mask`, 10% any token, 10% stay. A function
+    of the seed and the windows' numbers: not of the batch, nor of the random state.
+    """
+    x, y = idx.clone(), torch.full_like(idx, -1)
+    count = hidden_in(idx.size(1), rate)
+    for row, number in enumerate(numbers):
+        rng = np.random.default_rng((seed, number))
+        places = torch.from_numpy(rng.permutation(idx.size(1))[:count])
+        y[row, places] = idx[row, places]
+        masked, changed = places.tensor_split((int(0.8 * count + 0.5), int(0.9 * count + 0.5)))[:2]
+        x[row, masked] = mask
+        x[row, changed] = torch.from_numpy(rng.integers(vocab_size, size=len(changed)))
+    return x, y
+
+
+def hidden_in(block_size: int, rate: float) -> int:
+    return max(1, int(rate * block_size + 0.5))
 
 
 def open_data(dataset: str, vocab_size: Optional[int], block_size: int) -> tuple[dict, dict, Tokenizer]:
@@ -140,36 +182,67 @@ def open_data(dataset: str, vocab_size: Optional[int], block_size: int) -> tuple
                            f"the data again, with prepare.py --vocab_size={vocab_size} --overwrite")
     if vocab_size is not None and vocab_size < meta["vocab_size"]:
         raise SettingError(f"vocab_size={vocab_size}: {folder} has {meta['vocab_size']} tokens: leave it out")
-    splits = {split: prepare.read_split(folder, split, meta) for split in ("train", "val")}
+    try:
+        splits = {split: prepare.read_split(folder, split, meta) for split in ("train", "val")}
+        tokenizer = Tokenizer.from_dict(meta["tokenizer"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder}/meta.json: damaged ({type(error).__name__}: {error}): make the data set "
+                        "again, with --overwrite") from None
     for split, data in splits.items():
         if len(data) <= block_size:
             raise SettingError(f"block_size={block_size}: {folder}/{split}.bin has only {len(data)} tokens, "
                                "and a window takes one more than block_size: lower it, or prepare more text")
-    return splits, meta, Tokenizer.from_dict(meta["tokenizer"])
+    return splits, meta, tokenizer
 
 
 # -----------------------------------------------------------------------------
 # Objective
 
-class NextToken(nn.Module):
-    """What is minimised: (B, T) inputs and targets -> the loss in nats, summed over targets that are not -1.
+class Objective(nn.Module):
+    """What is minimised: (B, T) inputs and targets -> (2,) sums over the targets that are not -1, of the loss
+    in nats and, in evaluation, of the right guesses.
 
-    A sum, so that micro-batches and processes add up, and are divided once, by all the tokens that count.
+    Sums, so that micro-batches and processes add up, and are divided once, by all the tokens that count.
+    label_smoothing and the teacher are of training; in evaluation the loss is the plain cross-entropy.
+    counted: how many targets of a sequence count, at most; None: all. The head sees no others. teacher: a
+    model whose predictions, at a temperature, are targets too (Hinton et al. 2015).
     """
 
-    def __init__(self, model: Transformer):
+    def __init__(self, model: Transformer, counted: Optional[int] = None, label_smoothing: float = 0.0,
+                 teacher: Optional[Transformer] = None, teacher_share: float = 0.5, temperature: float = 2.0):
         super().__init__()
-        self.model = model
+        self.model, self.counted, self.label_smoothing = model, counted, label_smoothing
+        self.teacher, self.teacher_share, self.temperature = teacher, teacher_share, temperature
 
     def forward(self, idx, targets):
-        x, targets = self.model.hidden(idx).flatten(0, 1), targets.flatten()  # (B * T, C), (B * T,)
+        rows = [self.model.hidden(idx), targets]  # (B, T, C), (B, T)
+        if self.teacher is not None and self.training:
+            with torch.no_grad():
+                rows.append(self.teacher.hidden(idx))
+        if self.counted is not None:  # those that count first
+            at = (targets == -1).byte().argsort(dim=1, stable=True)[:, :self.counted]  # (B, counted)
+            rows = [t.take_along_dim(at if t.ndim == 2 else at.unsqueeze(-1), dim=1) for t in rows]
+        x, *others = (t.flatten(0, 1) for t in rows)  # (N, C), (N,)
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
             size = max(64, IN_CACHE // self.model.config.vocab_size)  # tokens in a chunk
-            return InCache.apply(self.head_loss, size, x, targets, *self.model.head.parameters())
-        return self.head_loss(x, targets)
+            return InCache.apply(self.head_loss, size, x, others, *self.model.head.parameters())
+        return self.head_loss(x, *others)
 
-    def head_loss(self, x, targets):
-        return F.cross_entropy(self.model.logits(x), targets, ignore_index=-1, reduction="sum")
+    def head_loss(self, x, targets, taught=None):  # (N, C), (N,), (N, teacher's C) -> (2,)
+        logits = self.model.logits(x)
+        if not self.training:
+            loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
+            return torch.stack((loss, (logits.argmax(-1) == targets).sum().to(loss.dtype)))
+        loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum",
+                               label_smoothing=self.label_smoothing)
+        if taught is not None:
+            ours = F.log_softmax(logits / self.temperature, -1)
+            theirs = F.log_softmax(self.teacher.logits(taught) / self.temperature, -1)
+            away = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)  # (N,)
+            # the gradient shrinks with the temperature squared: make up for it
+            soft = self.temperature**2 * (away * (targets != -1)).sum()
+            loss = (1 - self.teacher_share) * loss + self.teacher_share * soft
+        return torch.stack((loss, torch.zeros_like(loss)))
 
 
 IN_CACHE = 2**19  # logits: 2 MB, about a core's own cache
@@ -184,24 +257,24 @@ class InCache(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, loss_of, size, x, targets, *params):
-        total, ctx.needed = x.new_zeros(()), any(ctx.needs_input_grad)
+    def forward(ctx, loss_of, size, x, others, *params):
+        total, ctx.needed = x.new_zeros(2), any(ctx.needs_input_grad)
         grads = [torch.empty_like(x), *(torch.zeros_like(p) for p in params)] if ctx.needed else []
         for i in range(0, len(x), size):
             with torch.set_grad_enabled(ctx.needed):
                 part = x[i:i + size].detach().requires_grad_(ctx.needed)
-                loss = loss_of(part, targets[i:i + size])
-            if ctx.needed:
-                g, *g_params = torch.autograd.grad(loss, (part, *params))
-                grads[0][i:i + size] = g
-                torch._foreach_add_(grads[1:], g_params)
-            total += loss.detach()
+                sums = loss_of(part, *(t[i:i + size] for t in others))
+                if ctx.needed:
+                    g, *g_params = torch.autograd.grad(sums[0], (part, *params))
+                    grads[0][i:i + size] = g
+                    torch._foreach_add_(grads[1:], g_params)
+                total += sums.detach()
         ctx.save_for_backward(*grads)
         return total
 
     @staticmethod
     def backward(ctx, g):
-        return None, None, ctx.saved_tensors[0] * g, None, *(grad * g for grad in ctx.saved_tensors[1:])
+        return None, None, ctx.saved_tensors[0] * g[0], None, *(grad * g[0] for grad in ctx.saved_tensors[1:])
 
 
 def accumulate(objective, x, y, batch_size, amp=contextlib.nullcontext(), scaler=None) -> torch.Tensor:
@@ -213,13 +286,14 @@ def accumulate(objective, x, y, batch_size, amp=contextlib.nullcontext(), scaler
     counted = (y != -1).sum()
     if world > 1:
         dist.all_reduce(counted)
+    counted = counted.clamp(min=1)
     total = torch.zeros((), device=x.device)
     for i in range(0, len(x), batch_size):
         last = i + batch_size >= len(x)
         # DDP averages gradients over the processes in the last backward of a step, earlier ones stay local
         with objective.no_sync() if world > 1 and not last else contextlib.nullcontext():
             with amp:
-                loss = objective(x[i:i + batch_size], y[i:i + batch_size]) / counted
+                loss = objective(x[i:i + batch_size], y[i:i + batch_size])[0] / counted
             total += loss.detach()
             loss = loss * world  # against DDP's average: a sum is wanted
             (scaler.scale(loss) if scaler else loss).backward()
@@ -230,59 +304,103 @@ def accumulate(objective, x, y, batch_size, amp=contextlib.nullcontext(), scaler
 
 @torch.no_grad()
 def evaluate(objective, data, block_size, eval_iters, batch_size, token_bytes, device,
-             amp=contextlib.nullcontext()) -> tuple[float, float]:
-    """Mean loss in nats a token, and bits a byte of the text that the tokens stand for.
+             amp=contextlib.nullcontext(), hide=None) -> dict[str, float]:
+    """val_loss in nats a token, and val_bpb in bits a byte of the text that the tokens stand for; or with
+    `hide` (masked_tokens), val_accuracy, the share of masked tokens guessed right.
 
-    On `eval_iters` evenly spaced windows that do not overlap (0: all there are), the same ones whatever the
-    batch size and the number of processes, which share the work. token_bytes: (V,) length of each token's
-    text.
+    On `eval_iters` evenly spaced windows that do not overlap (0: all there are), the same ones, with the same
+    masks, whatever the batch size, the seed and the number of processes, which share the work.
+    token_bytes: (V,) length of each token's text.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     available = (len(data) - 1) // block_size
     count = min(eval_iters or available, available)
-    starts = np.linspace(0, available - 1, count).astype(np.int64) * block_size
-    mine = starts[rank::world]
-    sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
+    mine = np.linspace(0, available - 1, count).astype(np.int64)[rank::world]  # windows by number
+    counts, found = torch.zeros(2, dtype=torch.float64), [torch.zeros(2, device=device)]
     objective.eval()
     for i in range(0, len(mine), batch_size):
-        x, y = gather(data, mine[i:i + batch_size], block_size)
-        sums += torch.tensor([0.0, y.numel(), token_bytes[y].sum()], dtype=torch.float64)
+        numbers = mine[i:i + batch_size]
+        x, y = gather(data, numbers * block_size, block_size)
+        if hide:
+            x, y = hide(x, numbers, 0)
+        counts += torch.tensor([(y != -1).sum(), token_bytes[y].sum()])
         missing = batch_size - len(x)  # a last batch of its own size would be compiled anew
         x, y = F.pad(x, (0, 0, 0, missing)), F.pad(y, (0, 0, 0, missing), value=-1)
         with amp:
-            sums[0] += objective(x.to(device), y.to(device)).item()
+            found.append(objective(x.to(device), y.to(device)))
     objective.train()
+    sums = torch.cat((torch.stack(found).cpu().double().sum(0), counts))
     if world > 1:
         sums = sums.to(device if dist.get_backend() == "nccl" else "cpu")
         dist.all_reduce(sums)
-    nats, tokens, n_bytes = sums.tolist()
-    return nats / tokens, nats / math.log(2) / max(1, n_bytes)
+    nats, right, tokens, n_bytes = sums.tolist()
+    if hide:
+        return {"val_loss": nats / tokens, "val_accuracy": right / tokens}
+    return {"val_loss": nats / tokens, "val_bpb": nats / math.log(2) / max(1, n_bytes)}
+
+
+def sample_text(model, tokenizer, data, count, prompt, device, hide=None) -> str:
+    """What the model has learnt, to look at: `count` tokens that it writes; or, where it fills gaps, of the
+    first tokens of `data` its guesses in brackets, the truth behind those that are wrong."""
+    if hide is None:
+        idx, draws = torch.tensor([[prompt]], device=device), torch.Generator(device).manual_seed(0)
+        ids = model.generate(idx, count, temperature=0.8, top_k=200, generator=draws)[0, 1:]
+        return tokenizer.decode(ids.tolist())
+    count = min(count, model.config.block_size, len(data) - 1)
+    x, y = hide(gather(data, np.zeros(1, np.int64), count)[0], [0], 0)
+    model.eval()
+    with torch.no_grad():
+        guesses = model(x.to(device))[0].argmax(-1)
+    model.train()
+    words = []
+    for seen, truth, guess in zip(*(t[0].tolist() for t in (x, y, guesses)), strict=True):
+        wrong = f"|{tokenizer.decode([truth])}" if guess != truth else ""
+        words.append(f"[{tokenizer.decode([guess])}{wrong}]" if truth != -1 else tokenizer.decode([seen]))
+    return "".join(words)
 
 
 # -----------------------------------------------------------------------------
 # Checkpoints
 
-def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write, then rename: there is a whole file at every moment. The last ckpt.pt stays, as ckpt.prev.pt.
+@contextlib.contextmanager
+def replacing(path: Path, keep: Optional[Path] = None):
+    """A file to write into, which takes the place of `path` once it is whole and on the disk.
 
-    Raises UserError where it cannot be written; what was there before is unharmed.
+    keep: where to move what was there. Raises UserError where it cannot be written, and leaves the old one.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as f:
-            torch.save(checkpoint, f)
+            yield f
             f.flush()
             os.fsync(f.fileno())
-        if path.name == "ckpt.pt" and path.exists():
-            os.replace(path, path.with_name("ckpt.prev.pt"))
+        if keep and path.exists():
+            os.replace(path, keep)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch turns a failed write into a RuntimeError
-        raise UserError(f"{path}: cannot be written ({error}): the ones before it are unharmed") from None
+        raise cannot_write(path, error) from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def load_checkpoint(folder: str | Path, names=("best.pt", "ckpt.pt", "ckpt.prev.pt")) -> dict:
+def cannot_write(path: Path, error: Exception) -> UserError:
+    reason = str(error).strip().split("\n")[0]
+    return UserError(f"{path}: cannot be written ({reason}): make room, then --init_from=resume goes on with "
+                     "what was saved before, which is unharmed")
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as f:
+        f.write(text.encode("utf-8"))
+
+
+def save_checkpoint(path: Path, checkpoint: dict) -> None:
+    """There is a whole one at every moment: the last ckpt.pt stays, as ckpt.prev.pt. Raises UserError."""
+    with replacing(path, path.with_name("ckpt.prev.pt") if path.name == "ckpt.pt" else None) as f:
+        torch.save(checkpoint, f)
+
+
+def find_checkpoint(folder: str | Path, names=("best.pt", "ckpt.pt", "ckpt.prev.pt")) -> tuple[Path, dict]:
     """The first sound checkpoint of these names, on the CPU. A damaged one is passed over, and named.
 
     Raises UserError where there is none. Nothing in the file is run: tensors and plain values only.
@@ -295,12 +413,63 @@ def load_checkpoint(folder: str | Path, names=("best.pt", "ckpt.pt", "ckpt.prev.
             with zipfile.ZipFile(path) as f:  # a .pt is a zip, whose checksums torch.load ignores
                 if f.testzip() is not None:
                     raise zipfile.BadZipFile("checksum")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            found = torch.load(path, map_location="cpu", weights_only=True)
+            if found["version"] != 1:
+                raise ValueError(f"version {found['version']}")
+            return path, found
         except Exception as error:  # a damaged file can fail in any way
-            damaged.append(f"{path} is damaged ({type(error).__name__})")
-            print(f"warning: {damaged[-1]}", file=sys.stderr)
+            damaged.append(f"{path} is damaged, or no checkpoint of ours ({type(error).__name__})")
+            if main_process():
+                print(f"warning: {damaged[-1]}: trying the one before", file=sys.stderr)
     raise UserError("; ".join(damaged) or f"{folder}: no checkpoint here, none of {', '.join(names)}: "
                     "train one first, python train.py config/small.py")
+
+
+def load_checkpoint(folder: str | Path, names=("best.pt", "ckpt.pt", "ckpt.prev.pt")) -> dict:
+    return find_checkpoint(folder, names)[1]
+
+
+def model_of(checkpoint: dict, **changes) -> Transformer:
+    """changes: of its settings; a shorter block_size cuts learned positions. Raises ValueError."""
+    try:
+        model = Transformer(Config(**{**checkpoint["model_args"], **changes}))
+        rows = model.config.pos_offset + model.config.block_size
+        model.load_state_dict({name: weight[:rows] if name == "positions.wpe.weight" else weight
+                               for name, weight in checkpoint["model"].items()})
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"not a model of this version of model.py ({type(error).__name__}: "
+                         f"{str(error).strip().splitlines()[-1].strip()})") from None
+    return model
+
+
+def load_model(path: str, **changes) -> tuple[Transformer, dict]:
+    """A run's model, the best one, or Hugging Face's (a folder, or an id on the hub), and its tokenizer as it
+    is stored. changes: dropout or block_size, where they differ. Raises UserError.
+    """
+    try:
+        if (Path(path) / "config.json").is_file() or not Path(path).exists():
+            model = Transformer.from_pretrained(path, **changes).train()
+            return model, Tokenizer.from_pretrained(path).to_dict()
+        checkpoint = load_checkpoint(path)
+        return model_of(checkpoint, **changes), checkpoint["tokenizer"]
+    except (ImportError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0].removeprefix(f"{path}: ")
+        raise UserError(f"{path}: {reason}") from None
+
+
+def load_teacher(path: str, config: Config, tokenizer: dict) -> Transformer:
+    """Raises SettingError where it cannot teach this model."""
+    teacher, its_tokenizer = load_model(path, dropout=0.0)
+    if its_tokenizer != tokenizer:
+        raise SettingError(f"teacher={path}: has another tokenizer than the data set")
+    for name in ("causal", "vocab_size"):
+        if getattr(teacher.config, name) != getattr(config, name):
+            raise SettingError(f"{name}={getattr(config, name)}: the teacher has "
+                               f"{getattr(teacher.config, name)}: they must be alike")
+    if teacher.config.block_size < config.block_size:
+        raise SettingError(f"block_size={config.block_size}: more than the teacher's "
+                           f"{teacher.config.block_size}")
+    return teacher.requires_grad_(False)
 
 
 def random_states(device: torch.device) -> dict[str, list]:
@@ -333,6 +502,8 @@ def pick_device(device: str, local_rank: int = 0) -> torch.device:
                   "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         chosen = torch.device(device)
+        if chosen.type not in ("cuda", "mps", "cpu"):
+            raise RuntimeError
     except RuntimeError:
         raise SettingError(f"device={device}: wanted auto, cuda, mps or cpu") from None
     if chosen.type == "cuda" and not torch.cuda.is_available():
@@ -380,7 +551,7 @@ def compiled(objective, x, y, amp):
     faster = torch.compile(objective)
     try:
         with torch.random.fork_rng(), amp:  # the trial draws no number that training would have drawn
-            faster(x, y).backward()
+            faster(x, y)[0].backward()
         return faster
     except Exception as error:  # no C++ compiler, no Triton, a GPU too old...
         reason = str(error).strip().split("\n")[0][:160]
@@ -403,32 +574,98 @@ def keep_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
-class Stop:
-    """SIGINT or SIGTERM asks once to stop after the step under way, the second time to stop now."""
+@contextlib.contextmanager
+def memory_advice(batch_size: int, gradient_accumulation_steps: int, remat: bool):
+    """Out of memory becomes one line that says what to lower, and what keeps the run equal."""
+    try:
+        yield
+    except RuntimeError as error:
+        words = ("out of memory", "can't allocate memory", "not enough memory")
+        if not any(word in str(error).lower() for word in words):
+            raise
+        advice = [] if remat else ["--remat computes activations again instead of keeping them"]
+        if batch_size > 1:
+            half = max(n for n in range(1, batch_size) if batch_size % n == 0)
+            advice.insert(0, f"--batch_size={half} --gradient_accumulation_steps="
+                          f"{gradient_accumulation_steps * batch_size // half} is the same run in less")
+        raise UserError(f"batch_size={batch_size}: out of memory: "
+                        f"{'; '.join(advice) or 'lower block_size, or take a smaller model'}") from None
 
-    def __init__(self):
-        self.signal = 0
+
+class BadSteps:
+    """Counts the steps that left the weights as they were, because loss or gradient was not finite.
+
+    What a device has found is looked at every `interval` steps, because each look waits for it. Raises
+    UserError after `limit` of them in a row.
+    """
+
+    def __init__(self, limit: int, interval: int):
+        self.limit, self.interval, self.waiting, self.in_a_row = limit, interval, [], 0
+
+    def add(self, step: int, lr: float, loss: torch.Tensor, norm: torch.Tensor) -> None:
+        self.waiting.append((step, lr, torch.stack((loss, norm))))
+        if len(self.waiting) < self.interval:
+            return
+        values = torch.stack([pair for _, _, pair in self.waiting]).tolist()
+        for (step, lr, _), (loss, norm) in zip(self.waiting, values, strict=True):
+            fine = math.isfinite(loss) and math.isfinite(norm)
+            self.in_a_row = 0 if fine else self.in_a_row + 1
+            told = f"iter {step}: loss {loss:.4g}, lr {lr:.2e}, norm {norm:.3g}"
+            if not fine and main_process():
+                print(f"{told}: not finite, the weights stay as they were", flush=True)
+            if self.in_a_row >= self.limit:
+                raise UserError(f"{told}: the {self.in_a_row}. step in a row that is not finite: lower "
+                                "learning_rate; --init_from=resume goes on from the last checkpoint")
+        self.waiting = []
+
+
+OUT_OF_TIME = 1  # in place of a signal's number
+
+
+class Stop:
+    """When to leave the loop: at SIGINT or SIGTERM to any process, or after max_minutes.
+
+    The first signal asks to stop after the step under way. Another one, more than a second later, stops at
+    once; not before, for torchrun passes on what the terminal has sent to all already.
+    """
+
+    def __init__(self, max_minutes: Optional[float] = None):
+        self.signal, self.asked = 0, math.inf
+        self.deadline = math.inf if max_minutes is None else STARTED + 60 * max_minutes
         for one in (signal.SIGINT, signal.SIGTERM):
             signal.signal(one, self.ask)
 
     def ask(self, number, frame):
-        if self.signal:
+        if time.time() > self.asked + 1:
             os._exit(128 + number)
-        self.signal = number
+        self.signal, self.asked = number, min(self.asked, time.time())
 
     def agreed(self) -> int:
-        """The signal that any process got, for all of them."""
+        """The signal that any process got, for all of them; 0: go on."""
+        if not self.signal and time.time() > self.deadline:
+            self.signal = OUT_OF_TIME
         if dist.is_initialized():
             got = torch.tensor(self.signal, device="cuda" if dist.get_backend() == "nccl" else "cpu")
             dist.all_reduce(got, op=dist.ReduceOp.MAX)
             self.signal = int(got)
         return self.signal
 
+    def status(self) -> int:
+        return 0 if self.signal in (0, OUT_OF_TIME) else 128 + self.signal
+
 
 def clock(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+IN_WORDS = {"val_loss": "val loss {:.4f}", "val_bpb": "{:.4f} bits per byte",
+            "val_accuracy": "{:.1%} of the masked tokens right"}
+
+
+def in_words(metrics: dict[str, float]) -> str:
+    return ", ".join(IN_WORDS.get(name, name + " {:.4f}").format(value) for name, value in metrics.items())
 
 
 def plot(log: Path, picture: Path) -> None:
@@ -455,34 +692,37 @@ def plot(log: Path, picture: Path) -> None:
 # -----------------------------------------------------------------------------
 
 def main(model_args: dict):
+    # Settings that cannot be.
+    def must_be(words: str, allowed: Callable, names: str):
+        for name in names.split():
+            if globals()[name] is not None and not allowed(globals()[name]):
+                raise SettingError(f"{name}={globals()[name]}: must be {words}")
+
+    must_be("at least 1", lambda v: v >= 1, "batch_size gradient_accumulation_steps max_iters eval_interval "
+            "log_interval max_bad_steps patience")
+    must_be("at least 0", lambda v: v >= 0, "eval_iters warmup_iters lr_decay_iters grad_clip weight_decay "
+            "min_lr seed sample_tokens")
+    must_be("above 0", lambda v: 0 < v < math.inf, "learning_rate muon_lr teacher_temperature max_minutes")
+    must_be("at least 0 and below 1", lambda v: 0 <= v < 1, "beta1 beta2 momentum label_smoothing")
+    must_be("above 0 and at most 1", lambda v: 0 < v <= 1, "decay_fraction mask_rate teacher_share")
+    if lr_decay_iters is not None and lr_decay_iters < warmup_iters:
+        raise SettingError(f"lr_decay_iters={lr_decay_iters}: the learning rate still rises then, until "
+                           f"warmup_iters={warmup_iters}")
+
     # Where we run: torchrun starts one process a GPU (or a few on a CPU), and tells each its rank.
     rank, local_rank, world = (int(os.environ.get(key, default))
                                for key, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    for name in ("batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval", "log_interval"):
-        if globals()[name] < 1:
-            raise SettingError(f"{name}={globals()[name]}: must be at least 1")
-    for name in ("eval_iters", "warmup_iters", "lr_decay_iters", "grad_clip", "weight_decay", "min_lr",
-                 "seed"):
-        if (globals()[name] or 0) < 0:
-            raise SettingError(f"{name}={globals()[name]}: must be at least 0")
-    for name, value in (("learning_rate", learning_rate), ("muon_lr", muon_lr)):
-        if not 0 < value < math.inf:
-            raise SettingError(f"{name}={value}: must be above 0")
-    for name, value in (("beta1", beta1), ("beta2", beta2)):
-        if not 0 <= value < 1:
-            raise SettingError(f"{name}={value}: must be at least 0 and below 1")
-    if not 0 < decay_fraction <= 1:
-        raise SettingError(f"decay_fraction={decay_fraction}: must be above 0 and at most 1")
     if gradient_accumulation_steps % world:
         raise SettingError(f"gradient_accumulation_steps={gradient_accumulation_steps}: counts over all "
                            f"processes, so it must be a multiple of their number, {world}")
-    if not model_args.get("causal", True):
-        raise SettingError("causal=False: this loop trains next-token models")
     run_device = pick_device(device, local_rank)
     run_dtype = pick_dtype(dtype, run_device)
+    if run_dtype == torch.float16 and run_device.type == "cpu":
+        raise SettingError("dtype=float16: not on a CPU: use --dtype=float32, or bfloat16")
     if world > 1:
-        own = "nccl" if run_device.type == "cuda" else "gloo"
-        dist.init_process_group(own if backend == "auto" else backend)
+        # gloo beside nccl: what the processes say to each other about stopping does not wait for the GPUs
+        own = "cpu:gloo,cuda:nccl" if run_device.type == "cuda" else "gloo"
+        dist.init_process_group(own if backend in ("auto", "nccl") else backend)
     master = rank == 0
     full = run_dtype == torch.float32
     amp = contextlib.nullcontext() if full else torch.autocast(run_device.type, run_dtype)
@@ -495,49 +735,72 @@ def main(model_args: dict):
     torch.manual_seed(seed)  # the same first weights in every process
 
     # What we start from: nothing, a run to go on with, or the weights of another.
-    folder, checkpoint = Path(out_dir), None
+    folder, source, checkpoint, model, stored = Path(out_dir), None, None, None, None
+    changes = {name: value for name, value in model_args.items()
+               if name == "dropout" or name == "block_size" and init_from != "resume"}
     if init_from == "scratch":
         if (folder / "ckpt.pt").exists() and not overwrite and not eval_only:
             raise SettingError(f"{folder}/ckpt.pt: a run is here already: --init_from=resume goes on with "
                                "it, --overwrite starts anew, --out_dir=FOLDER writes elsewhere")
     elif init_from == "resume":
-        checkpoint = load_checkpoint(folder, ("ckpt.pt", "ckpt.prev.pt"))
+        source, checkpoint = find_checkpoint(folder, ("ckpt.pt", "ckpt.prev.pt"))
+        if checkpoint["settings"]["optimizer"] != optimizer:
+            raise SettingError(f"optimizer={optimizer}: not the run's, {checkpoint['settings']['optimizer']}")
+        try:
+            model, stored = model_of(checkpoint, **changes), checkpoint["tokenizer"]
+        except ValueError as error:
+            raise UserError(f"{source}: {error}") from None
     else:
-        checkpoint = load_checkpoint(init_from)
-    known = checkpoint["model_args"] if checkpoint else {}
-    for name, value in model_args.items() if known else ():
-        if value != known[name] and name != "dropout":
-            raise SettingError(f"{name}={value}: the checkpoint's model has {name}={known[name]}: leave it "
-                               "out, or start from scratch")
+        model, stored = load_model(init_from, **changes)
     try:
-        config = Config(**{**known, **model_args})
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingError(f"out_dir={out_dir}: cannot be made ({error.strerror})") from None
+    for name, value in model_args.items() if model else ():
+        if value != getattr(model.config, name):
+            raise SettingError(f"{name}={value}: the checkpoint's model has {name}="
+                               f"{getattr(model.config, name)}: leave it out, or start from scratch")
+    try:
+        config = model.config if model else Config(**model_args)
     except ValueError as error:  # it names the field
         raise SettingError(str(error)) from None
+    if config.head == "none":
+        raise SettingError("head=none: an encoder scores no tokens, so it has nothing to learn here from")
     splits, meta, tokenizer = open_data(dataset, model_args.get("vocab_size"), config.block_size)
-    if checkpoint and checkpoint["tokenizer"] != meta["tokenizer"]:
+    if stored and stored != meta["tokenizer"]:
         raise SettingError(f"dataset={dataset}: its tokenizer is not the one that the checkpoint was trained "
                            "with: prepare the text with the same one, or start from scratch")
-    if "vocab_size" not in {**known, **model_args}:
+    if not model and "vocab_size" not in model_args:
         config.vocab_size = meta["vocab_size"]
+    if not config.causal and tokenizer.mask is None:
+        raise SettingError(f"causal=False: the tokenizer of {dataset} has no token to mask others with")
 
-    # The model, its objective, the optimizers.
-    model = Transformer(config)
-    if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-    model.to(run_device)
-    optimizers = make_optimizers(model, optimizer, learning_rate, muon_lr, weight_decay, (beta1, beta2))
+    # The model, what it learns from, the optimizers.
+    model = (model or Transformer(config)).to(run_device)
+    if remat:
+        for block in model.blocks:
+            block.forward = partial(recomputed, block.forward, use_reentrant=False)
+    optimizers = make_optimizers(model, optimizer, learning_rate, muon_lr, weight_decay, (beta1, beta2),
+                                 momentum)
+    hide = None if config.causal else partial(masked_tokens, rate=mask_rate, mask=tokenizer.mask,
+                                              vocab_size=tokenizer.vocab_size)
+    windows = Windows(splits["train"], config.block_size, seed, hide)
+    guide = load_teacher(teacher, config, meta["tokenizer"]).to(run_device) if teacher else None
+    counted = None if config.causal else hidden_in(config.block_size, mask_rate)
+    objective = Objective(model, counted, label_smoothing, guide, teacher_share, teacher_temperature)
     torch.manual_seed(seed + rank)  # dropout differs between processes
-    windows = Windows(splits["train"], config.block_size, seed)
-    objective = NextToken(model)
-    if compile:
+    if compile and (checkpoint is None or checkpoint["data"]["compiled"]):  # a resumed run stays what it was
         objective = compiled(objective, *(to_device(t, run_device) for t in windows.get(0, batch_size)), amp)
-    is_compiled = not isinstance(objective, NextToken)
+    is_compiled = not isinstance(objective, Objective)
+    if checkpoint and is_compiled != checkpoint["data"]["compiled"] and master:
+        print("warning: the run was compiled before, and is not now: last bits will differ", file=sys.stderr)
     if world > 1:
         objective = DistributedDataParallel(objective, broadcast_buffers=False)  # they are constants
 
     # Where we are. Weights were taken above; here is what a run under way has besides.
-    iter_num, windows_seen, best_val_loss, elapsed_before = 0, 0, math.inf, 0.0
-    if init_from == "resume":
+    iter_num, windows_seen, best_val_loss, since_best, elapsed_before = 0, 0, math.inf, 0, 0.0
+    running = torch.zeros(2, device=run_device)  # sum and number of the losses since the last evaluation
+    if checkpoint:
         load_optimizer_state(optimizers, model, checkpoint["optimizer"])
         if scaler and checkpoint["scaler"]:
             scaler.load_state_dict(checkpoint["scaler"])
@@ -545,8 +808,10 @@ def main(model_args: dict):
             torch.set_rng_state(checkpoint["rng"]["cpu"][rank])
             if run_device.type == "cuda":
                 torch.cuda.set_rng_state(checkpoint["rng"]["cuda"][rank], run_device)
-        iter_num, windows_seen = checkpoint["iter_num"], checkpoint["data"]["windows"]
-        best_val_loss, elapsed_before = checkpoint["best_val_loss"], checkpoint["data"]["elapsed"]
+        iter_num, best_val_loss = checkpoint["iter_num"], checkpoint["best_val_loss"]
+        place = checkpoint["data"]
+        windows_seen, since_best, elapsed_before = place["windows"], place["since_best"], place["elapsed"]
+        running = place["running"].to(run_device)
     checkpoint = None  # free its memory
 
     token_bytes = np.zeros(config.vocab_size, dtype=np.int64)
@@ -554,7 +819,12 @@ def main(model_args: dict):
 
     def validate():
         return evaluate(objective, splits["val"], config.block_size, eval_iters, batch_size, token_bytes,
-                        run_device, amp)
+                        run_device, amp, hide)
+
+    def sample(count):
+        many = meta["splits"]["train"]["documents"] > 1
+        prompt = tokenizer.eot if many else (tokenizer.encode("\n") or [tokenizer.eot])[0]
+        return sample_text(model, tokenizer, splits["val"], count, prompt, run_device, hide)
 
     def elapsed():
         return elapsed_before + time.time() - STARTED
@@ -570,16 +840,17 @@ def main(model_args: dict):
         print(f"data      {dataset}: {len(splits['train']):,} tokens to train on, {len(splits['val']):,} to "
               "validate")
     if eval_only:
-        val_loss, val_bpb = validate()
+        metrics = validate()
         if master:
-            print(f"iter {iter_num}: val loss {val_loss:.4f}, {val_bpb:.4f} bits per byte")
+            print(f"iter {iter_num}: {in_words(metrics)}")
         return
     settings = {name: globals()[name] for name in sys.modules[__name__].__annotations__} | asdict(config)
     log_file = folder / "log.jsonl"
     if master:
         print(f"training  {max_iters:,} steps of {step_tokens:,} tokens, "
               f"{max_iters * step_windows / windows.n:.1f} epochs, into {folder}\n", flush=True)
-        folder.mkdir(parents=True, exist_ok=True)
+        if source and source.name == "ckpt.prev.pt" and (folder / "ckpt.pt").exists():
+            os.replace(folder / "ckpt.pt", folder / "ckpt.damaged.pt")  # it must not replace the good one
         write_text(folder / "settings.json", json.dumps(settings, indent=1))
         kept = []
         if init_from == "resume" and log_file.exists():  # rows behind the checkpoint are about to come again
@@ -589,8 +860,11 @@ def main(model_args: dict):
     wandb = start_wandb(wandb_project, wandb_run_name, settings) if wandb_log and master else None
 
     def log(row):
-        with open(log_file, "a", encoding="utf-8") as f:
-            f.write(json.dumps(row) + "\n")
+        try:
+            with open(log_file, "a", encoding="utf-8") as f:
+                f.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise cannot_write(log_file, error) from None
         if wandb:
             wandb.log(row, step=row["iter"])
 
@@ -603,19 +877,23 @@ def main(model_args: dict):
         if master:
             save_checkpoint(folder / name, {
                 "version": 1, "model": model.state_dict(), "model_args": asdict(config), **extra,
-                "data": {"windows": windows_seen, "elapsed": elapsed()}, "iter_num": iter_num,
-                "best_val_loss": best_val_loss, "settings": settings, "tokenizer": meta["tokenizer"]})
+                "data": {"windows": windows_seen, "elapsed": elapsed(), "since_best": since_best,
+                         "running": running, "compiled": is_compiled},
+                "iter_num": iter_num, "best_val_loss": best_val_loss, "settings": settings,
+                "tokenizer": meta["tokenizer"]})
 
-    stop = Stop()
+    stop = Stop(max_minutes)
+    # a look at the losses costs nothing on a CPU; float16 needs one each step, for what its scaler skips
+    bad_steps = BadSteps(max_bad_steps, 1 if run_device.type == "cpu" or scaler else log_interval)
     reader = ThreadPoolExecutor(1)  # reads the next step's windows while this one computes
     share = step_windows // world  # of a step's windows, this process's
     upcoming = reader.submit(windows.get, windows_seen + rank * share, share)
     peak = peak_flops(run_device)
     started = logged = time.time()
     started_iter = logged_iter = iter_num
-    losses = []  # since the last evaluation
+    enough = False  # patience has ended
 
-    while iter_num < max_iters and not stop.agreed():
+    while iter_num < max_iters and not enough and not stop.agreed():
         # the step's learning rate, and its tokens
         factor = lr_factor(iter_num, schedule if decay_lr else "constant", warmup_iters,
                            lr_decay_iters or max_iters, min_lr / learning_rate, decay_fraction)
@@ -625,17 +903,14 @@ def main(model_args: dict):
         windows_seen += step_windows
         upcoming = reader.submit(windows.get, windows_seen + rank * share, share)
 
-        # forward, backward, update
-        loss = accumulate(objective, x, y, batch_size, amp, scaler)
-        for one in optimizers if scaler else ():
-            scaler.unscale_(one)
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        for one in optimizers:
-            scaler.step(one) if scaler else one.step()
-            one.zero_grad(set_to_none=True)
-        if scaler:
-            scaler.update()
-        losses.append(loss)
+        # forward and backward, and the update, which does nothing where something is not finite
+        with memory_advice(batch_size, gradient_accumulation_steps, remat):
+            loss = accumulate(objective, x, y, batch_size, amp, scaler)
+            grad_norm = update(model, optimizers, loss, grad_clip, scaler)
+        bad_steps.add(iter_num + 1, learning_rate * factor, loss, grad_norm)
+        if scaler and bad_steps.in_a_row:
+            continue  # float16 was too small: the scaler has lowered its factor, and the schedule waits
+        running += torch.stack((loss.nan_to_num(0, 0, 0), loss.isfinite()))
         iter_num += 1
         last = iter_num == max_iters
 
@@ -653,47 +928,49 @@ def main(model_args: dict):
             print(f"iter {iter_num:{len(str(max_iters))}}/{max_iters}  loss {row['loss']:7.4f}  "
                   f"lr {row['lr']:.2e}  norm {row['grad_norm']:6.2f}  {row['tokens_per_s'] / 1e3:7.1f}k tok/s"
                   f"{f'  mfu {mfu:.0%}' if mfu else ''}  {clock(left)} left", flush=True)
-            if not math.isfinite(row["loss"]):
-                raise UserError(f"iter {iter_num}: the loss is {row['loss']} (lr {row['lr']:.2e}, norm "
-                                f"{row['grad_norm']:.3g}): lower learning_rate; the checkpoints are older")
 
         # evaluate and save
         if iter_num % eval_interval == 0 or last:
-            val_loss, val_bpb = validate()
-            best = val_loss < best_val_loss
-            best_val_loss = val_loss if best else best_val_loss  # NaN is never the best
+            train_loss, metrics = (running[0] / running[1]).item(), validate()
+            if not math.isfinite(metrics["val_loss"]):
+                raise UserError(f"iter {iter_num}: the validation loss is {metrics['val_loss']}: lower "
+                                "learning_rate; the checkpoints are from before")
+            best = metrics["val_loss"] < best_val_loss
+            best_val_loss, since_best = (metrics["val_loss"], 0) if best else (best_val_loss, since_best + 1)
+            running.zero_()
             if master:
-                train_loss = torch.stack(losses).mean().item()
-                log({"iter": iter_num, "elapsed": elapsed(), "train_loss": train_loss, "val_loss": val_loss,
-                     "val_bpb": val_bpb})
-                print(f"iter {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, {val_bpb:.4f} "
-                      f"bits per byte, after {clock(elapsed())}{', best so far' * best}", flush=True)
+                log({"iter": iter_num, "elapsed": elapsed(), "train_loss": train_loss, **metrics})
+                print(f"iter {iter_num}: train loss {train_loss:.4f}, {in_words(metrics)}, after "
+                      f"{clock(elapsed())}{', best so far' * best}", flush=True)
+                if sample_tokens:
+                    print(f"\n{sample(sample_tokens)}\n", flush=True)
+            if best:
+                save("best.pt", resumable=False)  # first: a resumed run knows of it
             if best or last or always_save_checkpoint:
                 save("ckpt.pt", resumable=True)
-            if best:
-                save("best.pt", resumable=False)
-            losses = []
+            enough = patience is not None and since_best >= patience
             logged, logged_iter = time.time(), iter_num  # an evaluation's time is not the steps'
 
     # Leave everything in order.
     reader.shutdown(cancel_futures=True)
-    interrupted = stop.signal and iter_num < max_iters
+    interrupted = stop.signal and iter_num < max_iters and not enough
     if interrupted:
         save("ckpt.pt", resumable=True)
+    if world > 1:
+        dist.barrier()  # the first to leave ends the others
     if master:
         plot(log_file, folder / "loss.png")
     if master and interrupted:
         print(f"stopped after {iter_num} steps, saved: --init_from=resume goes on", flush=True)
     elif master:
-        prompt = tokenizer.eot if meta["splits"]["train"]["documents"] > 1 else tokenizer.encode("\n")[0]
-        idx = torch.tensor([[prompt]], device=run_device)
-        print(f"\nA sample, after {clock(elapsed())}:\n")
-        print(tokenizer.decode(model.generate(idx, 200, temperature=0.8, top_k=200)[0, 1:].tolist()))
+        if enough:
+            print(f"stopped after {iter_num} steps: no better one in {patience} evaluations")
+        print(f"\nA sample, after {clock(elapsed())}:\n\n{sample(200)}")
         print(f"\nMore of it: python sample.py --out_dir={folder.as_posix()} --start=\"...\"")
     if world > 1:
         dist.destroy_process_group()
     if interrupted:
-        sys.exit(128 + stop.signal)
+        sys.exit(stop.status())
 
 
 def start_wandb(project: str, name: str, settings: dict):
@@ -705,12 +982,6 @@ def start_wandb(project: str, name: str, settings: dict):
         return None
     wandb.init(project=project, name=name, config=settings)
     return wandb
-
-
-def write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":
