@@ -13,10 +13,12 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +32,7 @@ import sample
 import train
 from config import SettingError, UserError
 from model import Config, Transformer, draw
-from optim import lr_factor, make_optimizers, orthogonalise
+from optim import lr_factor, make_optimizers, optimizer_state, orthogonalise, update
 from tokenizer import PIECES, Tokenizer, make_tokenizer, train_bpe
 
 ROOT = Path(__file__).parent
@@ -775,18 +777,22 @@ def test_resuming_equals_never_stopping(home):
 
 def test_a_damaged_checkpoint_is_found_and_the_one_before_used(home, capsys):
     folder = home / "out/damaged"
-    for harm in ("truncated", "flipped", "empty"):
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(home / "out/whole", folder)
-        data = bytearray((folder / "ckpt.pt").read_bytes())
-        if harm == "flipped":
-            data[len(data) // 2] ^= 1
-        (folder / "ckpt.pt").write_bytes(
-            {"truncated": data[: len(data) // 2], "flipped": data, "empty": b""}[harm]
-        )
+    shutil.copytree(home / "out/whole", folder)
+    data = (folder / "ckpt.pt").read_bytes()
+    flipped = bytearray(data)
+    flipped[len(data) // 2] ^= 1
+    for damaged in (b"", *(data[:len(data) * percent // 100] for percent in (1, 50, 99)), bytes(flipped)):
+        (folder / "ckpt.pt").write_bytes(damaged)
         assert train.load_checkpoint(folder, ("ckpt.pt", "ckpt.prev.pt"))["iter_num"] == 4
         assert "ckpt.pt is damaged" in capsys.readouterr().err
+    resumed = script("train.py", *TOY, "--out_dir=out/damaged", "--init_from=resume", cwd=home)
+    assert resumed.returncode == 0 and "ckpt.pt is damaged" in resumed.stderr
+    one, other = checkpoint(home, "whole"), checkpoint(home, "damaged")
+    assert all(same(one[key], other[key]) for key in STATE)
+    # the damaged one has not taken the good one's place
+    assert checkpoint(home, "damaged", "ckpt.prev.pt")["iter_num"] == 4
     (folder / "ckpt.prev.pt").unlink()
+    (folder / "ckpt.pt").write_bytes(b"")
     with pytest.raises(UserError, match="damaged"):
         train.load_checkpoint(folder, ("ckpt.pt", "ckpt.prev.pt"))
 
@@ -800,6 +806,13 @@ def test_a_checkpoint_runs_no_code(tmp_path):
     with pytest.raises(UserError):
         train.load_checkpoint(tmp_path)
     assert not (tmp_path / "owned").exists()
+    for path in ROOT.glob("*.py"):  # nothing is ever unpickled, nor may become so
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "np.load"):
+                given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                assert given.get("weights_only") == "True" or path.name == "test_model.py", path
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                assert "pickle" not in ast.unparse(node), path
 
 
 def test_what_a_run_refuses(home):
@@ -873,6 +886,509 @@ def test_two_processes_equal_one(home):
     refused = script(*torchrun, str(ROOT / "train.py"), *plain, "--out_dir=out/odd",
                      "--gradient_accumulation_steps=3", cwd=home)
     assert refused.returncode != 0 and "gradient_accumulation_steps=3" in refused.stderr
+
+
+# A run with something done to it: what follows `code` is what `python train.py` does.
+DRIVER = """
+import io, json, os, signal, sys
+from pathlib import Path
+import numpy as np
+import torch
+import torch.distributed as dist
+import train
+from config import run
+from model import Config, Transformer
+
+RANK = int(os.environ.get("RANK", 0))
+
+def before(name, do, where=train):
+    '''Call do(number of the call, *its arguments) before each call of a function of train.py.'''
+    was, calls = getattr(where, name), [0]
+    def wrapped(*args, **more):
+        calls[0] += 1
+        do(calls[0], *args)
+        return was(*args, **more)
+    setattr(where, name, wrapped)
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+AS_A_SCRIPT = '\nrun(train.main, vars(train), Config)\n'
+posix = pytest.mark.skipif(sys.platform == "win32", reason="signals, limits and gloo are POSIX's")
+
+
+def hacked(code, *args, cwd, world=1, timeout=200) -> list:
+    """`world` processes that run `code` between importing train and its main; finished, one for each rank."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    if world > 1:
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+    ranks = [subprocess.Popen([sys.executable, "-c", DRIVER + code, *args], cwd=cwd, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, text=True, encoding="utf-8",
+                              env={**env, **({"RANK": str(rank), "LOCAL_RANK": "0"} if world > 1 else {})})
+             for rank in range(world)]
+    found = []
+    for process in ranks:
+        try:
+            stdout, stderr = process.communicate(timeout=timeout)
+        finally:
+            process.kill()
+        found.append(subprocess.CompletedProcess(args, process.returncode, stdout, stderr))
+        if process.returncode == -signal.SIGKILL:  # the others would wait for it
+            for other in ranks:
+                other.kill()
+    return found
+
+
+def log_of(home, name):
+    return [json.loads(line) for line in (home / "out" / name / "log.jsonl").read_text().splitlines()]
+
+
+KILLS = {  # where a run is killed; the one that goes on from there is killed at the next
+    "in a step": "before('update', lambda n, *_: n == 6 and die())",
+    "in accumulation": "before('forward', lambda n, *_: n == 12 and die(), train.Objective)",
+    "in an evaluation": "before('forward', lambda n, me, *_: not me.training and die(), train.Objective)",
+    "while saving": '''
+def half(n, checkpoint, f):
+    if f.name.endswith("ckpt.pt.tmp") and checkpoint["iter_num"] == 16:
+        buffer = io.BytesIO()
+        saved(checkpoint, buffer)
+        f.write(buffer.getvalue()[:len(buffer.getvalue()) // 2])
+        f.flush()
+        die()
+saved = torch.save
+before("save", half, torch)''',
+    "between the renames": '''
+def renamed(n, source, target):
+    if str(target).endswith("/ckpt.pt") and n > 5:
+        die()
+before("replace", renamed, os)''',
+    "in the second epoch": "before('update', lambda n, *_: n == 6 and die())"}
+
+
+@slow
+@posix
+@pytest.mark.parametrize("world", [1, 2])
+def test_killed_anywhere_a_run_ends_as_if_never_killed(home, world):
+    long = [*TOY, "--batch_size=4", "--max_iters=28", "--sample_tokens=5"]
+    whole, cut = f"out/never{world}", f"out/killed{world}"
+    for rank in hacked(AS_A_SCRIPT, *long, f"--out_dir={whole}", cwd=home, world=world):
+        assert rank.returncode == 0, rank.stderr
+    for i, (where, code) in enumerate(KILLS.items()):
+        more = ["--init_from=resume"] if i else []
+        ranks = hacked(code + AS_A_SCRIPT, *long, f"--out_dir={cut}", *more, cwd=home, world=world)
+        assert ranks[0].returncode == -signal.SIGKILL, (where, ranks[0].stderr)
+    for rank in hacked(AS_A_SCRIPT, *long, f"--out_dir={cut}", "--init_from=resume", cwd=home, world=world):
+        assert rank.returncode == 0, rank.stderr
+    for file, keys in (("ckpt.pt", STATE), ("best.pt", ("model", "iter_num", "best_val_loss"))):
+        one, other = checkpoint(home, f"never{world}", file), checkpoint(home, f"killed{world}", file)
+        assert all(same(one[key], other[key]) for key in keys)
+        assert one["data"]["windows"] == other["data"]["windows"]
+    assert one["data"]["windows"] > 0 and not list((home / cut).glob("*.tmp"))
+    windows = train.Windows(prepare.read_split(home / "data/toy", "train", prepare.read_meta(home / "data/toy")),
+                            32, 0)
+    assert windows.n * 1.5 < 28 * 8  # there was a second epoch
+    times = ("elapsed", "dt", "tokens_per_s")
+    rows = [[{key: value for key, value in row.items() if key not in times} for row in log_of(home, name)]
+            for name in (f"never{world}", f"killed{world}")]
+    assert rows[0] == rows[1]  # each line once, with the same numbers
+
+
+TOGETHER = """
+torch.manual_seed(0)
+world = int(os.environ.get("WORLD_SIZE", 1))
+if world > 1:
+    dist.init_process_group("gloo")
+model = Transformer(Config(block_size=16, vocab_size=61, n_layer=3, n_head=4, n_embd=32))
+x, y = torch.randint(61, (24, 16)), torch.randint(61, (24, 16))
+for row in range(24):
+    y[row, :row % 16] = -1  # very different numbers of tokens that count
+objective = train.Objective(model)
+if world > 1:
+    objective = torch.nn.parallel.DistributedDataParallel(objective)
+found = {}
+for micro in (1, 2, 6):
+    share = 24 // world
+    mine = slice(RANK * share, (RANK + 1) * share)
+    loss = train.accumulate(objective, x[mine], y[mine], micro)
+    found[micro] = {"loss": loss, "grad": torch.cat([p.grad.flatten() for p in model.parameters()])}
+    if micro < 6:
+        model.zero_grad()
+lengths, data = np.arange(61) % 4, torch.randint(61, (16 * 40 + 5,)).numpy()
+found["val"] = [train.evaluate(objective, data, 16, 37, size, lengths, "cpu") for size in (1, 7, 64)]
+optimizers = train.make_optimizers(model, "muon", 1e-2, 0.02, 0.1, (0.9, 0.95))
+train.update(model, optimizers, loss, 1.0)
+found["weights"] = torch.cat([p.detach().flatten() for p in model.parameters()])
+torch.save(found, f"together{world}.{RANK}")
+"""
+
+
+@posix
+def test_any_number_of_processes_computes_the_same(tmp_path):
+    found = {}
+    for world in (1, 2, 3, 4):
+        for rank in hacked(TOGETHER, cwd=tmp_path, world=world):
+            assert rank.returncode == 0, rank.stderr
+        every = [torch.load(tmp_path / f"together{world}.{rank}", weights_only=True) for rank in range(world)]
+        assert all(same(one["weights"], every[0]["weights"]) for one in every)
+        found[world] = every[0]
+    alone = found[1]
+    for world in found:
+        for micro in (1, 2, 6):
+            assert found[world][micro]["loss"].item() == pytest.approx(alone[6]["loss"].item(), rel=1e-6)
+            assert difference(found[world][micro]["grad"], alone[6]["grad"]) < 1e-6
+        for val in found[world]["val"]:
+            assert val == pytest.approx(alone["val"][0], rel=1e-6)
+        assert difference(found[world]["weights"], alone["weights"]) < 1e-5
+    # a mean of means would be far off: what is asserted above is not true of any weighting
+    model, rows = tiny("gpt2"), tokens(24, 16)
+    y = tokens(24, 16, seed=1)
+    for row in range(24):
+        y[row, :row % 16] = -1
+    means = torch.stack([model(rows[i:i + 1], y[i:i + 1])[1] for i in range(24)])
+    assert abs(means.mean() / model(rows, y)[1] - 1) > 1e-3
+
+
+@posix
+def test_a_signal_to_one_process_stops_all(home):
+    code = "before('accumulate', lambda n, *_: n == 3 and RANK == 1 and os.kill(os.getpid(), signal.SIGTERM))"
+    ranks = hacked(code + AS_A_SCRIPT, *TOY, "--out_dir=out/one", "--max_iters=100000", "--eval_interval=100000",
+                   cwd=home, world=2)
+    assert [rank.returncode for rank in ranks] == [143, 143], ranks[0].stderr
+    assert "stopped after 3 steps" in ranks[0].stdout and checkpoint(home, "one")["iter_num"] == 3
+    # a second signal, a while after the first, does not wait for the step
+    code = '''
+def twice(n, *_):
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)  # the same one once more, passed on by torchrun
+    train.time.sleep(1.1)
+    os.kill(os.getpid(), signal.SIGINT)
+    raise SystemError("still here")
+before("update", twice)'''
+    done, = hacked(code + AS_A_SCRIPT, *TOY, "--out_dir=out/now", cwd=home)
+    assert done.returncode == 130 and not done.stderr and not (home / "out/now/ckpt.pt").exists()
+
+
+@posix
+def test_a_gradient_that_is_not_finite_changes_nothing(home):
+    code = '''
+was, made = train.update, train.accumulate
+def accumulate(objective, *args):
+    loss = made(objective, *args)
+    return loss
+def update(model, *args):
+    norm = was(model, *args)
+    weights.append({name: p.detach().clone() for name, p in model.named_parameters()})
+    if len(weights) == 7:
+        torch.save(weights[6], f"seventh.{RANK}")
+    return norm
+weights = []
+train.update = update
+forward = train.Objective.forward
+def poisoned(self, idx, targets):
+    sums = forward(self, idx, targets)
+    return sums * float("nan") if self.training and RANK == 1 and len(weights) == 6 else sums
+train.Objective.forward = poisoned
+'''
+    ranks = hacked(code + AS_A_SCRIPT, *TOY, "--out_dir=out/nan", "--eval_interval=6", "--max_bad_steps=1",
+                   "--sample_tokens=3", cwd=home, world=2)
+    assert [rank.returncode for rank in ranks] == [1, 1], ranks[0].stderr
+    one_line(ranks[0], 1, "iter 7", "nan", "lr", "norm", "learning_rate")
+    sixth = checkpoint(home, "nan")
+    assert sixth["iter_num"] == 6
+    for rank in range(2):
+        weights = torch.load(home / f"seventh.{rank}", weights_only=True)
+        assert all(same(weights[name], sixth["model"][name]) for name in weights)
+    # where a few are allowed the run goes on
+    code = code.replace("RANK == 1 and ", "")
+    done, = hacked(code + AS_A_SCRIPT, *TOY, "--out_dir=out/nan", "--init_from=resume", "--max_iters=20",
+                   "--max_bad_steps=2", cwd=home)
+    assert done.returncode == 0 and "iter 13: loss nan" in done.stdout, done.stderr
+    assert math.isfinite(log_of(home, "nan")[-1]["train_loss"])
+
+
+@posix
+def test_float16_steps_that_overflow_do_not_count(home):
+    code = '''
+from functools import partial
+train.pick_dtype = lambda *_: torch.float16
+torch.amp.GradScaler = partial(torch.amp.GradScaler, init_scale=2.0**18 * 2.0**112)  # above the largest float
+'''
+    done, = hacked(code + AS_A_SCRIPT, *TOY, "--out_dir=out/half", cwd=home)
+    assert done.returncode == 0, done.stderr
+    steps = [row for row in log_of(home, "half") if "loss" in row]
+    skipped = done.stdout.count("not finite")
+    assert skipped > 2 and [row["iter"] for row in steps] == list(range(1, 9))
+    assert steps[-1]["tokens"] == (8 + skipped) * 4 * 32  # their tokens are gone, the schedule is not
+    assert [row["lr"] for row in steps] == [row["lr"] for row in log_of(home, "whole") if "loss" in row]
+
+
+@posix
+def test_a_full_disk_harms_nothing(home):
+    folder = home / "out/full"
+    shutil.copytree(home / "out/whole", folder)
+    before = {path.name: path.read_bytes() for path in folder.glob("*.pt")}
+    code = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))"
+    done, = hacked(code + AS_A_SCRIPT, *TOY, "--out_dir=out/full", "--init_from=resume", "--max_iters=12",
+                   cwd=home)
+    one_line(done, 1, "ckpt.pt", "cannot be written", "make room")
+    assert before == {path.name: path.read_bytes() for path in folder.glob("*.pt*")}
+    assert len(next(iter(before.values()))) > 60_000
+    code = code.replace("60_000", "1_000")
+    done, = hacked(code + AS_A_SCRIPT, *TOY, "--out_dir=out/full", "--init_from=resume", "--max_iters=12",
+                   cwd=home)
+    one_line(done, 1, "cannot be written")
+    assert not list(folder.glob("*.tmp"))
+
+
+@slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_is_flat(home):
+    code = '''
+seen = []
+def look(n, *_):
+    if n in (500, 2000):
+        seen.append(int(open("/proc/self/statm").read().split()[1]) * 4096)
+        print("resident", *seen, flush=True)
+before("update", look)
+'''
+    done, = hacked(code + AS_A_SCRIPT, *TOY, "--out_dir=out/flat", "--n_layer=1", "--max_iters=2001",
+                   "--gradient_accumulation_steps=1", "--eval_interval=100", "--sample_tokens=4", cwd=home)
+    assert done.returncode == 0, done.stderr
+    early, late = map(int, re.findall(r"resident (\d+) (\d+)", done.stdout)[0])
+    assert late < early + 4e6
+
+
+def test_masks_are_a_function_of_the_window_alone():
+    idx = tokens(6, 40)
+    how = dict(seed=3, rate=0.3, mask=60, vocab_size=60)
+    x, y = train.masked_tokens(idx, range(10, 16), **how)
+    assert ((y != -1).sum(1) == 12).all()  # the same number in each
+    assert (y[y != -1] == idx[y != -1]).all() and (x[y == -1] == idx[y == -1]).all()
+    for i in range(6):  # alone or in a batch
+        one = train.masked_tokens(idx[i:i + 1], [10 + i], **how)
+        assert torch.equal(one[0][0], x[i]) and torch.equal(one[1][0], y[i])
+    assert not torch.equal(train.masked_tokens(idx, range(6), **how)[1], y)
+    # of very many: 80% masked, 10% another token, 10% as they were
+    idx = tokens(50, 1000, vocab_size=60)
+    x, y = train.masked_tokens(idx, range(50), **how)
+    chosen = y != -1
+    assert (x[chosen] == 60).float().mean() == pytest.approx(0.8)
+    assert (x[chosen] == y[chosen]).float().mean() == pytest.approx(0.1, abs=0.01)
+    data = np.arange(16 * 50 + 9) % 60
+    hide = partial(train.masked_tokens, rate=0.3, mask=60, vocab_size=60)
+    windows = train.Windows(data, 16, seed=3, hide=hide)
+    x, y = windows.get(5, 3)
+    assert torch.equal(windows.get(7, 1)[0][0], x[2])
+    assert torch.equal(torch.where(y == -1, x, y), train.gather(data, windows.locate(5, 3), 16)[0])
+
+
+def test_the_head_sees_masked_positions_only():
+    idx = tokens(5, 16)
+    x, y = train.masked_tokens(idx, range(5), 0, 0.3, 60, 60)
+    y[2, :12] = -1  # ragged, too
+    model, plain, seen = tiny(causal=False), tiny(causal=False), []
+    model.head.register_forward_pre_hook(lambda head, args: seen.append(args[0].numel() // 32))
+    objective = train.Objective(model, train.hidden_in(16, 0.3))
+    loss = objective(x, y)[0]
+    loss.backward()
+    reference = plain(x, y)[1] * (y != -1).sum()
+    reference.backward()
+    assert sum(seen) == 5 * 5 and loss.item() == pytest.approx(reference.item(), rel=1e-6)
+    assert difference(gradients(model), gradients(plain)) < 1e-6
+    right = (plain(x)[0].argmax(-1) == y).sum()
+    assert objective.eval()(x, y).tolist() == pytest.approx([reference.item(), right.item()])
+
+
+def test_smoothing_and_teacher_are_what_they_say():
+    x, y = tokens(4, 16), tokens(4, 16, seed=1)
+    y[1, 3:] = -1
+    model, teacher = tiny(), tiny("gpt2", seed=1).requires_grad_(False)
+    logits, flat = model(x)[0].flatten(0, 1), y.flatten()
+    objective = train.Objective(model, label_smoothing=0.1)
+    smooth = F.cross_entropy(logits, flat, ignore_index=-1, reduction="sum", label_smoothing=0.1)
+    assert objective(x, y)[0].item() == pytest.approx(smooth.item(), rel=1e-5)
+    hard = F.cross_entropy(logits, flat, ignore_index=-1, reduction="sum")
+    assert objective.eval()(x, y)[0].item() == pytest.approx(hard.item(), rel=1e-5)
+    objective = train.Objective(model, teacher=teacher, teacher_share=0.3, temperature=3.0)
+    p, q = F.softmax(teacher(x)[0].flatten(0, 1) / 3, -1), F.softmax(logits / 3, -1)
+    soft = 9 * (p * (p / q).log()).sum(-1)[flat != -1].sum()
+    loss = objective(x, y)[0]
+    assert loss.item() == pytest.approx((0.7 * hard + 0.3 * soft).item(), rel=1e-5)
+    loss.backward()
+    expected = torch.autograd.grad(0.7 * hard + 0.3 * soft, list(model.parameters()))
+    assert difference(gradients(model), torch.cat([g.flatten() for g in expected])) < 1e-5
+    assert all(p.grad is None for p in teacher.parameters())
+    assert objective.eval()(x, y)[0].item() == pytest.approx(hard.item(), rel=1e-5)
+
+
+def test_recomputed_activations_give_the_same_gradient():
+    x, y = tokens(4, 16), tokens(4, 16, seed=1)
+    found = []
+    for remat in (False, True):
+        model = tiny(dropout=0.2).train()
+        if remat:
+            train.recompute_blocks(model)
+        torch.manual_seed(5)
+        train.accumulate(train.Objective(model), x, y, 2)
+        found.append((gradients(model), list(model.state_dict())))
+        assert model.generate(x[:1], 4, temperature=0).shape == (1, 20)
+    assert same(*(one[0] for one in found)) and found[0][1] == found[1][1]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "lars"])
+def test_momentum_optimizers_are_what_they_say(optimizer):
+    model, plain = tiny("llama"), tiny("llama")
+    optimizers = make_optimizers(model, optimizer, 0.1, 0.02, 0.01, (0.9, 0.95), momentum=0.8)
+    params, held = list(plain.parameters()), [0.0] * 100
+    for step in range(3):
+        x, y = tokens(4, 16, seed=step), tokens(4, 16, seed=step + 1)
+        for one in (model, plain):
+            one.zero_grad()
+            one(x, y)[1].backward()
+        optimizers[0].step()
+        with torch.no_grad():
+            for i, p in enumerate(params):
+                decay = 0.01 if p.ndim == 2 else 0
+                if optimizer == "sgd":
+                    held[i] = 0.8 * held[i] + 0.1 * p.grad
+                    p.copy_(p * (1 - 0.1 * decay) - held[i])
+                else:  # equations of You et al. 2017, section 5
+                    local = 0.001 * p.norm() / (p.grad.norm() + decay * p.norm())
+                    held[i] = 0.8 * held[i] + 0.1 * local * (p.grad + decay * p)
+                    p.copy_(p - held[i])
+    for p, q in zip(params, model.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "lars", "sgd"])
+def test_a_step_left_out_leaves_no_trace(optimizer):
+    model = tiny()
+    optimizers = make_optimizers(model, optimizer, 0.01, 0.02, 0.1, (0.9, 0.95))
+    x, y = tokens(4, 16), tokens(4, 16, seed=1)
+    for step in range(3):
+        was = [{name: p.clone() for name, p in model.state_dict().items()},
+               {name: {key: value.clone() for key, value in state.items()}
+                for name, state in optimizer_state(optimizers, model).items()}]
+        loss = train.accumulate(train.Objective(model), x, y, 4)
+        if step == 2:
+            next(model.parameters()).grad[0, 0] = math.inf
+        norm = update(model, optimizers, loss, 1.0)
+        assert all(p.grad is None for p in model.parameters())
+        now = [model.state_dict(), optimizer_state(optimizers, model)]
+        assert norm.isfinite() == (step < 2) and same(was[0], now[0]) == (step == 2)
+    assert same(was[1], now[1])
+
+
+def test_bad_steps_in_a_row_end_the_run(capsys):
+    good, bad = torch.tensor(1.0), torch.tensor(math.nan)
+    for interval in (1, 3):
+        counter = train.BadSteps(2, interval)
+        for step, loss in enumerate([good, bad, good, good, bad, good], start=1):
+            counter.add(step, 0.1, loss, good)
+        assert capsys.readouterr().out.count("not finite") == 2
+        counter.add(7, 0.1, good, bad)
+        with pytest.raises(UserError, match=r"iter 8: loss nan, lr 1.00e-01, norm 1"):
+            for step in (8, 9, 10):
+                counter.add(step, 0.1, bad, good)
+        capsys.readouterr()
+
+
+def test_out_of_memory_says_what_to_lower():
+    with pytest.raises(UserError, match=r"--batch_size=6 --gradient_accumulation_steps=10 .*--remat"):
+        with train.memory_advice(12, 5, remat=False):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    with pytest.raises(UserError, match="block_size"):
+        with train.memory_advice(1, 5, remat=True):
+            torch.empty(2**60)
+    with pytest.raises(RuntimeError, match="other"):
+        with train.memory_advice(1, 5, remat=True):
+            raise RuntimeError("other")
+
+
+@pytest.mark.parametrize("given, model_args, words", [
+    (dict(lr_decay_iters=50, warmup_iters=100), {}, "lr_decay_iters=50.*warmup_iters=100"),
+    (dict(dtype="float16", device="cpu"), {}, "dtype=float16.*float32"),
+    (dict(device="meta"), {}, "device=meta.*cpu"),
+    (dict(out_dir="toy.txt/run"), {}, "out_dir=toy.txt/run"),
+    (dict(patience=0), {}, "patience=0.*at least 1"),
+    (dict(label_smoothing=1.0), {}, "label_smoothing=1.0"),
+    (dict(grad_clip=math.nan), {}, "grad_clip=nan"),
+    ({}, dict(head="none"), "head=none"),
+    (dict(teacher="out/whole"), dict(block_size=33), "block_size=33.*32"),
+    (dict(teacher="out/whole"), dict(block_size=32, vocab_size=320), "vocab_size=320.*300|300.*320"),
+    (dict(init_from="resume", out_dir="out/whole", optimizer="sgd"), {}, "optimizer=sgd.*muon"),
+    (dict(init_from="out/whole"), dict(causal=False), "causal=False.*causal=True"),
+])
+def test_settings_that_cannot_be(home, monkeypatch, given, model_args, words):
+    monkeypatch.chdir(home)
+    for name, value in {"dataset": "toy", "out_dir": "out/none", "device": "cpu", "compile": False, **given}.items():
+        monkeypatch.setattr(train, name, value)
+    with pytest.raises(SettingError, match=words):
+        train.main({"n_layer": 2, "n_head": 2, "n_embd": 32, **model_args})
+
+
+def test_limits_of_time_and_patience(home):
+    done = script("train.py", *TOY, "--out_dir=out/short", "--max_minutes=0.001", cwd=home)
+    assert done.returncode == 0 and "init_from=resume" in done.stdout, done.stderr
+    assert checkpoint(home, "short")["iter_num"] == 0
+    done = script("train.py", *TOY, "--out_dir=out/short", "--init_from=resume", "--learning_rate=0.5",
+                  "--muon_lr=0.5", "--max_iters=100", "--eval_interval=3", "--patience=2", cwd=home)
+    assert done.returncode == 0 and "no better one in 2 evaluations" in done.stdout, done.stderr
+    values = [row["val_loss"] for row in log_of(home, "short") if "val_loss" in row]
+    assert len(values) < 20 and min(values) == values[-3] and checkpoint(home, "short")["iter_num"] < 100
+
+
+def test_a_run_stays_compiled_or_not(home):
+    """The first one fails to compile; those that go on do not try again, or it would end with other bits."""
+    code = "train.compiled = lambda objective, *_: objective"
+    both = [*TOY, "--out_dir=out/uncompiled", "--compile=True"]
+    assert hacked(code + AS_A_SCRIPT, *both, "--max_iters=2", cwd=home)[0].returncode == 0
+    done, = hacked("train.compiled = die" + AS_A_SCRIPT, *both, "--init_from=resume", cwd=home)
+    assert done.returncode == 0 and ", compiled" not in done.stdout, done.stderr
+
+
+def test_a_masked_model_is_trained_and_teaches(home):
+    args = [*TOY, "--causal=False", "--out_dir=out/masked", "--max_iters=30", "--eval_interval=15",
+            "--sample_tokens=10", "--eval_iters=0", "--dropout=0"]
+    done = script("train.py", *args, cwd=home)
+    assert done.returncode == 0 and "of the masked tokens right" in done.stdout, done.stderr
+    rows = [row for row in log_of(home, "masked") if "val_loss" in row]
+    assert set(rows[0]) == {"iter", "elapsed", "train_loss", "val_loss", "val_accuracy"}
+    assert rows[1]["val_loss"] < rows[0]["val_loss"] and 0 < rows[1]["val_accuracy"] < 1
+    assert re.search(r"\[.*\|.*\]", done.stdout, re.DOTALL)  # guesses, and the truth where they are wrong
+    student = script("train.py", *args, "--out_dir=out/student", "--teacher=out/masked", "--n_layer=1",
+                     "--remat", "--label_smoothing=0.1", cwd=home)
+    assert student.returncode == 0, student.stderr
+    assert "teacher" not in "".join(checkpoint(home, "student")["model"])
+
+
+@slow
+def test_hugging_face_models_can_be_trained_on(home):
+    pytest.importorskip("safetensors"), pytest.importorskip("tokenizers")
+    for args in (["sample.py", "--out_dir=out/whole", "--export=theirs"],
+                 ["prepare.py", "--source=toy.txt", "--dataset=theirs_toy", "--tokenizer=theirs"],
+                 ["train.py", *TOY, "--out_dir=out/more", "--dataset=theirs_toy", "--init_from=theirs",
+                  "--teacher=theirs", "--max_iters=1", "--learning_rate=1e-9", "--muon_lr=1e-9",
+                  "--eval_iters=0"],
+                 ["train.py", *TOY, "--out_dir=out/whole", "--init_from=resume", "--eval_only", "--eval_iters=0"]):
+        done = script(*args, cwd=home)
+        assert done.returncode == 0, done.stderr
+    told = float(re.search(r"val loss (\S+),", done.stdout)[1])
+    assert log_of(home, "more")[-1]["val_loss"] == pytest.approx(told, abs=0.02)
+    refused = script("train.py", *TOY, "--out_dir=out/n", "--init_from=theirs", cwd=home)
+    one_line(refused, 2, "dataset=toy", "tokenizer")
+
+
+def test_the_loop_is_about_a_screen_and_reads_in_paragraphs():
+    lines = (ROOT / "train.py").read_text(encoding="utf-8").splitlines()
+    main = next(node for node in ast.parse("\n".join(lines)).body if getattr(node, "name", "") == "main")
+    loop = next(node for node in main.body if isinstance(node, ast.While))
+    body = "\n".join(lines[loop.lineno:loop.end_lineno])
+    assert loop.end_lineno - loop.lineno < 75
+    assert all(paragraph.lstrip().startswith("# ") for paragraph in body.split("\n\n"))
 
 
 # -----------------------------------------------------------------------------

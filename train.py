@@ -245,6 +245,12 @@ class Objective(nn.Module):
         return torch.stack((loss, torch.zeros_like(loss)))
 
 
+def recompute_blocks(model: Transformer) -> None:
+    """Of each block only the input is kept for the backward pass, which computes it again (Chen et al. 2016)."""
+    for block in model.blocks:
+        block.forward = partial(recomputed, block.forward, use_reentrant=False)
+
+
 IN_CACHE = 2**19  # logits: 2 MB, about a core's own cache
 
 
@@ -717,7 +723,7 @@ def main(model_args: dict):
                            f"processes, so it must be a multiple of their number, {world}")
     run_device = pick_device(device, local_rank)
     run_dtype = pick_dtype(dtype, run_device)
-    if run_dtype == torch.float16 and run_device.type == "cpu":
+    if dtype == "float16" and run_device.type == "cpu":
         raise SettingError("dtype=float16: not on a CPU: use --dtype=float32, or bfloat16")
     if world > 1:
         # gloo beside nccl: what the processes say to each other about stopping does not wait for the GPUs
@@ -778,8 +784,7 @@ def main(model_args: dict):
     # The model, what it learns from, the optimizers.
     model = (model or Transformer(config)).to(run_device)
     if remat:
-        for block in model.blocks:
-            block.forward = partial(recomputed, block.forward, use_reentrant=False)
+        recompute_blocks(model)
     optimizers = make_optimizers(model, optimizer, learning_rate, muon_lr, weight_decay, (beta1, beta2),
                                  momentum)
     hide = None if config.causal else partial(masked_tokens, rate=mask_rate, mask=tokenizer.mask,
