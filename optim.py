@@ -126,9 +126,9 @@ def orthogonalise_together(G: torch.Tensor, steps: int) -> torch.Tensor:
     mine = orthogonalise(G[first:first + share], steps)
     sent = mine.new_zeros(share, *G.shape[1:])
     sent[:len(mine)] = mine
-    found = mine.new_empty(share * dist.get_world_size(), *G.shape[1:])
-    dist.all_gather_into_tensor(found, sent)
-    return found[:len(G)]
+    parts = [torch.empty_like(sent) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, sent)
+    return torch.cat(parts)[:len(G)]
 
 
 def make_optimizers(model, optimizer, learning_rate, muon_lr, weight_decay, betas, momentum=0.9) -> list:

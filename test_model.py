@@ -1026,22 +1026,22 @@ torch.save(found, f"together{world}.{RANK}")
 
 
 @posix
-def test_any_number_of_processes_computes_the_same(tmp_path):
-    found = {}
-    for world in (1, 2, 3, 4):
-        for rank in hacked(TOGETHER, cwd=tmp_path, world=world):
-            assert rank.returncode == 0, rank.stderr
-        every = [torch.load(tmp_path / f"together{world}.{rank}", weights_only=True) for rank in range(world)]
-        assert all(same(one["weights"], every[0]["weights"]) for one in every)
-        found[world] = every[0]
-    alone = found[1]
-    for world in found:
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=slow), pytest.param(4, marks=slow)])
+def test_any_number_of_processes_computes_the_same(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(DRIVER + TOGETHER, {})
+    alone = torch.load("together1.0", weights_only=True)
+    for rank in hacked(TOGETHER, cwd=tmp_path, world=world):
+        assert rank.returncode == 0, rank.stderr
+    every = [torch.load(f"together{world}.{rank}", weights_only=True) for rank in range(world)]
+    for found in (alone, *every):
         for micro in (1, 2, 6):
-            assert found[world][micro]["loss"].item() == pytest.approx(alone[6]["loss"].item(), rel=1e-6)
-            assert difference(found[world][micro]["grad"], alone[6]["grad"]) < 1e-6
-        for val in found[world]["val"]:
+            assert found[micro]["loss"].item() == pytest.approx(alone[6]["loss"].item(), rel=1e-6)
+            assert difference(found[micro]["grad"], alone[6]["grad"]) < 1e-6
+        for val in found["val"]:
             assert val == pytest.approx(alone["val"][0], rel=1e-6)
-        assert difference(found[world]["weights"], alone["weights"]) < 1e-5
+        assert difference(found["weights"], alone["weights"]) < 1e-5
+    assert all(same(one["weights"], every[0]["weights"]) for one in every)
     # a mean of means would be far off: what is asserted above is not true of any weighting
     model, rows = tiny("gpt2"), tokens(24, 16)
     y = tokens(24, 16, seed=1)
@@ -1074,10 +1074,7 @@ before("update", twice)'''
 @posix
 def test_a_gradient_that_is_not_finite_changes_nothing(home):
     code = '''
-was, made = train.update, train.accumulate
-def accumulate(objective, *args):
-    loss = made(objective, *args)
-    return loss
+was = train.update
 def update(model, *args):
     norm = was(model, *args)
     weights.append({name: p.detach().clone() for name, p in model.named_parameters()})
@@ -1114,7 +1111,7 @@ def test_float16_steps_that_overflow_do_not_count(home):
     code = '''
 from functools import partial
 train.pick_dtype = lambda *_: torch.float16
-torch.amp.GradScaler = partial(torch.amp.GradScaler, init_scale=2.0**18 * 2.0**112)  # above the largest float
+torch.amp.GradScaler = partial(torch.amp.GradScaler, init_scale=2.0**26)
 '''
     done, = hacked(code + AS_A_SCRIPT, *TOY, "--out_dir=out/half", cwd=home)
     assert done.returncode == 0, done.stderr
@@ -1133,7 +1130,7 @@ def test_a_full_disk_harms_nothing(home):
     code = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))"
     done, = hacked(code + AS_A_SCRIPT, *TOY, "--out_dir=out/full", "--init_from=resume", "--max_iters=12",
                    cwd=home)
-    one_line(done, 1, "ckpt.pt", "cannot be written", "make room")
+    one_line(done, 1, "best.pt", "cannot be written", "make room")
     assert before == {path.name: path.read_bytes() for path in folder.glob("*.pt*")}
     assert len(next(iter(before.values()))) > 60_000
     code = code.replace("60_000", "1_000")
@@ -1368,17 +1365,18 @@ def test_a_masked_model_is_trained_and_teaches(home):
 @slow
 def test_hugging_face_models_can_be_trained_on(home):
     pytest.importorskip("safetensors"), pytest.importorskip("tokenizers")
-    for args in (["sample.py", "--out_dir=out/whole", "--export=theirs"],
+    gpt2 = [*TOY, "--pos=learned", "--out_dir=out/gpt2"]
+    for args in (["train.py", *gpt2], ["sample.py", "--out_dir=out/gpt2", "--export=theirs"],
                  ["prepare.py", "--source=toy.txt", "--dataset=theirs_toy", "--tokenizer=theirs"],
-                 ["train.py", *TOY, "--out_dir=out/more", "--dataset=theirs_toy", "--init_from=theirs",
+                 ["train.py", *gpt2, "--out_dir=out/more", "--bias", "--dataset=theirs_toy", "--init_from=theirs",
                   "--teacher=theirs", "--max_iters=1", "--learning_rate=1e-9", "--muon_lr=1e-9",
                   "--eval_iters=0"],
-                 ["train.py", *TOY, "--out_dir=out/whole", "--init_from=resume", "--eval_only", "--eval_iters=0"]):
+                 ["train.py", *gpt2, "--init_from=resume", "--eval_only", "--eval_iters=0"]):
         done = script(*args, cwd=home)
         assert done.returncode == 0, done.stderr
     told = float(re.search(r"val loss (\S+),", done.stdout)[1])
     assert log_of(home, "more")[-1]["val_loss"] == pytest.approx(told, abs=0.02)
-    refused = script("train.py", *TOY, "--out_dir=out/n", "--init_from=theirs", cwd=home)
+    refused = script("train.py", *TOY, "--out_dir=out/n", "--init_from=theirs", "--pos=learned", cwd=home)
     one_line(refused, 2, "dataset=toy", "tokenizer")
 
 

@@ -20,6 +20,7 @@ import math
 import os
 import signal
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -800,6 +801,7 @@ def main(model_args: dict):
     if checkpoint and is_compiled != checkpoint["data"]["compiled"] and master:
         print("warning: the run was compiled before, and is not now: last bits will differ", file=sys.stderr)
     if world > 1:
+        warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)  # its successor is too new
         objective = DistributedDataParallel(objective, broadcast_buffers=False)  # they are constants
 
     # Where we are. Weights were taken above; here is what a run under way has besides.
