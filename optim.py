@@ -8,6 +8,8 @@ import math
 import torch
 import torch.distributed as dist
 
+from config import UserError
+
 
 def lr_factor(it, schedule, warmup_iters, decay_iters, floor, decay_fraction=0.6) -> float:
     """The learning rate of step `it` (0 is the first) as a share of the highest; `floor` is the lowest.
@@ -158,7 +160,7 @@ def make_optimizers(model, optimizer, learning_rate, muon_lr, weight_decay, beta
 def update(model, optimizers, loss, grad_clip, scaler=None) -> torch.Tensor:
     """Clip the gradient and take a step, or none at all where the loss or the gradient is not finite.
 
-    That is decided on the device: nobody waits to read it here, see BadSteps in train.py. Takes the gradients
+    That is decided on the device: nobody waits to read it here, see BadSteps. Takes the gradients
     away, and returns their norm before clipping.
     """
     for one in optimizers if scaler else ():
@@ -172,6 +174,33 @@ def update(model, optimizers, loss, grad_clip, scaler=None) -> torch.Tensor:
     if scaler:
         scaler.update()
     return norm
+
+
+class BadSteps:
+    """Counts the steps that `update` left out, and tells of each.
+
+    What the device has found is looked at every `interval` steps, because each look waits for it. Raises
+    UserError after `limit` of them in a row. tell: False in all processes but one.
+    """
+
+    def __init__(self, limit: int, interval: int, tell: bool = True):
+        self.limit, self.interval, self.tell, self.waiting, self.in_a_row = limit, interval, tell, [], 0
+
+    def add(self, step: int, lr: float, loss: torch.Tensor, norm: torch.Tensor) -> None:
+        self.waiting.append((step, lr, torch.stack((loss, norm))))
+        if len(self.waiting) < self.interval:
+            return
+        values = torch.stack([pair for _, _, pair in self.waiting]).tolist()
+        for (step, lr, _), (loss, norm) in zip(self.waiting, values, strict=True):
+            fine = math.isfinite(loss) and math.isfinite(norm)
+            self.in_a_row = 0 if fine else self.in_a_row + 1
+            told = f"iter {step}: loss {loss:.4g}, lr {lr:.2e}, norm {norm:.3g}"
+            if not fine and self.tell:
+                print(f"{told}: not finite, the weights stay as they were", flush=True)
+            if self.in_a_row >= self.limit:
+                raise UserError(f"{told}: not finite, as are {self.in_a_row} steps in a row: lower "
+                                "learning_rate; --init_from=resume goes on from the last checkpoint")
+        self.waiting = []
 
 
 def optimizer_state(optimizers, model) -> dict:

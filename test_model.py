@@ -987,9 +987,9 @@ def test_killed_anywhere_a_run_ends_as_if_never_killed(home, world):
         assert all(same(one[key], other[key]) for key in keys)
         assert one["data"]["windows"] == other["data"]["windows"]
     assert one["data"]["windows"] > 0 and not list((home / cut).glob("*.tmp"))
-    windows = train.Windows(prepare.read_split(home / "data/toy", "train", prepare.read_meta(home / "data/toy")),
-                            32, 0)
-    assert windows.n * 1.5 < 28 * 8  # there was a second epoch
+    toy = home / "data/toy"
+    windows = train.Windows(prepare.read_split(toy, "train", prepare.read_meta(toy)), 32, 0)
+    assert windows.n < 20 * 8  # the last was in the second epoch
     times = ("elapsed", "dt", "tokens_per_s")
     rows = [[{key: value for key, value in row.items() if key not in times} for row in log_of(home, name)]
             for name in (f"never{world}", f"killed{world}")]
@@ -1054,8 +1054,8 @@ def test_any_number_of_processes_computes_the_same(world, tmp_path, monkeypatch)
 @posix
 def test_a_signal_to_one_process_stops_all(home):
     code = "before('accumulate', lambda n, *_: n == 3 and RANK == 1 and os.kill(os.getpid(), signal.SIGTERM))"
-    ranks = hacked(code + AS_A_SCRIPT, *TOY, "--out_dir=out/one", "--max_iters=100000", "--eval_interval=100000",
-                   cwd=home, world=2)
+    ranks = hacked(code + AS_A_SCRIPT, *TOY, "--out_dir=out/one", "--max_iters=100000",
+                   "--eval_interval=100000", cwd=home, world=2)
     assert [rank.returncode for rank in ranks] == [143, 143], ranks[0].stderr
     assert "stopped after 3 steps" in ranks[0].stdout and checkpoint(home, "one")["iter_num"] == 3
     # a second signal, a while after the first, does not wait for the step
@@ -1321,7 +1321,8 @@ def test_out_of_memory_says_what_to_lower():
 ])
 def test_settings_that_cannot_be(home, monkeypatch, given, model_args, words):
     monkeypatch.chdir(home)
-    for name, value in {"dataset": "toy", "out_dir": "out/none", "device": "cpu", "compile": False, **given}.items():
+    given = {"dataset": "toy", "out_dir": "out/none", "device": "cpu", "compile": False, **given}
+    for name, value in given.items():
         monkeypatch.setattr(train, name, value)
     with pytest.raises(SettingError, match=words):
         train.main({"n_layer": 2, "n_head": 2, "n_embd": 32, **model_args})
@@ -1368,8 +1369,8 @@ def test_hugging_face_models_can_be_trained_on(home):
     gpt2 = [*TOY, "--pos=learned", "--out_dir=out/gpt2"]
     for args in (["train.py", *gpt2], ["sample.py", "--out_dir=out/gpt2", "--export=theirs"],
                  ["prepare.py", "--source=toy.txt", "--dataset=theirs_toy", "--tokenizer=theirs"],
-                 ["train.py", *gpt2, "--out_dir=out/more", "--bias", "--dataset=theirs_toy", "--init_from=theirs",
-                  "--teacher=theirs", "--max_iters=1", "--learning_rate=1e-9", "--muon_lr=1e-9",
+                 ["train.py", *gpt2, "--out_dir=out/more", "--bias", "--dataset=theirs_toy",
+                  "--init_from=theirs", "--teacher=theirs", "--max_iters=1", "--learning_rate=1e-9", "--muon_lr=1e-9",
                   "--eval_iters=0"],
                  ["train.py", *gpt2, "--init_from=resume", "--eval_only", "--eval_iters=0"]):
         done = script(*args, cwd=home)

@@ -18,6 +18,7 @@ import ctypes
 import json
 import math
 import os
+import re
 import signal
 import sys
 import warnings
@@ -40,7 +41,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 import prepare
 from config import SettingError, UserError, run
 from model import Config, Transformer
-from optim import load_optimizer_state, lr_factor, make_optimizers, optimizer_state, update
+from optim import BadSteps, load_optimizer_state, lr_factor, make_optimizers, optimizer_state, update
 from tokenizer import Tokenizer
 
 # -----------------------------------------------------------------------------
@@ -231,11 +232,8 @@ class Objective(nn.Module):
 
     def head_loss(self, x, targets, taught=None):  # (N, C), (N,), (N, teacher's C) -> (2,)
         logits = self.model.logits(x)
-        if not self.training:
-            loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
-            return torch.stack((loss, (logits.argmax(-1) == targets).sum().to(loss.dtype)))
-        loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum",
-                               label_smoothing=self.label_smoothing)
+        smoothing = self.label_smoothing if self.training else 0.0
+        loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum", label_smoothing=smoothing)
         if taught is not None:
             ours = F.log_softmax(logits / self.temperature, -1)
             theirs = F.log_softmax(self.teacher.logits(taught) / self.temperature, -1)
@@ -243,11 +241,12 @@ class Objective(nn.Module):
             # the gradient shrinks with the temperature squared: make up for it
             soft = self.temperature**2 * (away * (targets != -1)).sum()
             loss = (1 - self.teacher_share) * loss + self.teacher_share * soft
-        return torch.stack((loss, torch.zeros_like(loss)))
+        right = loss.new_zeros(()) if self.training else (logits.argmax(-1) == targets).sum().to(loss.dtype)
+        return torch.stack((loss, right))
 
 
 def recompute_blocks(model: Transformer) -> None:
-    """Of each block only the input is kept for the backward pass, which computes it again (Chen et al. 2016)."""
+    """Keep of each block its input alone for the backward pass, which computes the rest again."""
     for block in model.blocks:
         block.forward = partial(recomputed, block.forward, use_reentrant=False)
 
@@ -293,14 +292,13 @@ def accumulate(objective, x, y, batch_size, amp=contextlib.nullcontext(), scaler
     counted = (y != -1).sum()
     if world > 1:
         dist.all_reduce(counted)
-    counted = counted.clamp(min=1)
     total = torch.zeros((), device=x.device)
     for i in range(0, len(x), batch_size):
         last = i + batch_size >= len(x)
         # DDP averages gradients over the processes in the last backward of a step, earlier ones stay local
         with objective.no_sync() if world > 1 and not last else contextlib.nullcontext():
             with amp:
-                loss = objective(x[i:i + batch_size], y[i:i + batch_size])[0] / counted
+                loss = objective(x[i:i + batch_size], y[i:i + batch_size])[0] / counted.clamp(min=1)
             total += loss.detach()
             loss = loss * world  # against DDP's average: a sum is wanted
             (scaler.scale(loss) if scaler else loss).backward()
@@ -315,9 +313,8 @@ def evaluate(objective, data, block_size, eval_iters, batch_size, token_bytes, d
     """val_loss in nats a token, and val_bpb in bits a byte of the text that the tokens stand for; or with
     `hide` (masked_tokens), val_accuracy, the share of masked tokens guessed right.
 
-    On `eval_iters` evenly spaced windows that do not overlap (0: all there are), the same ones, with the same
-    masks, whatever the batch size, the seed and the number of processes, which share the work.
-    token_bytes: (V,) length of each token's text.
+    On `eval_iters` evenly spaced windows that do not overlap (0: all), the same ones, with the same masks,
+    for any batch size, seed and number of processes. token_bytes: (V,) length of each token's text.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     available = (len(data) - 1) // block_size
@@ -359,11 +356,11 @@ def sample_text(model, tokenizer, data, count, prompt, device, hide=None) -> str
     with torch.no_grad():
         guesses = model(x.to(device))[0].argmax(-1)
     model.train()
-    words = []
+    text = ""
     for seen, truth, guess in zip(*(t[0].tolist() for t in (x, y, guesses)), strict=True):
-        wrong = f"|{tokenizer.decode([truth])}" if guess != truth else ""
-        words.append(f"[{tokenizer.decode([guess])}{wrong}]" if truth != -1 else tokenizer.decode([seen]))
-    return "".join(words)
+        seen, right, guessed = (tokenizer.decode([max(0, token)]) for token in (seen, truth, guess))
+        text += seen if truth == -1 else f"[{guessed}]" if guess == truth else f"[{guessed}|{right}]"
+    return text
 
 
 # -----------------------------------------------------------------------------
@@ -437,15 +434,15 @@ def load_checkpoint(folder: str | Path, names=("best.pt", "ckpt.pt", "ckpt.prev.
 
 
 def model_of(checkpoint: dict, **changes) -> Transformer:
-    """changes: of its settings; a shorter block_size cuts learned positions. Raises ValueError."""
+    """changes: of its settings; a shorter block_size cuts learned positions. Raises UserError."""
     try:
         model = Transformer(Config(**{**checkpoint["model_args"], **changes}))
         rows = model.config.pos_offset + model.config.block_size
         model.load_state_dict({name: weight[:rows] if name == "positions.wpe.weight" else weight
                                for name, weight in checkpoint["model"].items()})
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"not a model of this version of model.py ({type(error).__name__}: "
-                         f"{str(error).strip().splitlines()[-1].strip()})") from None
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"the checkpoint does not fit this version of model.py ({type(error).__name__}: "
+                        f"{str(error).strip().splitlines()[-1].strip()})") from None
     return model
 
 
@@ -460,8 +457,7 @@ def load_model(path: str, **changes) -> tuple[Transformer, dict]:
         checkpoint = load_checkpoint(path)
         return model_of(checkpoint, **changes), checkpoint["tokenizer"]
     except (ImportError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0].removeprefix(f"{path}: ")
-        raise UserError(f"{path}: {reason}") from None
+        raise UserError(f"{path}: {str(error).splitlines()[0].removeprefix(f'{path}: ')}") from None
 
 
 def load_teacher(path: str, config: Config, tokenizer: dict) -> Transformer:
@@ -469,13 +465,10 @@ def load_teacher(path: str, config: Config, tokenizer: dict) -> Transformer:
     teacher, its_tokenizer = load_model(path, dropout=0.0)
     if its_tokenizer != tokenizer:
         raise SettingError(f"teacher={path}: has another tokenizer than the data set")
-    for name in ("causal", "vocab_size"):
-        if getattr(teacher.config, name) != getattr(config, name):
-            raise SettingError(f"{name}={getattr(config, name)}: the teacher has "
-                               f"{getattr(teacher.config, name)}: they must be alike")
-    if teacher.config.block_size < config.block_size:
-        raise SettingError(f"block_size={config.block_size}: more than the teacher's "
-                           f"{teacher.config.block_size}")
+    for name in ("causal", "vocab_size", "block_size"):
+        ours, its = getattr(config, name), getattr(teacher.config, name)
+        if ours != its and not (name == "block_size" and ours < its):
+            raise SettingError(f"{name}={ours}: the teacher has {its}, and cannot teach this model")
     return teacher.requires_grad_(False)
 
 
@@ -507,12 +500,9 @@ def pick_device(device: str, local_rank: int = 0) -> torch.device:
     if device == "auto":
         device = ("cuda" if torch.cuda.is_available() else
                   "mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        if chosen.type not in ("cuda", "mps", "cpu"):
-            raise RuntimeError
-    except RuntimeError:
-        raise SettingError(f"device={device}: wanted auto, cuda, mps or cpu") from None
+    if not re.fullmatch(r"(cuda|mps|cpu)(:\d+)?", device):
+        raise SettingError(f"device={device}: wanted auto, cuda, mps or cpu")
+    chosen = torch.device(device)
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise SettingError(f"device={device}: torch finds no CUDA GPU on this machine: use --device=cpu")
     if chosen.type == "mps" and not torch.backends.mps.is_available():
@@ -541,9 +531,7 @@ PEAK_FLOPS = {"V100": 125e12, "T4": 65e12, "A10": 125e12, "A100": 312e12, "L4": 
 
 def peak_flops(device: torch.device) -> Optional[float]:
     """Of this GPU, where it is known: what MFU is a share of."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     known = [key for key in PEAK_FLOPS if key in name]
     return PEAK_FLOPS[max(known, key=len)] if known else None
 
@@ -587,43 +575,15 @@ def memory_advice(batch_size: int, gradient_accumulation_steps: int, remat: bool
     try:
         yield
     except RuntimeError as error:
-        words = ("out of memory", "can't allocate memory", "not enough memory")
-        if not any(word in str(error).lower() for word in words):
+        if not re.search("out of memory|can't allocate|not enough memory", str(error).lower()):
             raise
         advice = [] if remat else ["--remat computes activations again instead of keeping them"]
-        if batch_size > 1:
-            half = max(n for n in range(1, batch_size) if batch_size % n == 0)
+        half = max((n for n in range(1, batch_size) if batch_size % n == 0), default=None)
+        if half:
             advice.insert(0, f"--batch_size={half} --gradient_accumulation_steps="
                           f"{gradient_accumulation_steps * batch_size // half} is the same run in less")
         raise UserError(f"batch_size={batch_size}: out of memory: "
                         f"{'; '.join(advice) or 'lower block_size, or take a smaller model'}") from None
-
-
-class BadSteps:
-    """Counts the steps that left the weights as they were, because loss or gradient was not finite.
-
-    What a device has found is looked at every `interval` steps, because each look waits for it. Raises
-    UserError after `limit` of them in a row.
-    """
-
-    def __init__(self, limit: int, interval: int):
-        self.limit, self.interval, self.waiting, self.in_a_row = limit, interval, [], 0
-
-    def add(self, step: int, lr: float, loss: torch.Tensor, norm: torch.Tensor) -> None:
-        self.waiting.append((step, lr, torch.stack((loss, norm))))
-        if len(self.waiting) < self.interval:
-            return
-        values = torch.stack([pair for _, _, pair in self.waiting]).tolist()
-        for (step, lr, _), (loss, norm) in zip(self.waiting, values, strict=True):
-            fine = math.isfinite(loss) and math.isfinite(norm)
-            self.in_a_row = 0 if fine else self.in_a_row + 1
-            told = f"iter {step}: loss {loss:.4g}, lr {lr:.2e}, norm {norm:.3g}"
-            if not fine and main_process():
-                print(f"{told}: not finite, the weights stay as they were", flush=True)
-            if self.in_a_row >= self.limit:
-                raise UserError(f"{told}: the {self.in_a_row}. step in a row that is not finite: lower "
-                                "learning_rate; --init_from=resume goes on from the last checkpoint")
-        self.waiting = []
 
 
 OUT_OF_TIME = 1  # in place of a signal's number
@@ -656,9 +616,6 @@ class Stop:
             dist.all_reduce(got, op=dist.ReduceOp.MAX)
             self.signal = int(got)
         return self.signal
-
-    def status(self) -> int:
-        return 0 if self.signal in (0, OUT_OF_TIME) else 128 + self.signal
 
 
 def clock(seconds: float) -> str:
@@ -704,7 +661,6 @@ def main(model_args: dict):
         for name in names.split():
             if globals()[name] is not None and not allowed(globals()[name]):
                 raise SettingError(f"{name}={globals()[name]}: must be {words}")
-
     must_be("at least 1", lambda v: v >= 1, "batch_size gradient_accumulation_steps max_iters eval_interval "
             "log_interval max_bad_steps patience")
     must_be("at least 0", lambda v: v >= 0, "eval_iters warmup_iters lr_decay_iters grad_clip weight_decay "
@@ -753,10 +709,7 @@ def main(model_args: dict):
         source, checkpoint = find_checkpoint(folder, ("ckpt.pt", "ckpt.prev.pt"))
         if checkpoint["settings"]["optimizer"] != optimizer:
             raise SettingError(f"optimizer={optimizer}: not the run's, {checkpoint['settings']['optimizer']}")
-        try:
-            model, stored = model_of(checkpoint, **changes), checkpoint["tokenizer"]
-        except ValueError as error:
-            raise UserError(f"{source}: {error}") from None
+        model, stored = model_of(checkpoint, **changes), checkpoint["tokenizer"]
     else:
         model, stored = load_model(init_from, **changes)
     try:
@@ -806,7 +759,7 @@ def main(model_args: dict):
 
     # Where we are. Weights were taken above; here is what a run under way has besides.
     iter_num, windows_seen, best_val_loss, since_best, elapsed_before = 0, 0, math.inf, 0, 0.0
-    running = torch.zeros(2, device=run_device)  # sum and number of the losses since the last evaluation
+    running = torch.zeros(2, device=run_device)  # losses since the last evaluation: sum, number
     if checkpoint:
         load_optimizer_state(optimizers, model, checkpoint["optimizer"])
         if scaler and checkpoint["scaler"]:
@@ -891,7 +844,7 @@ def main(model_args: dict):
 
     stop = Stop(max_minutes)
     # a look at the losses costs nothing on a CPU; float16 needs one each step, for what its scaler skips
-    bad_steps = BadSteps(max_bad_steps, 1 if run_device.type == "cpu" or scaler else log_interval)
+    bad_steps = BadSteps(max_bad_steps, 1 if run_device.type == "cpu" or scaler else log_interval, master)
     reader = ThreadPoolExecutor(1)  # reads the next step's windows while this one computes
     share = step_windows // world  # of a step's windows, this process's
     upcoming = reader.submit(windows.get, windows_seen + rank * share, share)
@@ -977,7 +930,7 @@ def main(model_args: dict):
     if world > 1:
         dist.destroy_process_group()
     if interrupted:
-        sys.exit(stop.status())
+        sys.exit(0 if stop.signal == OUT_OF_TIME else 128 + stop.signal)
 
 
 def start_wandb(project: str, name: str, settings: dict):
