@@ -1,0 +1,478 @@
+"""
+Look inside a checkpoint: on what a prediction rests, where each head looks, what each layer would have said.
+
+    python explain.py                                              the newest run under out/
+    python explain.py --out_dir=out/small --start="import os, sys" a text of your own
+    python explain.py --start="x = [1, 2" --target="]"             why this token, or why not
+    python explain.py --out_dir=out/bert --start="import <|mask|>" a masked model: what it puts into the gap
+
+The answer is one page, explain.html in the run's folder, that any browser reads, without network; and a short
+form of it in the terminal.
+"""
+import base64
+import contextlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from config import SettingError, UserError, run
+from model import Transformer
+from sample import load, newest_run, read_prompt
+from tokenizer import HubTokenizer, Tokenizer
+from train import pick_device, write_text
+
+# -----------------------------------------------------------------------------
+# Settings
+out_dir: str = "out"  # a run's folder, or a folder of runs: the newest of them; a Hugging Face folder or id
+start: str = "the cat sat on the mat, and the dog sat on the"  # the text; FILE:path reads it from a file
+target: str = ""  # the token to explain, behind the text or in its gap; empty: the likeliest
+neutral: str = ""  # the token that stands for none; empty: the mask of a masked model, else <|endoftext|>
+cam_layer: Optional[int] = None  # Grad-CAM looks at what goes into this block; None: the middle one
+samples: int = 1000  # masked copies of the text that LIME is fitted to
+max_tokens: int = 128  # of a longer text, the last so many
+page: str = ""  # where the page goes; empty: explain.html in the run's folder
+device: str = "auto"  # auto: cuda, else mps, else cpu
+seed: int = 1337  # of LIME's masks
+# -----------------------------------------------------------------------------
+
+BATCH = 32  # copies of the text that go through the model together
+Score = Callable[[torch.Tensor], torch.Tensor]  # (B, T) token ids -> (B,): the number to be explained
+
+
+# -----------------------------------------------------------------------------
+# Looking on, while the model runs as ever
+
+@contextlib.contextmanager
+def embedded(model: Transformer, x: torch.Tensor):
+    """The model reads these vectors, (B, T, C), whatever the token ids."""
+    handle = model.wte.register_forward_hook(lambda module, args, output: x)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def watched(model: Transformer) -> Iterator[list[torch.Tensor]]:
+    """A list that fills with the hidden states, (B, T, C): into the first block, and out of each."""
+    states = []
+    handles = [model.blocks[0].register_forward_pre_hook(lambda module, args: states.append(args[0]))]
+    handles += [block.register_forward_hook(lambda module, args, output: states.append(output))
+                for block in model.blocks]
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class AttentionMaps(TorchFunctionMode):
+    """Inside `with`, keeps what the fused kernels never write down: each layer's weights, (B, H, T, S)."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.scaled_dot_product_attention:
+            self.layers.append(attention_weights(*args, **kwargs))
+        return function(*args, **(kwargs or {}))
+
+
+def attention_weights(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """softmax(q k / sqrt(D)), by the arguments of scaled_dot_product_attention."""
+    k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)  # grouped heads share theirs
+    scores = q @ k.transpose(-2, -1) * (scale or q.size(-1) ** -0.5)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -math.inf)
+    return scores.softmax(-1)
+
+
+# -----------------------------------------------------------------------------
+# On what does a score rest? Four answers, each (T,): what a token adds to it, against a neutral one there
+
+def from_embedding(model: Transformer, score: Score, idx: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The score where the tokens' vectors are x, (n, T, C) -> (n,)."""
+    with embedded(model, x):
+        return score(idx.expand(len(x), -1))
+
+
+def gradients(model: Transformer, score: Score, idx: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    x = x.detach().requires_grad_()
+    return torch.autograd.grad(from_embedding(model, score, idx, x).sum(), x)[0]
+
+
+def integrated_gradients(model, score, idx, x, baseline) -> tuple[torch.Tensor, float, float]:
+    """The gradient, on average over the straight way from the baseline to x (Sundararajan et al. 2017).
+
+    Returns it times their difference, the change of the score, and by what share of that the sum is off. The
+    way is looked at ever more closely until this is below a thousandth.
+    """
+    with torch.no_grad():
+        after, before = (from_embedding(model, score, idx, end).item() for end in (x, baseline))
+    for points in (32, 64, 128, 256, 512):
+        places, weights = np.polynomial.legendre.leggauss(points)  # exact for polynomials
+        total = torch.zeros_like(x)
+        for i in range(0, points, BATCH):
+            shares = torch.tensor(places[i:i + BATCH] / 2 + 0.5).to(x).view(-1, 1, 1)
+            slopes = gradients(model, score, idx, baseline + shares * (x - baseline))
+            total += (torch.tensor(weights[i:i + BATCH] / 2).to(x).view(-1, 1, 1) * slopes).sum(0)
+        found = ((x - baseline) * total).sum(-1)[0]
+        off = abs(found.sum().item() - (after - before)) / max(abs(after - before), 1e-6)
+        if off < 1e-3:
+            break
+    return found, after - before, off
+
+
+def grad_cam(model, score, idx, x, layer) -> torch.Tensor:
+    """How much of the direction that raises the score is in each token's hidden state (Selvaraju et al. 2017).
+
+    Channels weighted by their gradient, on average over the tokens; below 0 counts as 0.
+    """
+    x = x.detach().requires_grad_()
+    with watched(model) as states:
+        value = from_embedding(model, score, idx, x).sum()
+    slopes = torch.autograd.grad(value, states[layer])[0]
+    return (states[layer] * slopes.mean(1, keepdim=True)).sum(-1)[0].detach().clamp(min=0)
+
+
+@torch.no_grad()
+def lime(model, score, idx, x, baseline, samples, seed) -> torch.Tensor:
+    """A linear model of the score by which tokens are there, fitted near the whole text (Ribeiro et al. 2016).
+
+    Copies with some tokens neutral, few or many; those nearer to the text, by the cosine, count more.
+    """
+    T = idx.size(1)
+    generator = torch.Generator().manual_seed(seed)
+    missing = torch.randint(0, T + 1, (samples, 1), generator=generator)
+    there = (torch.rand(samples, T, generator=generator).argsort(1).argsort(1) >= missing).to(x)  # (n, T)
+    values = torch.cat([from_embedding(model, score, idx, baseline + part.unsqueeze(-1) * (x - baseline))
+                        for part in there.split(BATCH)])
+    near = torch.exp(-(1 - there.mean(1).sqrt()) ** 2 / 0.25 ** 2).double().sqrt().cpu().unsqueeze(1)
+    columns = torch.cat((there, torch.ones_like(there[:, :1])), dim=1).double().cpu()
+    ridge = torch.eye(T + 1, dtype=torch.float64) * 1e-3  # a token that is hardly ever missed: 0
+    return torch.linalg.lstsq(torch.cat((columns * near, ridge)),
+                              torch.cat((values.double().cpu().unsqueeze(1) * near, ridge[:, :1] * 0)))[0][:-1, 0]
+
+
+def attributions(model: Transformer, score: Score, idx: torch.Tensor, neutral: int, cam_layer: Optional[int] = None,
+                 samples: int = 1000, seed: int = 1337) -> tuple[dict[str, torch.Tensor], float, float]:
+    """Each method's answer, (T,), for any score of a text, idx (1, T), that a gradient goes through.
+
+    neutral: the token that stands for none. Also returns by how much the score would change were all neutral,
+    and the share of it by which integrated gradients miss that.
+    """
+    x, baseline = (model.wte(ids).detach() for ids in (idx, torch.full_like(idx, neutral)))
+    path, change, off = integrated_gradients(model, score, idx, x, baseline)
+    return {"gradient x input": ((x - baseline) * gradients(model, score, idx, x)).sum(-1)[0],
+            "integrated gradients": path,
+            "Grad-CAM": grad_cam(model, score, idx, x, len(model.blocks) // 2 if cam_layer is None else cam_layer),
+            "LIME": lime(model, score, idx, x, baseline, samples, seed)}, change, off
+
+
+def rank_agreement(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Spearman's: 1 where both put the tokens in the same order, -1 in the opposite; 0 where one has none."""
+    def ranks(v):
+        return ((v.unsqueeze(1) > v).double() + (v.unsqueeze(1) == v).double() / 2).sum(1)  # ties: their mean
+    found = torch.corrcoef(torch.stack((ranks(a), ranks(b.to(a)))))[0, 1].item()
+    return found if math.isfinite(found) else 0.0
+
+
+# -----------------------------------------------------------------------------
+# What heads do, and what layers say
+
+def behaviour(weights: torch.Tensor, ids: torch.Tensor) -> str:
+    """The habit that most of a head's attention, (T, T), goes by on this text; empty where none is clear."""
+    T = len(ids)
+    same = (ids.unsqueeze(1) == ids).fill_diagonal_(False)
+    habits = {"itself": torch.eye(T), "previous token": torch.ones(T, T).tril(-1) - torch.ones(T, T).tril(-2),
+              "next token": torch.ones(T, T).triu(1) - torch.ones(T, T).triu(2),
+              "first token": F.one_hot(torch.zeros(T, dtype=torch.long), T), "same token": same,
+              "after the same token": F.pad(same[:, :-1], (1, 0)).tril(-1)}  # an induction head
+    allowed = (weights > 0).float()
+    found = {}
+    for name, habit in habits.items():
+        habit = habit * allowed
+        rows = (habit.sum(1) > 0) & (torch.arange(T) > 1)  # the first two have little choice
+        if rows.any():
+            mass, chance = ((by * habit).sum(1)[rows].mean().item()
+                            for by in (weights, allowed / allowed.sum(1, keepdim=True)))
+            if mass > max(0.3, 2 * chance):
+                found[name] = mass
+    best = max(found, key=found.get, default=None)
+    return f"{best} {found[best]:.0%}" if best else ""
+
+
+@torch.no_grad()
+def states_of_guesses(model: Transformer, idx: torch.Tensor, segments: torch.Tensor, mask: Optional[int]):
+    """The hidden states in which the model guesses a token: (L + 1, T, C), into the first block and out of each.
+
+    A causal model guesses, at each place, the next token; a masked one that token itself, masked.
+    """
+    if model.config.causal:
+        with watched(model) as states:
+            model.hidden(idx)
+        return torch.cat(states)
+    found = []
+    for places in torch.arange(idx.size(1), device=idx.device).split(BATCH):
+        copies = idx.repeat(len(places), 1)
+        copies[torch.arange(len(places)), places] = mask
+        with watched(model) as states:
+            model.hidden(copies, segments=segments.expand(len(places), -1))
+        found.append(torch.stack([state[torch.arange(len(places)), places] for state in states]))
+    return torch.cat(found, dim=1)
+
+
+@torch.no_grad()
+def guesses(model: Transformer, states: torch.Tensor, actual: list[Optional[int]], name: Callable) -> list[dict]:
+    """For each place: the actual token's probability, rank and surprisal in bits, the likeliest tokens, and the
+    likeliest by each layer, were it the last (the logit lens, nostalgebraist 2020)."""
+    found = []
+    for i, token in enumerate(actual):
+        probs = model.logits(model.norm_f(states[:, i])).softmax(-1)  # (L + 1, V)
+        row = {"best": [[name(t), p] for p, t in zip(*(v.tolist() for v in probs[-1].topk(6)))],
+               "lens": [[name(t), p] for p, t in zip(*(v.tolist() for v in probs.max(-1)))]}
+        if token is not None:
+            p = probs[-1, token]
+            row |= {"p": p.item(), "rank": int((probs[-1] > p).sum()) + 1, "bits": -p.log2().item()}
+        found.append(row)
+    return found
+
+
+def namer(tokenizer: Tokenizer | HubTokenizer) -> Callable[[int], str]:
+    """Token ids to what is shown for them: line breaks and parts of characters can be seen."""
+    specials = {i: name for name, i in tokenizer.specials.items()}
+
+    def name(i: int) -> str:
+        if i in specials or i >= len(tokenizer.token_bytes):
+            return specials.get(i, f"<{i}>")
+        try:
+            text = tokenizer.token_bytes[i].decode()
+        except UnicodeDecodeError:
+            return "".join(f"\\x{byte:02x}" for byte in tokenizer.token_bytes[i])
+        return text.replace("\n", "\u21b5").replace("\t", "\u21e5")
+    return name
+
+
+# -----------------------------------------------------------------------------
+
+def main():
+    for setting, value in (("samples", samples), ("max_tokens", max_tokens)):
+        if value < 1:
+            raise SettingError(f"--{setting}={value}: must be at least 1")
+    model, tokenizer = load(out_dir, pick_device(device))
+    config, name = model.config, namer(tokenizer)
+    if model.head is None:
+        raise UserError(f"{out_dir}: an encoder without a head for tokens predicts nothing to explain")
+    if cam_layer is not None and not 0 <= cam_layer <= config.n_layer:
+        raise SettingError(f"--cam_layer={cam_layer}: the model has blocks 0 to {config.n_layer - 1}")
+
+    def one_token(text, setting):
+        found = tokenizer.encode(text, specials=True)
+        if len(found) != 1:
+            raise SettingError(f"--{setting}={text}: one token is wanted, this is {len(found)}: "
+                               f"{' '.join(repr(name(i)) for i in found)}")
+        return found[0]
+
+    # The text, and the score to be explained: here a token's logit. For another kind of model, that is where
+    # its own score goes, any function of token ids (B, T) that reads them by model.hidden.
+    ids, kinds = tokenizer.encode(read_prompt(start), specials=True) or [tokenizer.eot], None
+    if config.causal:
+        ids = ids[-min(max_tokens, config.block_size):]
+        place, kinds = len(ids) - 1, [0] * len(ids)
+    else:
+        ids, kinds = tokenizer.wrap(ids)
+        if tokenizer.mask not in ids or len(ids) > min(max_tokens, config.block_size):
+            raise UserError(f"--start: a masked model fills gaps, in {min(max_tokens, config.block_size)} tokens "
+                            f"at most: write {name(tokenizer.mask) if tokenizer.mask else 'a mask'} where one is")
+        place = ids.index(tokenizer.mask)
+    idx, segments = (torch.tensor([row], device=model.wte.weight.device) for row in (ids, kinds))  # (1, T)
+
+    def logits(copies):  # (B, T) -> (B, V)
+        return model.logits(model.hidden(copies, segments=segments.expand(len(copies), -1))[:, place])
+
+    with torch.no_grad(), AttentionMaps() as maps:
+        scores = logits(idx)[0]
+    token = one_token(target, "target") if target else scores[:tokenizer.vocab_size].argmax().item()
+    none = one_token(neutral, "neutral") if neutral else tokenizer.eot if config.causal else tokenizer.mask
+    methods, change, off = attributions(model, lambda copies: logits(copies)[:, token], idx, none, cam_layer,
+                                        samples, seed)
+    actual = [*ids[1:], None] if config.causal else [None if i == tokenizer.mask else i for i in ids]
+    said = guesses(model, states_of_guesses(model, idx, segments, tokenizer.mask), actual, name)
+    if config.causal:
+        said = [{"best": [], "lens": []}, *said]  # before the first token, nothing was said
+    heads = [[{"habit": behaviour(head, idx[0].cpu()),
+               "weights": base64.b64encode((head * 255).round().byte().numpy().tobytes()).decode()}
+              for head in layer[0].float().cpu()] for layer in maps.layers]
+    found = {
+        "model": f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide", "out_dir": out_dir,
+        "tokens": [name(i) for i in ids], "place": place + 1 if config.causal else place, "token": name(token),
+        "p": scores.softmax(-1)[token].item(), "logit": scores[token].item(), "neutral": name(none),
+        "change": change, "sum": methods["integrated gradients"].sum().item(), "off": off,
+        "methods": {method: values.tolist() for method, values in methods.items()},
+        "agreement": [[rank_agreement(a, b) for b in methods.values()] for a in methods.values()],
+        "heads": heads, "said": said}
+    print_out(found)
+    run_folder = newest_run(Path(out_dir))
+    file = Path(page) if page else (run_folder if run_folder.is_dir() else Path()) / "explain.html"
+    data = json.dumps(found, ensure_ascii=False).replace("<", "\\u003c")  # no token ends the script
+    write_text(file, PAGE.replace("DATA", data))
+    print(f"\n{file}: all of it, for a browser")
+
+
+def print_out(found: dict) -> None:
+    """The page in short, for a terminal."""
+    wide = max(map(len, found["tokens"]))
+    print(f"{found['out_dir']}: {found['model']}\n\n{'token':>{wide}}     bits   rank  "
+          + "  ".join(found["methods"]))
+    for i, token in enumerate(found["tokens"]):
+        said = found["said"][i]
+        guess = f"{said['bits']:7.2f} {said['rank']:6}" if "bits" in said else " " * 14
+        print(f"{token:>{wide}}  {guess}  " + "  ".join(
+            f"{values[i]:{len(method)}.3f}" for method, values in found["methods"].items()))
+    print(f"\nexplained: the logit of {found['token']!r}, {found['logit']:.3f} (probability {found['p']:.1%}); "
+          f"with {found['neutral']!r} for every token\nit would be {found['change']:.4f} less; integrated "
+          f"gradients add up to {found['sum']:.4f}, {found['off']:.2%} off\n\nrank agreement (Spearman)")
+    for method, row in zip(found["methods"], found["agreement"]):
+        print(f"{method:>22}  " + "  ".join(f"{value:5.2f}" for value in row))
+    print("\nheads with a habit on this text")
+    for n, layer in enumerate(found["heads"]):
+        habits = [f"{h}: {head['habit']}" for h, head in enumerate(layer) if head["habit"]]
+        print(f"  layer {n}   {'   '.join(habits) or '-'}")
+
+
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy"
+      content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<title>Look inside</title>
+<style>
+:root { color-scheme: light dark; --ink: #1d2129; --paper: #fff; --soft: #68707c; --line: #d9dde3;
+        --for: 20, 120, 210; --against: 215, 95, 20 }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4e7ec; --paper: #15181d; --soft: #98a1ae; --line: #343a44;
+          --for: 70, 150, 240; --against: 230, 120, 50 } }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 68rem;
+       margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.4rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2.2rem 0 .3rem } h3 { font-size: 1rem; margin: 0 }
+p, figcaption { margin: .2rem 0 .6rem; color: var(--soft) }
+.two { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); gap: 1rem 2rem }
+.heads { display: grid; gap: .5rem; overflow-x: auto }
+figure { margin: 0; font-size: .75rem; cursor: pointer } figcaption { margin: 0; min-height: 1.2em }
+canvas { width: 100%; image-rendering: pixelated; border: 1px solid var(--line); box-sizing: border-box }
+.on canvas { outline: 2px solid rgb(var(--for)) }
+button { all: unset; font: 14px/1.7 ui-monospace, Consolas, monospace; white-space: pre; padding: 0 1px;
+         margin: 0 1px 1px 0; border-radius: 3px; box-shadow: inset 0 0 0 1px var(--line); cursor: pointer }
+button.on, button:focus-visible { box-shadow: inset 0 0 0 2px var(--ink) }
+table { border-collapse: collapse; font-size: .85rem } td, th { padding: .1rem .7rem .1rem 0; text-align: left;
+        font-weight: normal } td:first-child, th { color: var(--soft) } code { white-space: pre }
+</style>
+<h1></h1><p id="model"></p>
+<h2>What the prediction rests on</h2><p id="rests"></p><div class="two" id="methods"></div>
+<h3>Rank agreement</h3><table id="agreement"></table>
+<h2>Where the heads look</h2>
+<p>A row of a square is a token, a column one that it looks at. Click on a head, then point at a token: what it
+looks at is coloured.</p>
+<div class="heads" id="heads"></div><h3 id="head"></h3><div id="looks"></div>
+<h2>Token by token</h2>
+<p>The stronger the colour, the more the token surprised the model, in bits. Point at one: what was likely there,
+and what each layer would have said, were it the last.</p>
+<div id="tokens"></div><div class="two" id="said"></div>
+<script>
+const D = DATA
+const at = id => document.getElementById(id)
+const make = (tag, text, ...inside) => {
+  const e = document.createElement(tag)
+  e.append(...(text == null ? inside : [text]))
+  return e
+}
+const colour = v => v < 0 ? `rgba(var(--against), ${-v})` : `rgba(var(--for), ${v})`
+const percent = p => (100 * p).toFixed(1) + '%'
+const table = (title, rows) => make('div', null, make('h3', title), make('table', null,
+  ...rows.map(([a, b, c]) => make('tr', null, make('td', a), make('td', null, make('code', b)), make('td', c)))))
+
+// the text as buttons: shades from -1 to 1, titles, and what to do when one is pointed at
+function text(shades, titles, point) {
+  return D.tokens.flatMap((token, i) => {
+    const b = make('button', token || ' ')
+    b.style.background = colour(shades[i])
+    b.title = titles[i]
+    if (point) b.onmouseenter = b.onfocus = b.onclick = () => {
+      for (const other of b.parentNode.children) other.classList.toggle('on', other === b)
+      point(i, b.parentNode)
+    }
+    return token.endsWith('\\u21b5') ? [b, make('br')] : [b]
+  })
+}
+
+document.querySelector('h1').textContent = `Why \\u201c${D.token}\\u201d?`
+at('model').textContent = `${D.out_dir}: ${D.model}. Probability ${percent(D.p)}, logit ${D.logit.toFixed(3)}.`
+at('rests').textContent = `Blue speaks for it, orange against. With \\u201c${D.neutral}\\u201d for every token its ` +
+  `logit would be ${D.change.toFixed(4)} less; integrated gradients add up to ${D.sum.toFixed(4)}, ` +
+  `${(100 * D.off).toFixed(2)}% off.`
+for (const [method, values] of Object.entries(D.methods)) {
+  const most = Math.max(...values.map(Math.abs)) || 1
+  at('methods').append(make('div', null, make('h3', method),
+    make('div', null, ...text(values.map(v => .9 * v / most), values.map(v => v.toFixed(4))))))
+}
+const names = Object.keys(D.methods)
+at('agreement').append(make('tr', null, make('th', ''), ...names.map(n => make('th', n))),
+  ...names.map((n, i) => make('tr', null, make('td', n), ...D.agreement[i].map(v => make('td', v.toFixed(2))))))
+
+// attention
+const T = D.tokens.length, H = D.heads[0].length
+at('heads').style.gridTemplateColumns = `repeat(${H}, minmax(5.5rem, 9rem))`
+let row = T - 1
+function choose(l, h, figure, weights) {
+  for (const one of at('heads').children) one.classList.toggle('on', one === figure)
+  at('head').textContent = `Layer ${l}, head ${h}` + (D.heads[l][h].habit && `: ${D.heads[l][h].habit}`)
+  const point = (i, parent) => {
+    row = i
+    ;[...parent.querySelectorAll('button')].forEach((b, j) => {
+      b.style.background = colour(weights[i * T + j] / 255)
+      b.title = percent(weights[i * T + j] / 255)
+    })
+  }
+  at('looks').replaceChildren(...text(Array(T).fill(0), Array(T).fill(''), point))
+  at('looks').querySelectorAll('button')[row].onclick()
+}
+D.heads.forEach((layer, l) => layer.forEach((head, h) => {
+  const weights = Uint8Array.from(atob(head.weights), c => c.charCodeAt(0))
+  const canvas = make('canvas')
+  canvas.width = canvas.height = T
+  const pixels = new ImageData(T, T)
+  weights.forEach((w, i) => pixels.data.set([45, 135, 225, Math.sqrt(w / 255) * 255], 4 * i))
+  canvas.getContext('2d').putImageData(pixels, 0, 0)
+  const figure = make('figure', null, canvas, make('figcaption', `${l}.${h} ${head.habit}`))
+  figure.onclick = () => choose(l, h, figure, weights)
+  at('heads').append(figure)
+  if (l + h === 0) figure.onclick()
+}))
+
+// predictions; behind the text of a causal model comes the one that is explained
+const known = D.said.map(s => s.bits ?? 0), most = Math.max(...known, 8)
+const say = i => {
+  const s = D.said[i]
+  at('said').replaceChildren(
+    table(s.bits == null ? 'Guesses' : `Rank ${s.rank}, ${percent(s.p)}, ${s.bits.toFixed(2)} bits. Likeliest:`,
+          s.best.map(([token, p]) => ['', token, percent(p)])),
+    table('Layer by layer', s.lens.map(([token, p], l) => [l ? `block ${l - 1}` : 'embedding', token, percent(p)])))
+}
+if (D.said.length > T) D.tokens.push('?')
+at('tokens').append(...text([...known.map(b => b / most), 0], [...known.map(b => b.toFixed(2) + ' bits'), ''], say))
+at('tokens').querySelectorAll('button')[D.place].onclick()
+</script>
+</html>
+"""
+
+if __name__ == "__main__":
+    run(main, globals())
