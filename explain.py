@@ -33,31 +33,17 @@ from train import pick_device, write_text
 out_dir: str = "out"  # a run's folder, or a folder of runs: the newest of them; a Hugging Face folder or id
 start: str = "the cat sat on the mat, and the dog sat on the"  # the text; FILE:path reads it from a file
 target: str = ""  # the token to explain, behind the text or in its gap; empty: the likeliest
-neutral: str = ""  # the token that stands for none; empty: the mask of a masked model, else <|endoftext|>
-cam_layer: Optional[int] = None  # Grad-CAM looks at what goes into this block; None: the middle one
-samples: int = 1000  # masked copies of the text that LIME is fitted to
 max_tokens: int = 128  # of a longer text, the last so many
-page: str = ""  # where the page goes; empty: explain.html in the run's folder
+samples: int = 1000  # masked copies of the text that LIME is fitted to
+seed: int = 1337  # of their masks
 device: str = "auto"  # auto: cuda, else mps, else cpu
-seed: int = 1337  # of LIME's masks
 # -----------------------------------------------------------------------------
 
 BATCH = 32  # copies of the text that go through the model together
 Score = Callable[[torch.Tensor], torch.Tensor]  # (B, T) token ids -> (B,): the number to be explained
 
 
-# -----------------------------------------------------------------------------
 # Looking on, while the model runs as ever
-
-@contextlib.contextmanager
-def embedded(model: Transformer, x: torch.Tensor):
-    """The model reads these vectors, (B, T, C), whatever the token ids."""
-    handle = model.wte.register_forward_hook(lambda module, args, output: x)
-    try:
-        yield
-    finally:
-        handle.remove()
-
 
 @contextlib.contextmanager
 def watched(model: Transformer) -> Iterator[list[torch.Tensor]]:
@@ -98,51 +84,54 @@ def attention_weights(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, s
 
 
 # -----------------------------------------------------------------------------
-# On what does a score rest? Four answers, each (T,): what a token adds to it, against a neutral one there
+# On what does a score rest? Four answers, each (T,): what a token adds to it, against a neutral one there.
+# x and baseline, (1, T, C), are the embeddings of the text and of as many neutral tokens.
 
 def from_embedding(model: Transformer, score: Score, idx: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """The score where the tokens' vectors are x, (n, T, C) -> (n,)."""
-    with embedded(model, x):
+    """The score where the tokens' vectors are x, (n, T, C), whatever the ids: (n,)."""
+    handle = model.wte.register_forward_hook(lambda module, args, output: x)
+    try:
         return score(idx.expand(len(x), -1))
+    finally:
+        handle.remove()
 
 
-def gradients(model: Transformer, score: Score, idx: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def gradient(model: Transformer, score: Score, idx: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     x = x.detach().requires_grad_()
     return torch.autograd.grad(from_embedding(model, score, idx, x).sum(), x)[0]
 
 
-def integrated_gradients(model, score, idx, x, baseline) -> tuple[torch.Tensor, float, float]:
+def integrated_gradients(model, score, idx, x, baseline) -> tuple[torch.Tensor, float]:
     """The gradient, on average over the straight way from the baseline to x (Sundararajan et al. 2017).
 
-    Returns it times their difference, the change of the score, and by what share of that the sum is off. The
-    way is looked at ever more closely until this is below a thousandth.
+    Returns it times x - baseline, and by what share its sum is off from the change of the score, which it
+    should equal. The way is looked at ever more closely until that is below a thousandth.
     """
     with torch.no_grad():
-        after, before = (from_embedding(model, score, idx, end).item() for end in (x, baseline))
-    for points in (32, 64, 128, 256, 512):
-        places, weights = np.polynomial.legendre.leggauss(points)  # exact for polynomials
-        total = torch.zeros_like(x)
-        for i in range(0, points, BATCH):
-            shares = torch.tensor(places[i:i + BATCH] / 2 + 0.5).to(x).view(-1, 1, 1)
-            slopes = gradients(model, score, idx, baseline + shares * (x - baseline))
-            total += (torch.tensor(weights[i:i + BATCH] / 2).to(x).view(-1, 1, 1) * slopes).sum(0)
-        found = ((x - baseline) * total).sum(-1)[0]
-        off = abs(found.sum().item() - (after - before)) / max(abs(after - before), 1e-6)
+        change = from_embedding(model, score, idx, torch.cat((baseline, x))).diff().item()
+    for points in (32, 128, 512, 2048):  # more for a path with many kinks, as relu makes them
+        places, weights = torch.tensor(np.stack(np.polynomial.legendre.leggauss(points)) / 2).to(x)
+        ways = (baseline + (part.view(-1, 1, 1) + 0.5) * (x - baseline) for part in places.split(BATCH))
+        slopes = torch.cat([gradient(model, score, idx, way) for way in ways])  # (points, T, C)
+        found = ((x - baseline) * (weights.view(-1, 1, 1) * slopes).sum(0)).sum(-1)[0]
+        off = abs(found.sum().item() - change) / max(abs(change), 1e-6)
         if off < 1e-3:
             break
-    return found, after - before, off
+    return found, off
 
 
-def grad_cam(model, score, idx, x, layer) -> torch.Tensor:
+def grad_cam(model, score, idx, x) -> torch.Tensor:
     """How much of the direction that raises the score is in each token's hidden state (Selvaraju et al. 2017).
 
-    Channels weighted by their gradient, on average over the tokens; below 0 counts as 0.
+    Of the states half way up, channels are weighted by their gradient, on average over the tokens; below 0
+    counts as 0.
     """
     x = x.detach().requires_grad_()
     with watched(model) as states:
         value = from_embedding(model, score, idx, x).sum()
-    slopes = torch.autograd.grad(value, states[layer])[0]
-    return (states[layer] * slopes.mean(1, keepdim=True)).sum(-1)[0].detach().clamp(min=0)
+    state = states[len(states) // 2]
+    slopes = torch.autograd.grad(value, state)[0]
+    return (state * slopes.mean(1, keepdim=True)).sum(-1)[0].detach().clamp(min=0)
 
 
 @torch.no_grad()
@@ -151,96 +140,90 @@ def lime(model, score, idx, x, baseline, samples, seed) -> torch.Tensor:
 
     Copies with some tokens neutral, few or many; those nearer to the text, by the cosine, count more.
     """
-    T = idx.size(1)
-    generator = torch.Generator().manual_seed(seed)
+    T, generator = idx.size(1), torch.Generator().manual_seed(seed)
     missing = torch.randint(0, T + 1, (samples, 1), generator=generator)
-    there = (torch.rand(samples, T, generator=generator).argsort(1).argsort(1) >= missing).to(x)  # (n, T)
-    values = torch.cat([from_embedding(model, score, idx, baseline + part.unsqueeze(-1) * (x - baseline))
-                        for part in there.split(BATCH)])
-    near = torch.exp(-(1 - there.mean(1).sqrt()) ** 2 / 0.25 ** 2).double().sqrt().cpu().unsqueeze(1)
-    columns = torch.cat((there, torch.ones_like(there[:, :1])), dim=1).double().cpu()
-    ridge = torch.eye(T + 1, dtype=torch.float64) * 1e-3  # a token that is hardly ever missed: 0
-    return torch.linalg.lstsq(torch.cat((columns * near, ridge)),
-                              torch.cat((values.double().cpu().unsqueeze(1) * near, ridge[:, :1] * 0)))[0][:-1, 0]
+    there = (torch.rand(samples, T, generator=generator).argsort(1).argsort(1) >= missing).double()  # (n, T)
+    scores = torch.cat([from_embedding(model, score, idx, torch.lerp(baseline, x, part.to(x).unsqueeze(-1)))
+                        for part in there.split(BATCH)]).double().cpu()
+    weights = torch.exp(-(1 - there.mean(1).sqrt()) ** 2 / 0.25 ** 2)
+    columns = F.pad(there, (0, 1), value=1.0)  # and a constant
+    gram = columns.T @ (weights.unsqueeze(1) * columns) + 1e-6 * torch.eye(T + 1)  # a slight ridge
+    return torch.linalg.solve(gram, columns.T @ (weights * scores))[:-1]
 
 
-def attributions(model: Transformer, score: Score, idx: torch.Tensor, neutral: int, cam_layer: Optional[int] = None,
-                 samples: int = 1000, seed: int = 1337) -> tuple[dict[str, torch.Tensor], float, float]:
+def attributions(model: Transformer, score: Score, idx: torch.Tensor, neutral: int, samples: int = 1000,
+                 seed: int = 1337) -> tuple[dict[str, torch.Tensor], float]:
     """Each method's answer, (T,), for any score of a text, idx (1, T), that a gradient goes through.
 
-    neutral: the token that stands for none. Also returns by how much the score would change were all neutral,
-    and the share of it by which integrated gradients miss that.
+    neutral: the token that stands for none. Also by what share integrated gradients are off.
     """
     x, baseline = (model.wte(ids).detach() for ids in (idx, torch.full_like(idx, neutral)))
-    path, change, off = integrated_gradients(model, score, idx, x, baseline)
-    return {"gradient x input": ((x - baseline) * gradients(model, score, idx, x)).sum(-1)[0],
-            "integrated gradients": path,
-            "Grad-CAM": grad_cam(model, score, idx, x, len(model.blocks) // 2 if cam_layer is None else cam_layer),
-            "LIME": lime(model, score, idx, x, baseline, samples, seed)}, change, off
+    path, off = integrated_gradients(model, score, idx, x, baseline)
+    found = {"gradient x input": ((x - baseline) * gradient(model, score, idx, x)).sum(-1)[0],
+             "integrated gradients": path, "Grad-CAM": grad_cam(model, score, idx, x),
+             "LIME": lime(model, score, idx, x, baseline, samples, seed)}
+    return {method: values.double().cpu() for method, values in found.items()}, off
 
 
 def rank_agreement(a: torch.Tensor, b: torch.Tensor) -> float:
     """Spearman's: 1 where both put the tokens in the same order, -1 in the opposite; 0 where one has none."""
     def ranks(v):
         return ((v.unsqueeze(1) > v).double() + (v.unsqueeze(1) == v).double() / 2).sum(1)  # ties: their mean
-    found = torch.corrcoef(torch.stack((ranks(a), ranks(b.to(a)))))[0, 1].item()
+    found = torch.corrcoef(torch.stack((ranks(a), ranks(b))))[0, 1].item()
     return found if math.isfinite(found) else 0.0
 
 
 # -----------------------------------------------------------------------------
 # What heads do, and what layers say
 
-def behaviour(weights: torch.Tensor, ids: torch.Tensor) -> str:
-    """The habit that most of a head's attention, (T, T), goes by on this text; empty where none is clear."""
+def habit(weights: torch.Tensor, ids: torch.Tensor) -> str:
+    """What most of a head's attention, (T, T), goes by on this text, and how much; empty where it is unclear."""
     T = len(ids)
-    same = (ids.unsqueeze(1) == ids).fill_diagonal_(False)
-    habits = {"itself": torch.eye(T), "previous token": torch.ones(T, T).tril(-1) - torch.ones(T, T).tril(-2),
-              "next token": torch.ones(T, T).triu(1) - torch.ones(T, T).triu(2),
-              "first token": F.one_hot(torch.zeros(T, dtype=torch.long), T), "same token": same,
-              "after the same token": F.pad(same[:, :-1], (1, 0)).tril(-1)}  # an induction head
-    allowed = (weights > 0).float()
-    found = {}
-    for name, habit in habits.items():
-        habit = habit * allowed
-        rows = (habit.sum(1) > 0) & (torch.arange(T) > 1)  # the first two have little choice
-        if rows.any():
-            mass, chance = ((by * habit).sum(1)[rows].mean().item()
-                            for by in (weights, allowed / allowed.sum(1, keepdim=True)))
-            if mass > max(0.3, 2 * chance):
-                found[name] = mass
-    best = max(found, key=found.get, default=None)
-    return f"{best} {found[best]:.0%}" if best else ""
+    back, same = torch.ones(T, T).tril(-1), (ids.unsqueeze(1) == ids).fill_diagonal_(False)
+    habits = {"itself": torch.eye(T), "previous token": back - back.tril(-2), "next token": (back - back.tril(-2)).T,
+              "first token": torch.eye(T)[:1].expand(T, T), "same token": same,
+              "after the same token": F.pad(same[:, :-1], (1, 0)) * back}  # an induction head
+    seen = torch.ones(T, T) if weights.triu(1).any() else torch.ones(T, T).tril()
+    even = seen / seen.sum(1, keepdim=True)
+    shares = {}
+    for name, places in habits.items():
+        rows = ((places * seen).sum(1) > 0) & (torch.arange(T) > 1)  # the first two have little choice
+        share, chance = ((one * places).sum(1)[rows].mean().item() for one in (weights, even))
+        if share > max(0.3, 2 * chance):  # never where there are no such places: NaN
+            shares[name] = share
+    best = max(shares, key=shares.get, default=None)
+    return f"{best} {shares[best]:.0%}" if best else ""
 
 
 @torch.no_grad()
-def states_of_guesses(model: Transformer, idx: torch.Tensor, segments: torch.Tensor, mask: Optional[int]):
-    """The hidden states in which the model guesses a token: (L + 1, T, C), into the first block and out of each.
+def states_of_guesses(model, idx, segments, mask: Optional[int]) -> torch.Tensor:
+    """The hidden states in which the model guesses a token: (L + 1, T, C), into the first block, out of each.
 
     A causal model guesses, at each place, the next token; a masked one that token itself, masked.
     """
+    places = torch.arange(idx.size(1), device=idx.device)
     if model.config.causal:
         with watched(model) as states:
             model.hidden(idx)
         return torch.cat(states)
+    copies = torch.where(places.unsqueeze(1) == places, mask, idx)  # (T, T), each with a gap of its own
     found = []
-    for places in torch.arange(idx.size(1), device=idx.device).split(BATCH):
-        copies = idx.repeat(len(places), 1)
-        copies[torch.arange(len(places)), places] = mask
+    for part in places.split(BATCH):
         with watched(model) as states:
-            model.hidden(copies, segments=segments.expand(len(places), -1))
-        found.append(torch.stack([state[torch.arange(len(places)), places] for state in states]))
+            model.hidden(copies[part], segments=segments.expand(len(part), -1))
+        found.append(torch.stack(states)[:, torch.arange(len(part)), part])
     return torch.cat(found, dim=1)
 
 
 @torch.no_grad()
-def guesses(model: Transformer, states: torch.Tensor, actual: list[Optional[int]], name: Callable) -> list[dict]:
-    """For each place: the actual token's probability, rank and surprisal in bits, the likeliest tokens, and the
-    likeliest by each layer, were it the last (the logit lens, nostalgebraist 2020)."""
+def guesses(model, states: torch.Tensor, actual: list[Optional[int]], name: Callable) -> list[dict]:
+    """For each place: the actual token's probability, rank and surprisal in bits; the likeliest tokens; and
+    the likeliest by each layer, were it the last (the logit lens, nostalgebraist 2020)."""
     found = []
     for i, token in enumerate(actual):
         probs = model.logits(model.norm_f(states[:, i])).softmax(-1)  # (L + 1, V)
-        row = {"best": [[name(t), p] for p, t in zip(*(v.tolist() for v in probs[-1].topk(6)))],
-               "lens": [[name(t), p] for p, t in zip(*(v.tolist() for v in probs.max(-1)))]}
+        row = {key: [[name(t), p] for p, t in zip(values.tolist(), tokens.tolist())]
+               for key, (values, tokens) in (("best", probs[-1].topk(6)), ("lens", probs.max(-1)))}
         if token is not None:
             p = probs[-1, token]
             row |= {"p": p.item(), "rank": int((probs[-1] > p).sum()) + 1, "bits": -p.log2().item()}
@@ -249,7 +232,7 @@ def guesses(model: Transformer, states: torch.Tensor, actual: list[Optional[int]
 
 
 def namer(tokenizer: Tokenizer | HubTokenizer) -> Callable[[int], str]:
-    """Token ids to what is shown for them: line breaks and parts of characters can be seen."""
+    """What is shown for a token id: line breaks and parts of characters too."""
     specials = {i: name for name, i in tokenizer.specials.items()}
 
     def name(i: int) -> str:
@@ -259,7 +242,8 @@ def namer(tokenizer: Tokenizer | HubTokenizer) -> Callable[[int], str]:
             text = tokenizer.token_bytes[i].decode()
         except UnicodeDecodeError:
             return "".join(f"\\x{byte:02x}" for byte in tokenizer.token_bytes[i])
-        return text.replace("\n", "\u21b5").replace("\t", "\u21e5")
+        text = text.replace("\n", "\u21b5").replace("\t", "\u21e5")
+        return text if text.isprintable() else ascii(text)[1:-1]
     return name
 
 
@@ -270,84 +254,73 @@ def main():
         if value < 1:
             raise SettingError(f"--{setting}={value}: must be at least 1")
     model, tokenizer = load(out_dir, pick_device(device))
-    config, name = model.config, namer(tokenizer)
     if model.head is None:
         raise UserError(f"{out_dir}: an encoder without a head for tokens predicts nothing to explain")
-    if cam_layer is not None and not 0 <= cam_layer <= config.n_layer:
-        raise SettingError(f"--cam_layer={cam_layer}: the model has blocks 0 to {config.n_layer - 1}")
+    causal, name = model.config.causal, namer(tokenizer)
 
-    def one_token(text, setting):
-        found = tokenizer.encode(text, specials=True)
-        if len(found) != 1:
-            raise SettingError(f"--{setting}={text}: one token is wanted, this is {len(found)}: "
-                               f"{' '.join(repr(name(i)) for i in found)}")
-        return found[0]
-
-    # The text, and the score to be explained: here a token's logit. For another kind of model, that is where
-    # its own score goes, any function of token ids (B, T) that reads them by model.hidden.
-    ids, kinds = tokenizer.encode(read_prompt(start), specials=True) or [tokenizer.eot], None
-    if config.causal:
-        ids = ids[-min(max_tokens, config.block_size):]
-        place, kinds = len(ids) - 1, [0] * len(ids)
+    # The text, and the place where a token is guessed.
+    ids, longest = tokenizer.encode(read_prompt(start), specials=True), min(max_tokens, model.config.block_size)
+    if causal:
+        ids = ids[-longest:] or [tokenizer.eot]
+        place, kinds, neutral = len(ids) - 1, [0] * len(ids), tokenizer.eot
     else:
         ids, kinds = tokenizer.wrap(ids)
-        if tokenizer.mask not in ids or len(ids) > min(max_tokens, config.block_size):
-            raise UserError(f"--start: a masked model fills gaps, in {min(max_tokens, config.block_size)} tokens "
-                            f"at most: write {name(tokenizer.mask) if tokenizer.mask else 'a mask'} where one is")
-        place = ids.index(tokenizer.mask)
+        if tokenizer.mask not in ids or len(ids) > longest:
+            raise UserError(f"--start: a masked model fills a gap: write {name(tokenizer.mask)} where it is, and "
+                            f"{longest} tokens at most (here are {len(ids)})")
+        place, neutral = ids.index(tokenizer.mask), tokenizer.mask
     idx, segments = (torch.tensor([row], device=model.wte.weight.device) for row in (ids, kinds))  # (1, T)
 
-    def logits(copies):  # (B, T) -> (B, V)
-        return model.logits(model.hidden(copies, segments=segments.expand(len(copies), -1))[:, place])
+    # The score to be explained: a token's logit. Any other function of ids that calls model.hidden, such as a
+    # class's score by a head on it, is explained in the same way.
+    def logits(ids):  # (B, T) -> (B, V)
+        return model.logits(model.hidden(ids, segments=segments.expand(len(ids), -1))[:, place])
 
     with torch.no_grad(), AttentionMaps() as maps:
         scores = logits(idx)[0]
-    token = one_token(target, "target") if target else scores[:tokenizer.vocab_size].argmax().item()
-    none = one_token(neutral, "neutral") if neutral else tokenizer.eot if config.causal else tokenizer.mask
-    methods, change, off = attributions(model, lambda copies: logits(copies)[:, token], idx, none, cam_layer,
-                                        samples, seed)
-    actual = [*ids[1:], None] if config.causal else [None if i == tokenizer.mask else i for i in ids]
-    said = guesses(model, states_of_guesses(model, idx, segments, tokenizer.mask), actual, name)
-    if config.causal:
+    wanted = tokenizer.encode(target, specials=True) or [scores[:tokenizer.vocab_size].argmax().item()]
+    if len(wanted) > 1:
+        raise SettingError(f"--target={target}: these are {len(wanted)} tokens, {[*map(name, wanted)]}: give one")
+    token = wanted[0]
+    methods, off = attributions(model, lambda ids: logits(ids)[:, token], idx, neutral, samples, seed)
+    with torch.no_grad():
+        change = (scores - logits(torch.full_like(idx, neutral))[0])[token].item()
+
+    states = states_of_guesses(model, idx, segments, tokenizer.mask)
+    said = guesses(model, states, [*ids[1:], None] if causal else ids, name)
+    if causal:
         said = [{"best": [], "lens": []}, *said]  # before the first token, nothing was said
-    heads = [[{"habit": behaviour(head, idx[0].cpu()),
+    heads = [[{"habit": habit(head, idx[0].cpu()),
                "weights": base64.b64encode((head * 255).round().byte().numpy().tobytes()).decode()}
               for head in layer[0].float().cpu()] for layer in maps.layers]
     found = {
-        "model": f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide", "out_dir": out_dir,
-        "tokens": [name(i) for i in ids], "place": place + 1 if config.causal else place, "token": name(token),
-        "p": scores.softmax(-1)[token].item(), "logit": scores[token].item(), "neutral": name(none),
-        "change": change, "sum": methods["integrated gradients"].sum().item(), "off": off,
-        "methods": {method: values.tolist() for method, values in methods.items()},
-        "agreement": [[rank_agreement(a, b) for b in methods.values()] for a in methods.values()],
-        "heads": heads, "said": said}
-    print_out(found)
-    run_folder = newest_run(Path(out_dir))
-    file = Path(page) if page else (run_folder if run_folder.is_dir() else Path()) / "explain.html"
+        "title": f"{out_dir}: {len(model.blocks)} layers, {model.config.n_head} heads",
+        "summary": f"logit {scores[token].item():.3f}, probability {scores.softmax(-1)[token].item():.1%}; with "
+                   f"{name(neutral)} for every token the logit would be {change:.4f} less, and integrated "
+                   f"gradients add up to {methods['integrated gradients'].sum().item():.4f}, {off:.2%} off",
+        "tokens": [name(i) for i in ids], "token": name(token), "place": place + causal, "said": said,
+        "methods": {method: values.tolist() for method, values in methods.items()}, "heads": heads,
+        "agreement": [[rank_agreement(a, b) for b in methods.values()] for a in methods.values()]}
+
+    # The short form, and the page.
+    wide = max(map(len, found["tokens"]))
+    print(f"{found['title']}\n\n{'token':>{wide}}     bits   rank  " + "  ".join(methods))
+    for i, (text, row) in enumerate(zip(found["tokens"], said)):
+        guess = f"{row['bits']:7.2f} {row['rank']:6}" if "bits" in row else " " * 14
+        print(f"{text:>{wide}}  {guess}  "
+              + "  ".join(f"{values[i].item():{len(method)}.3f}" for method, values in methods.items()))
+    print(f"\nexplained: {found['token']!r}, {found['summary']}\n\nrank agreement (Spearman)")
+    for method, row in zip(methods, found["agreement"]):
+        print(f"{method:>22}" + "".join(f"{value:7.2f}" for value in row))
+    print("\nwhat heads do on this text")
+    for n, layer in enumerate(heads):
+        habits = [f"head {h}: {head['habit']}" for h, head in enumerate(layer) if head["habit"]]
+        print(f"layer {n:2}  {',  '.join(habits) or '-'}")
+    folder = newest_run(Path(out_dir))
+    file = (folder if folder.is_dir() else Path()) / "explain.html"
     data = json.dumps(found, ensure_ascii=False).replace("<", "\\u003c")  # no token ends the script
     write_text(file, PAGE.replace("DATA", data))
     print(f"\n{file}: all of it, for a browser")
-
-
-def print_out(found: dict) -> None:
-    """The page in short, for a terminal."""
-    wide = max(map(len, found["tokens"]))
-    print(f"{found['out_dir']}: {found['model']}\n\n{'token':>{wide}}     bits   rank  "
-          + "  ".join(found["methods"]))
-    for i, token in enumerate(found["tokens"]):
-        said = found["said"][i]
-        guess = f"{said['bits']:7.2f} {said['rank']:6}" if "bits" in said else " " * 14
-        print(f"{token:>{wide}}  {guess}  " + "  ".join(
-            f"{values[i]:{len(method)}.3f}" for method, values in found["methods"].items()))
-    print(f"\nexplained: the logit of {found['token']!r}, {found['logit']:.3f} (probability {found['p']:.1%}); "
-          f"with {found['neutral']!r} for every token\nit would be {found['change']:.4f} less; integrated "
-          f"gradients add up to {found['sum']:.4f}, {found['off']:.2%} off\n\nrank agreement (Spearman)")
-    for method, row in zip(found["methods"], found["agreement"]):
-        print(f"{method:>22}  " + "  ".join(f"{value:5.2f}" for value in row))
-    print("\nheads with a habit on this text")
-    for n, layer in enumerate(found["heads"]):
-        habits = [f"{h}: {head['habit']}" for h, head in enumerate(layer) if head["habit"]]
-        print(f"  layer {n}   {'   '.join(habits) or '-'}")
 
 
 PAGE = """<!doctype html>
@@ -377,7 +350,8 @@ table { border-collapse: collapse; font-size: .85rem } td, th { padding: .1rem .
         font-weight: normal } td:first-child, th { color: var(--soft) } code { white-space: pre }
 </style>
 <h1></h1><p id="model"></p>
-<h2>What the prediction rests on</h2><p id="rests"></p><div class="two" id="methods"></div>
+<h2>What the prediction rests on</h2><p>Blue speaks for it, orange against. <span id="summary"></span>.</p>
+<div class="two" id="methods"></div>
 <h3>Rank agreement</h3><table id="agreement"></table>
 <h2>Where the heads look</h2>
 <p>A row of a square is a token, a column one that it looks at. Click on a head, then point at a token: what it
@@ -415,14 +389,13 @@ function text(shades, titles, point) {
 }
 
 document.querySelector('h1').textContent = `Why \\u201c${D.token}\\u201d?`
-at('model').textContent = `${D.out_dir}: ${D.model}. Probability ${percent(D.p)}, logit ${D.logit.toFixed(3)}.`
-at('rests').textContent = `Blue speaks for it, orange against. With \\u201c${D.neutral}\\u201d for every token its ` +
-  `logit would be ${D.change.toFixed(4)} less; integrated gradients add up to ${D.sum.toFixed(4)}, ` +
-  `${(100 * D.off).toFixed(2)}% off.`
+at('model').textContent = D.title
+at('summary').textContent = D.summary
 for (const [method, values] of Object.entries(D.methods)) {
   const most = Math.max(...values.map(Math.abs)) || 1
   at('methods').append(make('div', null, make('h3', method),
-    make('div', null, ...text(values.map(v => .9 * v / most), values.map(v => v.toFixed(4))))))
+    make('div', null, ...text(values.map(v => .9 * Math.sign(v) * Math.sqrt(Math.abs(v) / most)),
+                              values.map(v => v.toFixed(4))))))
 }
 const names = Object.keys(D.methods)
 at('agreement').append(make('tr', null, make('th', ''), ...names.map(n => make('th', n))),

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 import config as settings
 import config.search as search
+import explain
 import prepare
 import sample
 import train
@@ -1808,7 +1809,8 @@ def test_a_hopeless_trial_is_stopped(stub, tmp_path):
 @pytest.mark.parametrize(
     "words, status, named",
     [((), 2, ["nothing to search"]), (("y=1,2",), 2, ["y=1,2", "'y'"]), (("n=1,2.5",), 2, ["int", "2.5"]),
-     (("kind=a..b",), 2, ["low..high"]), (("x=3..1",), 2, ["x=3..1"]), (("x=1,2", "--trails=3"), 2, ["--trails"]),
+     (("kind=a..b",), 2, ["low..high"]), (("x=3..1",), 2, ["x=3..1"]),
+     (("x=1,2", "--trails=3"), 2, ["--trails"]),
      (("x=1,2", "--metric=f1", "--trials=1", "--method=random"), 1, ["no trial", "output.txt"])],
 )
 def test_what_a_search_refuses(stub, words, status, named):
@@ -1834,9 +1836,162 @@ def test_bayes_needs_fewer_trials_than_random():
 
     bayes = [needed("bayes", seed, 80) for seed in range(10)]
     assert sum(n < needed("random", seed, n + 1) for seed, n in enumerate(bayes)) >= 9 and max(bayes) < 80
-    rows = [{"settings": {"lr": 1e-3, "dropout": 0.1, "n_layer": 8}, "state": "failed", "value": None, "curve": []}]
-    first = search.propose("random", spaces, rows, True, 0)
-    assert first == search.propose("random", spaces, rows, True, 0) != search.propose("random", spaces, rows, True, 1)
+    for method in ("bayes", "random"):  # the same rows, the same next trial: that is how a search resumes
+        one, same, other = (search.propose(method, spaces, [], True, seed) for seed in (0, 0, 1))
+        assert one == same != other
+
+
+# -----------------------------------------------------------------------------
+# explain.py
+
+
+def test_all_four_methods_find_the_token_that_matters():
+    """In a block whose heads look everywhere alike, by a score for what one token alone carries."""
+    model = tiny("llama", norm="layer", n_kv_head=4, n_layer=1)
+    mark = F.normalize(torch.randn(32), dim=0)
+    mark = F.normalize(mark - mark.mean(), dim=0)  # which is what a norm subtracts
+    with torch.no_grad():
+        model.wte.weight -= (model.wte.weight @ mark).unsqueeze(1) * mark
+        model.wte.weight[60] += mark
+        model.blocks[0].attn.q.weight.zero_()
+        model.blocks[0].attn.v.weight.copy_(torch.eye(32))
+        model.blocks[0].attn.o.weight.copy_(torch.eye(32))
+        model.blocks[0].mlp.down.weight.zero_()
+    for place in (0, 5, 11):
+        idx = tokens(1, 12).clamp(max=59)
+        idx[0, place] = 60
+
+        def score(ids):
+            with explain.watched(model) as states:
+                model.hidden(ids)
+            return states[-1][:, -1] @ mark  # the last place: what was elsewhere came by attention
+
+        found, off = explain.attributions(model, score, idx, neutral=0, samples=300)
+        assert list(found) == ["gradient x input", "integrated gradients", "Grad-CAM", "LIME"] and off < 0.01
+        assert [values.argmax().item() for values in found.values()] == [place] * 4
+
+
+def test_attributions_of_a_linear_model_are_its_weights():
+    model = tiny("llama")
+    with torch.no_grad():
+        for block in model.blocks:  # what goes in comes out
+            block.attn.o.weight.zero_()
+            block.mlp.down.weight.zero_()
+    idx, weights = tokens(1, 10), torch.randn(10, 32)
+
+    def score(ids, weights=weights):
+        with explain.watched(model) as states:
+            model.hidden(ids)
+        return (states[-1] * weights).sum((1, 2))
+
+    x, neutral = model.wte(idx)[0], model.wte.weight[3]
+    found, _ = explain.attributions(model, score, idx, neutral=3, samples=300)
+    for method in ("gradient x input", "integrated gradients", "LIME"):
+        assert torch.allclose(found[method].float(), ((x - neutral) * weights).sum(1), atol=1e-3), method
+    same = weights[:1].expand(10, 32)  # Grad-CAM knows one weight a channel
+    found, _ = explain.attributions(model, lambda ids: score(ids, same), idx, neutral=3, samples=300)
+    assert torch.allclose(found["Grad-CAM"].float(), (x * same).sum(1).clamp(min=0), atol=1e-4)
+
+
+@columns
+def test_integrated_gradients_are_complete(column):
+    """They add up to the change of the score, within one percent; other methods do not."""
+    model, idx = tiny(column), tokens(1, 9)
+    likeliest = model(idx)[0][0, -1].argmax()
+
+    def score(ids):
+        return model(ids)[0][:, -1, likeliest]
+
+    found, off = explain.attributions(model, score, idx, neutral=60, samples=50)
+    change = (score(idx) - score(torch.full_like(idx, 60))).item()
+    assert found["integrated gradients"].sum().item() == pytest.approx(change, rel=0.01) and off < 0.01
+    assert found["gradient x input"].sum().item() != pytest.approx(change, rel=0.01)
+
+
+@columns
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_maps_are_what_the_kernel_used(column, causal):
+    model, idx, seen = tiny(column, causal=causal), tokens(1, 9), {}
+    attn = model.blocks[1].attn
+    handles = [getattr(attn, name).register_forward_hook(
+        lambda module, args, out, name=name: seen.update({name: out, name + "_from": args[0]}))
+        for name in "qkvo"]
+    with torch.no_grad(), explain.AttentionMaps() as maps:
+        model.hidden(idx)
+    for handle in handles:
+        handle.remove()
+    weights = maps.layers[1]
+    assert len(maps.layers) == 2 and torch.allclose(weights.sum(-1), torch.ones(1, 4, 9))
+    assert (weights.triu(1) == 0).all() == causal
+    q, k, v = (seen[name].view(1, 9, -1, attn.head_dim).transpose(1, 2) for name in "qkv")
+    mixed = weights @ v.repeat_interleave(4 // v.size(1), dim=1)
+    assert torch.allclose(mixed.transpose(1, 2).flatten(2), seen["o_from"], atol=1e-5)
+    if column == "gpt2":  # nothing happens to queries and keys
+        scores = torch.einsum("bhtd,bhsd->bhts", q, k) / math.sqrt(8)
+        by_hand = scores.exp().tril() if causal else scores.exp()
+        assert torch.allclose(weights, by_hand / by_hand.sum(-1, keepdim=True), atol=1e-6)
+
+
+def test_heads_are_called_by_what_they_do():
+    ids = torch.tensor([4, 7, 9, 4, 7, 2, 9, 4])
+    T, eye = 8, torch.eye(8)
+    before = torch.roll(eye, 1, 0).tril()
+    before[0, 0] = 1
+    same, after = eye.clone(), eye.clone()
+    for t, s in ((3, 0), (4, 1), (6, 2), (7, 3)):
+        same[t], after[t] = eye[s], eye[s + 1]
+    for weights, name in ((eye, "itself"), (before, "previous token"), (eye[:1].expand(T, T), "first token"),
+                          (same, "same token"), (after, "after the same token"), (before.T, "next token")):
+        assert explain.habit(weights, ids) == f"{name} 100%"
+    even = torch.ones(T, T).tril()
+    assert explain.habit(even / even.sum(1, keepdim=True), ids) == ""
+
+
+def read_page(path) -> dict:
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("<!doctype html>") and "://" not in text and text.count("</script>") == 1
+    return json.loads(text.split("const D = ")[1].split("\n")[0])
+
+
+def test_a_page_about_a_language_model(home):
+    start = "import <|endoftext|>\nx </script>"
+    done = script("explain.py", "--out_dir=out/whole", f"--start={start}", "--samples=99", cwd=home)
+    assert done.returncode == 0, done.stderr
+    page = read_page(home / "out/whole/explain.html")
+    model, tokenizer = sample.load(home / "out/whole")
+    ids = tokenizer.encode(start, specials=True)
+    probs = model(torch.tensor([ids]))[0][0].softmax(-1)
+    assert len(page["tokens"]) == len(ids) == len(page["said"]) - 1
+    assert {"<|endoftext|>", "\u21b5"} <= set(page["tokens"])
+    for i, row in enumerate(page["said"][1:-1]):
+        p = probs[i, ids[i + 1]].item()
+        assert row["p"] == pytest.approx(p, rel=1e-4)
+        assert row["bits"] == pytest.approx(-math.log2(p), rel=1e-4)
+        assert row["rank"] == (probs[i] > p * 1.00001).sum() + 1
+        assert len(row["lens"]) == 3 and row["lens"][-1] == row["best"][0]  # embedding, two blocks
+    assert page["token"] == page["said"][-1]["best"][0][0] and page["place"] == len(ids)
+    assert len(page["heads"]) == 2 and len(page["heads"][0]) == model.config.n_head
+    for word in ("integrated gradients add up to", "% off", "rank agreement", "layer  1", *page["methods"]):
+        assert word in done.stdout
+    one_line(script("explain.py", "--out_dir=out/whole", "--target=zq zq", cwd=home), 2, "--target", "tokens")
+    assert script("explain.py", "--out_dir=out/whole", "--start=i", "--target=q", cwd=home).returncode == 0
+
+
+def test_a_page_about_a_masked_model(tmp_path):
+    tokenizer = make_tokenizer("bytes", [], 0)
+    model = tiny("gpt2", causal=False, vocab_size=tokenizer.vocab_size)
+    train.save_checkpoint(tmp_path / "best.pt", {
+        "model": model.state_dict(), "model_args": asdict(model.config), "tokenizer": tokenizer.to_dict()})
+    done = script("explain.py", f"--out_dir={tmp_path}", "--start=a <|mask|>c", "--samples=99", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    page = read_page(tmp_path / "explain.html")
+    assert page["tokens"] == ["a", " ", "<|mask|>", "c", "<|endoftext|>"] and page["place"] == 2
+    (name, p), *_ = sample.fill(model, tokenizer, "a <|mask|>c")[0]
+    assert page["said"][2]["best"][0][1] == pytest.approx(p, rel=1e-4)
+    hidden = [97, tokenizer.mask, tokenizer.mask, 99, tokenizer.eot]  # the space is hidden, and guessed
+    probs = model(torch.tensor([hidden]))[0][0, 1].softmax(-1)
+    assert page["said"][1]["p"] == pytest.approx(probs[32].item(), rel=1e-4)
+    one_line(script("explain.py", f"--out_dir={tmp_path}", "--start=abc", cwd=tmp_path), 1, "<|mask|>")
 
 
 # -----------------------------------------------------------------------------
