@@ -33,17 +33,15 @@ from train import pick_device, write_text
 out_dir: str = "out"  # a run's folder, or a folder of runs: the newest of them; a Hugging Face folder or id
 start: str = "the cat sat on the mat, and the dog sat on the"  # the text; FILE:path reads it from a file
 target: str = ""  # the token to explain, behind the text or in its gap; empty: the likeliest
-max_tokens: int = 128  # of a longer text, the last so many
 samples: int = 1000  # masked copies of the text that LIME is fitted to
 seed: int = 1337  # of their masks
 device: str = "auto"  # auto: cuda, else mps, else cpu
 # -----------------------------------------------------------------------------
 
 BATCH = 32  # copies of the text that go through the model together
+LONGEST = 128  # tokens looked at; of a longer text, the last ones
 Score = Callable[[torch.Tensor], torch.Tensor]  # (B, T) token ids -> (B,): the number to be explained
 
-
-# Looking on, while the model runs as ever
 
 @contextlib.contextmanager
 def watched(model: Transformer) -> Iterator[list[torch.Tensor]]:
@@ -83,7 +81,6 @@ def attention_weights(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, s
     return scores.softmax(-1)
 
 
-# -----------------------------------------------------------------------------
 # On what does a score rest? Four answers, each (T,): what a token adds to it, against a neutral one there.
 # x and baseline, (1, T, C), are the embeddings of the text and of as many neutral tokens.
 
@@ -102,10 +99,10 @@ def gradient(model: Transformer, score: Score, idx: torch.Tensor, x: torch.Tenso
 
 
 def integrated_gradients(model, score, idx, x, baseline) -> tuple[torch.Tensor, float]:
-    """The gradient, on average over the straight way from the baseline to x (Sundararajan et al. 2017).
+    """x - baseline times the gradient, on average over the way between them (Sundararajan et al. 2017).
 
-    Returns it times x - baseline, and by what share its sum is off from the change of the score, which it
-    should equal. The way is looked at ever more closely until that is below a thousandth.
+    Also the change of the score from the one to the other, which the sum equals: the way is looked at ever
+    more closely until it does, to a thousandth.
     """
     with torch.no_grad():
         change = from_embedding(model, score, idx, torch.cat((baseline, x))).diff().item()
@@ -114,17 +111,15 @@ def integrated_gradients(model, score, idx, x, baseline) -> tuple[torch.Tensor, 
         ways = (baseline + (part.view(-1, 1, 1) + 0.5) * (x - baseline) for part in places.split(BATCH))
         slopes = torch.cat([gradient(model, score, idx, way) for way in ways])  # (points, T, C)
         found = ((x - baseline) * (weights.view(-1, 1, 1) * slopes).sum(0)).sum(-1)[0]
-        off = abs(found.sum().item() - change) / max(abs(change), 1e-6)
-        if off < 1e-3:
+        if abs(found.sum().item() - change) <= 1e-3 * abs(change):
             break
-    return found, off
+    return found, change
 
 
 def grad_cam(model, score, idx, x) -> torch.Tensor:
-    """How much of the direction that raises the score is in each token's hidden state (Selvaraju et al. 2017).
+    """How far each token's hidden state, half way up, lies in the direction that raises the score.
 
-    Of the states half way up, channels are weighted by their gradient, on average over the tokens; below 0
-    counts as 0.
+    The direction is the gradient there, on average over the tokens; less than 0 is 0 (Selvaraju et al. 2017).
     """
     x = x.detach().requires_grad_()
     with watched(model) as states:
@@ -136,9 +131,9 @@ def grad_cam(model, score, idx, x) -> torch.Tensor:
 
 @torch.no_grad()
 def lime(model, score, idx, x, baseline, samples, seed) -> torch.Tensor:
-    """A linear model of the score by which tokens are there, fitted near the whole text (Ribeiro et al. 2016).
+    """The weights of a linear model of the score, by which tokens are there (Ribeiro et al. 2016).
 
-    Copies with some tokens neutral, few or many; those nearer to the text, by the cosine, count more.
+    Fitted to copies with few or many tokens neutral; the nearer to the whole text, the more a copy counts.
     """
     T, generator = idx.size(1), torch.Generator().manual_seed(seed)
     missing = torch.randint(0, T + 1, (samples, 1), generator=generator)
@@ -155,14 +150,15 @@ def attributions(model: Transformer, score: Score, idx: torch.Tensor, neutral: i
                  seed: int = 1337) -> tuple[dict[str, torch.Tensor], float]:
     """Each method's answer, (T,), for any score of a text, idx (1, T), that a gradient goes through.
 
-    neutral: the token that stands for none. Also by what share integrated gradients are off.
+    neutral: the token that stands for none. Also by how much it would change the score in all places.
     """
     x, baseline = (model.wte(ids).detach() for ids in (idx, torch.full_like(idx, neutral)))
-    path, off = integrated_gradients(model, score, idx, x, baseline)
+    path, change = integrated_gradients(model, score, idx, x, baseline)
     found = {"gradient x input": ((x - baseline) * gradient(model, score, idx, x)).sum(-1)[0],
-             "integrated gradients": path, "Grad-CAM": grad_cam(model, score, idx, x),
+             "integrated gradients": path,
+             "Grad-CAM": grad_cam(model, score, idx, x),
              "LIME": lime(model, score, idx, x, baseline, samples, seed)}
-    return {method: values.double().cpu() for method, values in found.items()}, off
+    return {method: values.double().cpu() for method, values in found.items()}, change
 
 
 def rank_agreement(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -173,16 +169,14 @@ def rank_agreement(a: torch.Tensor, b: torch.Tensor) -> float:
     return found if math.isfinite(found) else 0.0
 
 
-# -----------------------------------------------------------------------------
-# What heads do, and what layers say
-
 def habit(weights: torch.Tensor, ids: torch.Tensor) -> str:
-    """What most of a head's attention, (T, T), goes by on this text, and how much; empty where it is unclear."""
-    T = len(ids)
-    back, same = torch.ones(T, T).tril(-1), (ids.unsqueeze(1) == ids).fill_diagonal_(False)
-    habits = {"itself": torch.eye(T), "previous token": back - back.tril(-2), "next token": (back - back.tril(-2)).T,
+    """Where most of a head's attention, (T, T), goes on this text, and how much; empty where that is unclear.
+    """
+    T, same = len(ids), (ids.unsqueeze(1) == ids).fill_diagonal_(False)
+    previous = torch.diag(torch.ones(T - 1), -1)
+    habits = {"itself": torch.eye(T), "previous token": previous, "next token": previous.T,
               "first token": torch.eye(T)[:1].expand(T, T), "same token": same,
-              "after the same token": F.pad(same[:, :-1], (1, 0)) * back}  # an induction head
+              "after the same token": F.pad(same[:, :-1], (1, 0)).tril(-1)}  # an induction head
     seen = torch.ones(T, T) if weights.triu(1).any() else torch.ones(T, T).tril()
     even = seen / seen.sum(1, keepdim=True)
     shares = {}
@@ -247,27 +241,24 @@ def namer(tokenizer: Tokenizer | HubTokenizer) -> Callable[[int], str]:
     return name
 
 
-# -----------------------------------------------------------------------------
-
 def main():
-    for setting, value in (("samples", samples), ("max_tokens", max_tokens)):
-        if value < 1:
-            raise SettingError(f"--{setting}={value}: must be at least 1")
+    if samples < 1:
+        raise SettingError(f"--samples={samples}: must be at least 1")
     model, tokenizer = load(out_dir, pick_device(device))
     if model.head is None:
         raise UserError(f"{out_dir}: an encoder without a head for tokens predicts nothing to explain")
     causal, name = model.config.causal, namer(tokenizer)
 
     # The text, and the place where a token is guessed.
-    ids, longest = tokenizer.encode(read_prompt(start), specials=True), min(max_tokens, model.config.block_size)
+    ids, longest = tokenizer.encode(read_prompt(start), specials=True), min(LONGEST, model.config.block_size)
     if causal:
         ids = ids[-longest:] or [tokenizer.eot]
         place, kinds, neutral = len(ids) - 1, [0] * len(ids), tokenizer.eot
     else:
         ids, kinds = tokenizer.wrap(ids)
         if tokenizer.mask not in ids or len(ids) > longest:
-            raise UserError(f"--start: a masked model fills a gap: write {name(tokenizer.mask)} where it is, and "
-                            f"{longest} tokens at most (here are {len(ids)})")
+            raise UserError("--start: a masked model fills a gap: write its mask token there, <|mask|> or "
+                            f"[MASK] for instance, in {longest} tokens at most (here are {len(ids)})")
         place, neutral = ids.index(tokenizer.mask), tokenizer.mask
     idx, segments = (torch.tensor([row], device=model.wte.weight.device) for row in (ids, kinds))  # (1, T)
 
@@ -280,11 +271,11 @@ def main():
         scores = logits(idx)[0]
     wanted = tokenizer.encode(target, specials=True) or [scores[:tokenizer.vocab_size].argmax().item()]
     if len(wanted) > 1:
-        raise SettingError(f"--target={target}: these are {len(wanted)} tokens, {[*map(name, wanted)]}: give one")
+        raise SettingError(f"--target={target}: one token is wanted, not {len(wanted)}: "
+                           f"{[*map(name, wanted)]}")
     token = wanted[0]
-    methods, off = attributions(model, lambda ids: logits(ids)[:, token], idx, neutral, samples, seed)
-    with torch.no_grad():
-        change = (scores - logits(torch.full_like(idx, neutral))[0])[token].item()
+    methods, change = attributions(model, lambda ids: logits(ids)[:, token], idx, neutral, samples, seed)
+    total = methods["integrated gradients"].sum().item()
 
     states = states_of_guesses(model, idx, segments, tokenizer.mask)
     said = guesses(model, states, [*ids[1:], None] if causal else ids, name)
@@ -295,9 +286,9 @@ def main():
               for head in layer[0].float().cpu()] for layer in maps.layers]
     found = {
         "title": f"{out_dir}: {len(model.blocks)} layers, {model.config.n_head} heads",
-        "summary": f"logit {scores[token].item():.3f}, probability {scores.softmax(-1)[token].item():.1%}; with "
-                   f"{name(neutral)} for every token the logit would be {change:.4f} less, and integrated "
-                   f"gradients add up to {methods['integrated gradients'].sum().item():.4f}, {off:.2%} off",
+        "summary": f"logit {scores[token].item():.3f}, probability {scores.softmax(-1)[token].item():.1%}; "
+                   f"were all tokens {name(neutral)}, the logit would be {change:.4f} less; integrated "
+                   f"gradients add up to {total:.4f}, {abs(total - change) / max(abs(change), 1e-9):.2%} off",
         "tokens": [name(i) for i in ids], "token": name(token), "place": place + causal, "said": said,
         "methods": {method: values.tolist() for method, values in methods.items()}, "heads": heads,
         "agreement": [[rank_agreement(a, b) for b in methods.values()] for a in methods.values()]}
@@ -331,118 +322,100 @@ PAGE = """<!doctype html>
 <style>
 :root { color-scheme: light dark; --ink: #1d2129; --paper: #fff; --soft: #68707c; --line: #d9dde3;
         --for: 20, 120, 210; --against: 215, 95, 20 }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e7ec; --paper: #15181d; --soft: #98a1ae; --line: #343a44;
-          --for: 70, 150, 240; --against: 230, 120, 50 } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 68rem;
-       margin: 2rem auto; padding: 0 1rem }
-h1 { font-size: 1.4rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2.2rem 0 .3rem } h3 { font-size: 1rem; margin: 0 }
-p, figcaption { margin: .2rem 0 .6rem; color: var(--soft) }
-.two { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); gap: 1rem 2rem }
-.heads { display: grid; gap: .5rem; overflow-x: auto }
-figure { margin: 0; font-size: .75rem; cursor: pointer } figcaption { margin: 0; min-height: 1.2em }
-canvas { width: 100%; image-rendering: pixelated; border: 1px solid var(--line); box-sizing: border-box }
-.on canvas { outline: 2px solid rgb(var(--for)) }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e7ec; --paper: #15181d; --soft: #98a1ae;
+        --line: #343a44; --for: 70, 150, 240; --against: 230, 120, 50 } }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 2rem auto;
+       max-width: 68rem; padding: 0 1rem }
+h1 { font-size: 1.4rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2rem 0 .3rem }
+h3 { font-size: 1rem; margin: .8rem 0 .2rem } p, figcaption { margin: 0 0 .6rem; color: var(--soft) }
+.two { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); gap: 0 2rem }
+#heads { display: grid; gap: .5rem; overflow-x: auto } figure { margin: 3px; font-size: .75rem; cursor: pointer }
+canvas { width: 100%; image-rendering: pixelated; outline: 1px solid var(--line) }
+.on canvas { outline: 2px solid rgb(var(--for)) } figcaption { margin: 0 }
 button { all: unset; font: 14px/1.7 ui-monospace, Consolas, monospace; white-space: pre; padding: 0 1px;
          margin: 0 1px 1px 0; border-radius: 3px; box-shadow: inset 0 0 0 1px var(--line); cursor: pointer }
 button.on, button:focus-visible { box-shadow: inset 0 0 0 2px var(--ink) }
-table { border-collapse: collapse; font-size: .85rem } td, th { padding: .1rem .7rem .1rem 0; text-align: left;
-        font-weight: normal } td:first-child, th { color: var(--soft) } code { white-space: pre }
+table { font-size: .85rem } td { padding-right: .7rem } td:first-child { color: var(--soft) }
+code { white-space: pre }
 </style>
-<h1></h1><p id="model"></p>
-<h2>What the prediction rests on</h2><p>Blue speaks for it, orange against. <span id="summary"></span>.</p>
-<div class="two" id="methods"></div>
-<h3>Rank agreement</h3><table id="agreement"></table>
+<h1></h1><p id="title"></p>
+<h2>What the prediction rests on</h2>
+<p>Blue speaks for it, orange against. <span id="summary"></span>.</p>
+<div class="two" id="methods"></div><h3>Rank agreement</h3><div id="agreement"></div>
 <h2>Where the heads look</h2>
-<p>A row of a square is a token, a column one that it looks at. Click on a head, then point at a token: what it
-looks at is coloured.</p>
-<div class="heads" id="heads"></div><h3 id="head"></h3><div id="looks"></div>
+<p>In a square, a row is a token, and a column one that it looks at. Click on a head, then point at a token.</p>
+<div id="heads"></div><h3 id="head"></h3><div id="looks"></div>
 <h2>Token by token</h2>
-<p>The stronger the colour, the more the token surprised the model, in bits. Point at one: what was likely there,
-and what each layer would have said, were it the last.</p>
+<p>The stronger the colour, the more bits of surprise. Point at a token: what was likely there, and what each
+layer would have said, were it the last.</p>
 <div id="tokens"></div><div class="two" id="said"></div>
 <script>
 const D = DATA
-const at = id => document.getElementById(id)
-const make = (tag, text, ...inside) => {
-  const e = document.createElement(tag)
-  e.append(...(text == null ? inside : [text]))
-  return e
-}
-const colour = v => v < 0 ? `rgba(var(--against), ${-v})` : `rgba(var(--for), ${v})`
+const T = D.tokens.length, at = id => document.getElementById(id)
+const make = (tag, ...inside) => { const e = document.createElement(tag); e.append(...inside); return e }
+const table = rows => make('table', ...rows.map(row => make('tr', ...row.map(cell => make('td', cell)))))
+const colour = v => `rgba(var(--${v < 0 ? 'against' : 'for'}), ${Math.abs(v)})`
 const percent = p => (100 * p).toFixed(1) + '%'
-const table = (title, rows) => make('div', null, make('h3', title), make('table', null,
-  ...rows.map(([a, b, c]) => make('tr', null, make('td', a), make('td', null, make('code', b)), make('td', c)))))
 
-// the text as buttons: shades from -1 to 1, titles, and what to do when one is pointed at
-function text(shades, titles, point) {
-  return D.tokens.flatMap((token, i) => {
-    const b = make('button', token || ' ')
-    b.style.background = colour(shades[i])
-    b.title = titles[i]
-    if (point) b.onmouseenter = b.onfocus = b.onclick = () => {
-      for (const other of b.parentNode.children) other.classList.toggle('on', other === b)
-      point(i, b.parentNode)
+// the text as buttons: their shades from -1 to 1, their titles, and what to do when one is pointed at
+function text(box, tokens, shades, titles, point) {
+  box.replaceChildren(...tokens.flatMap((token, i) => {
+    const button = make('button', token || ' ')
+    button.style.background = colour(shades[i] ?? 0)
+    button.title = titles[i] ?? ''
+    if (point) button.onmouseenter = button.onfocus = button.onclick = () => {
+      for (const other of box.children) other.classList.toggle('on', other === button)
+      point(i)
     }
-    return token.endsWith('\\u21b5') ? [b, make('br')] : [b]
-  })
+    return token.endsWith('\\u21b5') ? [button, make('br')] : [button]
+  }))
+  return [...box.querySelectorAll('button')]
 }
 
 document.querySelector('h1').textContent = `Why \\u201c${D.token}\\u201d?`
-at('model').textContent = D.title
-at('summary').textContent = D.summary
+for (const id of ['title', 'summary']) at(id).textContent = D[id]
 for (const [method, values] of Object.entries(D.methods)) {
-  const most = Math.max(...values.map(Math.abs)) || 1
-  at('methods').append(make('div', null, make('h3', method),
-    make('div', null, ...text(values.map(v => .9 * Math.sign(v) * Math.sqrt(Math.abs(v) / most)),
-                              values.map(v => v.toFixed(4))))))
+  const most = Math.max(...values.map(Math.abs)) || 1, box = make('div')
+  text(box, D.tokens, values.map(v => Math.sign(v) * Math.sqrt(.8 * Math.abs(v) / most)), values)
+  at('methods').append(make('div', make('h3', method), box))
 }
 const names = Object.keys(D.methods)
-at('agreement').append(make('tr', null, make('th', ''), ...names.map(n => make('th', n))),
-  ...names.map((n, i) => make('tr', null, make('td', n), ...D.agreement[i].map(v => make('td', v.toFixed(2))))))
+at('agreement').append(table([['', ...names], ...D.agreement.map((row, i) =>
+  [names[i], ...row.map(v => v.toFixed(2))])]))
 
-// attention
-const T = D.tokens.length, H = D.heads[0].length
-at('heads').style.gridTemplateColumns = `repeat(${H}, minmax(5.5rem, 9rem))`
-let row = T - 1
-function choose(l, h, figure, weights) {
-  for (const one of at('heads').children) one.classList.toggle('on', one === figure)
-  at('head').textContent = `Layer ${l}, head ${h}` + (D.heads[l][h].habit && `: ${D.heads[l][h].habit}`)
-  const point = (i, parent) => {
-    row = i
-    ;[...parent.querySelectorAll('button')].forEach((b, j) => {
-      b.style.background = colour(weights[i * T + j] / 255)
-      b.title = percent(weights[i * T + j] / 255)
-    })
-  }
-  at('looks').replaceChildren(...text(Array(T).fill(0), Array(T).fill(''), point))
-  at('looks').querySelectorAll('button')[row].onclick()
-}
+let row = T - 1  // whose attention is shown
+at('heads').style.gridTemplateColumns = `repeat(${D.heads[0].length}, minmax(5.5rem, 9rem))`
 D.heads.forEach((layer, l) => layer.forEach((head, h) => {
   const weights = Uint8Array.from(atob(head.weights), c => c.charCodeAt(0))
-  const canvas = make('canvas')
+  const canvas = make('canvas'), pixels = new ImageData(T, T)
   canvas.width = canvas.height = T
-  const pixels = new ImageData(T, T)
-  weights.forEach((w, i) => pixels.data.set([45, 135, 225, Math.sqrt(w / 255) * 255], 4 * i))
+  weights.forEach((w, i) => pixels.data.set([45, 135, 225, 255 * Math.sqrt(w / 255)], 4 * i))
   canvas.getContext('2d').putImageData(pixels, 0, 0)
-  const figure = make('figure', null, canvas, make('figcaption', `${l}.${h} ${head.habit}`))
-  figure.onclick = () => choose(l, h, figure, weights)
+  const figure = make('figure', canvas, make('figcaption', `${l}.${h} ${head.habit}`))
+  figure.onclick = () => {
+    for (const other of at('heads').children) other.classList.toggle('on', other === figure)
+    at('head').textContent = `Layer ${l}, head ${h}${head.habit && ': ' + head.habit}`
+    const buttons = text(at('looks'), D.tokens, [], [], i => buttons.forEach((button, j) => {
+      const w = weights[(row = i) * T + j] / 255
+      button.style.background = colour(w)
+      button.title = percent(w)
+    }))
+    buttons[row].onclick()
+  }
   at('heads').append(figure)
-  if (l + h === 0) figure.onclick()
 }))
+at('heads').firstChild.onclick()
 
-// predictions; behind the text of a causal model comes the one that is explained
-const known = D.said.map(s => s.bits ?? 0), most = Math.max(...known, 8)
-const say = i => {
-  const s = D.said[i]
-  at('said').replaceChildren(
-    table(s.bits == null ? 'Guesses' : `Rank ${s.rank}, ${percent(s.p)}, ${s.bits.toFixed(2)} bits. Likeliest:`,
-          s.best.map(([token, p]) => ['', token, percent(p)])),
-    table('Layer by layer', s.lens.map(([token, p], l) => [l ? `block ${l - 1}` : 'embedding', token, percent(p)])))
-}
-if (D.said.length > T) D.tokens.push('?')
-at('tokens').append(...text([...known.map(b => b / most), 0], [...known.map(b => b.toFixed(2) + ' bits'), ''], say))
-at('tokens').querySelectorAll('button')[D.place].onclick()
+const bits = D.said.map(s => s.bits ?? 0), most = Math.max(...bits, 8)
+const titles = bits.map(b => b.toFixed(2) + ' bits')
+text(at('tokens'), D.said.length > T ? [...D.tokens, '?'] : D.tokens, bits.map(b => b / most), titles, i => {
+  const s = D.said[i], fact = s.bits == null ? '' : `rank ${s.rank}, ${percent(s.p)}, ${titles[i]}; `
+  const guesses = table(s.best.map(([token, p]) => [make('code', token), percent(p)]))
+  const lens = table(s.lens.map(([token, p], l) =>
+    [l ? `block ${l - 1}` : 'embedding', make('code', token), percent(p)]))
+  at('said').replaceChildren(make('div', make('h3', fact + 'the likeliest:'), guesses),
+                             make('div', make('h3', 'layer by layer:'), lens))
+})[D.place].onclick()
 </script>
 </html>
 """

@@ -1866,8 +1866,8 @@ def test_all_four_methods_find_the_token_that_matters():
                 model.hidden(ids)
             return states[-1][:, -1] @ mark  # the last place: what was elsewhere came by attention
 
-        found, off = explain.attributions(model, score, idx, neutral=0, samples=300)
-        assert list(found) == ["gradient x input", "integrated gradients", "Grad-CAM", "LIME"] and off < 0.01
+        found, _ = explain.attributions(model, score, idx, neutral=0, samples=300)
+        assert list(found) == ["gradient x input", "integrated gradients", "Grad-CAM", "LIME"]
         assert [values.argmax().item() for values in found.values()] == [place] * 4
 
 
@@ -1902,9 +1902,9 @@ def test_integrated_gradients_are_complete(column):
     def score(ids):
         return model(ids)[0][:, -1, likeliest]
 
-    found, off = explain.attributions(model, score, idx, neutral=60, samples=50)
-    change = (score(idx) - score(torch.full_like(idx, 60))).item()
-    assert found["integrated gradients"].sum().item() == pytest.approx(change, rel=0.01) and off < 0.01
+    found, change = explain.attributions(model, score, idx, neutral=60, samples=50)
+    assert change == pytest.approx((score(idx) - score(torch.full_like(idx, 60))).item(), rel=1e-4)
+    assert found["integrated gradients"].sum().item() == pytest.approx(change, rel=0.01)
     assert found["gradient x input"].sum().item() != pytest.approx(change, rel=0.01)
 
 
