@@ -14,6 +14,7 @@ import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Optional
 
@@ -47,9 +48,8 @@ Score = Callable[[torch.Tensor], torch.Tensor]  # (B, T) token ids -> (B,): the 
 def watched(model: Transformer) -> Iterator[list[torch.Tensor]]:
     """A list that fills with the hidden states, (B, T, C): into the first block, and out of each."""
     states = []
-    handles = [model.blocks[0].register_forward_pre_hook(lambda module, args: states.append(args[0]))]
-    handles += [block.register_forward_hook(lambda module, args, output: states.append(output))
-                for block in model.blocks]
+    handles = [model.blocks[0].register_forward_pre_hook(lambda block, args: states.append(args[0])),
+               *(one.register_forward_hook(lambda block, args, x: states.append(x)) for one in model.blocks)]
     try:
         yield states
     finally:
@@ -107,7 +107,8 @@ def integrated_gradients(model, score, idx, x, baseline) -> tuple[torch.Tensor, 
     with torch.no_grad():
         change = from_embedding(model, score, idx, torch.cat((baseline, x))).diff().item()
     for points in (32, 128, 512, 2048):  # more for a path with many kinks, as relu makes them
-        places, weights = torch.tensor(np.stack(np.polynomial.legendre.leggauss(points)) / 2).to(x)
+        rule = np.polynomial.legendre.leggauss(points)  # Gauss's places, from -1 to 1, and their weights
+        places, weights = torch.tensor(np.stack(rule), dtype=torch.float32, device=x.device) / 2
         ways = (baseline + (part.view(-1, 1, 1) + 0.5) * (x - baseline) for part in places.split(BATCH))
         slopes = torch.cat([gradient(model, score, idx, way) for way in ways])  # (points, T, C)
         found = ((x - baseline) * (weights.view(-1, 1, 1) * slopes).sum(0)).sum(-1)[0]
@@ -138,8 +139,9 @@ def lime(model, score, idx, x, baseline, samples, seed) -> torch.Tensor:
     T, generator = idx.size(1), torch.Generator().manual_seed(seed)
     missing = torch.randint(0, T + 1, (samples, 1), generator=generator)
     there = (torch.rand(samples, T, generator=generator).argsort(1).argsort(1) >= missing).double()  # (n, T)
-    scores = torch.cat([from_embedding(model, score, idx, torch.lerp(baseline, x, part.to(x).unsqueeze(-1)))
-                        for part in there.split(BATCH)]).double().cpu()
+    shares = there.float().to(x.device).unsqueeze(-1)  # of each token's own vector, (n, T, 1)
+    scores = torch.cat([from_embedding(model, score, idx, torch.lerp(baseline, x, part))
+                        for part in shares.split(BATCH)]).cpu().double()
     weights = torch.exp(-(1 - there.mean(1).sqrt()) ** 2 / 0.25 ** 2)
     columns = F.pad(there, (0, 1), value=1.0)  # and a constant
     gram = columns.T @ (weights.unsqueeze(1) * columns) + 1e-6 * torch.eye(T + 1)  # a slight ridge
@@ -158,7 +160,7 @@ def attributions(model: Transformer, score: Score, idx: torch.Tensor, neutral: i
              "integrated gradients": path,
              "Grad-CAM": grad_cam(model, score, idx, x),
              "LIME": lime(model, score, idx, x, baseline, samples, seed)}
-    return {method: values.double().cpu() for method, values in found.items()}, change
+    return {method: values.cpu().double() for method, values in found.items()}, change
 
 
 def rank_agreement(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -225,20 +227,14 @@ def guesses(model, states: torch.Tensor, actual: list[Optional[int]], name: Call
     return found
 
 
-def namer(tokenizer: Tokenizer | HubTokenizer) -> Callable[[int], str]:
-    """What is shown for a token id: line breaks and parts of characters too."""
-    specials = {i: name for name, i in tokenizer.specials.items()}
-
-    def name(i: int) -> str:
-        if i in specials or i >= len(tokenizer.token_bytes):
-            return specials.get(i, f"<{i}>")
-        try:
-            text = tokenizer.token_bytes[i].decode()
-        except UnicodeDecodeError:
-            return "".join(f"\\x{byte:02x}" for byte in tokenizer.token_bytes[i])
-        text = text.replace("\n", "\u21b5").replace("\t", "\u21e5")
-        return text if text.isprintable() else ascii(text)[1:-1]
-    return name
+def shown(tokenizer: Tokenizer | HubTokenizer, token: int) -> str:
+    """A token's text, in which line breaks and parts of characters can be seen."""
+    special = next((name for name, i in tokenizer.specials.items() if i == token), None)
+    if special or token >= len(tokenizer.token_bytes):
+        return special or f"<{token}>"
+    text = tokenizer.token_bytes[token].decode("utf-8", "backslashreplace")
+    text = text.replace("\n", "\u21b5").replace("\t", "\u21e5")
+    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def main():
@@ -247,7 +243,7 @@ def main():
     model, tokenizer = load(out_dir, pick_device(device))
     if model.head is None:
         raise UserError(f"{out_dir}: an encoder without a head for tokens predicts nothing to explain")
-    causal, name = model.config.causal, namer(tokenizer)
+    causal, name = model.config.causal, partial(shown, tokenizer)
 
     # The text, and the place where a token is guessed.
     ids, longest = tokenizer.encode(read_prompt(start), specials=True), min(LONGEST, model.config.block_size)
@@ -262,8 +258,8 @@ def main():
         place, neutral = ids.index(tokenizer.mask), tokenizer.mask
     idx, segments = (torch.tensor([row], device=model.wte.weight.device) for row in (ids, kinds))  # (1, T)
 
-    # The score to be explained: a token's logit. Any other function of ids that calls model.hidden, such as a
-    # class's score by a head on it, is explained in the same way.
+    # The score to be explained is a token's logit. Any other that calls model.hidden, such as a class's score
+    # by a head on top of it, goes to `attributions` in the same way.
     def logits(ids):  # (B, T) -> (B, V)
         return model.logits(model.hidden(ids, segments=segments.expand(len(ids), -1))[:, place])
 
@@ -277,10 +273,10 @@ def main():
     methods, change = attributions(model, lambda ids: logits(ids)[:, token], idx, neutral, samples, seed)
     total = methods["integrated gradients"].sum().item()
 
-    states = states_of_guesses(model, idx, segments, tokenizer.mask)
-    said = guesses(model, states, [*ids[1:], None] if causal else ids, name)
-    if causal:
-        said = [{"best": [], "lens": []}, *said]  # before the first token, nothing was said
+    # What it says at each place. Before the first token, a causal model has said nothing.
+    actual = [*ids[1:], None] if causal else [None if i == tokenizer.mask else i for i in ids]
+    said = [{"best": [], "lens": []}] if causal else []
+    said += guesses(model, states_of_guesses(model, idx, segments, tokenizer.mask), actual, name)
     heads = [[{"habit": habit(head, idx[0].cpu()),
                "weights": base64.b64encode((head * 255).round().byte().numpy().tobytes()).decode()}
               for head in layer[0].float().cpu()] for layer in maps.layers]
@@ -316,8 +312,6 @@ def main():
 
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy"
-      content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <title>Look inside</title>
 <style>
 :root { color-scheme: light dark; --ink: #1d2129; --paper: #fff; --soft: #68707c; --line: #d9dde3;
@@ -329,9 +323,10 @@ body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
 h1 { font-size: 1.4rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2rem 0 .3rem }
 h3 { font-size: 1rem; margin: .8rem 0 .2rem } p, figcaption { margin: 0 0 .6rem; color: var(--soft) }
 .two { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); gap: 0 2rem }
-#heads { display: grid; gap: .5rem; overflow-x: auto } figure { margin: 3px; font-size: .75rem; cursor: pointer }
+#heads { display: grid; gap: .3rem; overflow-x: auto }
+figure { margin: 3px; font-size: .75rem; cursor: pointer } figcaption { margin: 0 }
 canvas { width: 100%; image-rendering: pixelated; outline: 1px solid var(--line) }
-.on canvas { outline: 2px solid rgb(var(--for)) } figcaption { margin: 0 }
+.on canvas { outline: 2px solid rgb(var(--for)) }
 button { all: unset; font: 14px/1.7 ui-monospace, Consolas, monospace; white-space: pre; padding: 0 1px;
          margin: 0 1px 1px 0; border-radius: 3px; box-shadow: inset 0 0 0 1px var(--line); cursor: pointer }
 button.on, button:focus-visible { box-shadow: inset 0 0 0 2px var(--ink) }
@@ -340,10 +335,10 @@ code { white-space: pre }
 </style>
 <h1></h1><p id="title"></p>
 <h2>What the prediction rests on</h2>
-<p>Blue speaks for it, orange against. <span id="summary"></span>.</p>
+<p>Blue speaks for it, orange against; <span id="summary"></span>.</p>
 <div class="two" id="methods"></div><h3>Rank agreement</h3><div id="agreement"></div>
 <h2>Where the heads look</h2>
-<p>In a square, a row is a token, and a column one that it looks at. Click on a head, then point at a token.</p>
+<p>A square's row is a token, a column one that it looks at. Click on a head, then point at a token.</p>
 <div id="heads"></div><h3 id="head"></h3><div id="looks"></div>
 <h2>Token by token</h2>
 <p>The stronger the colour, the more bits of surprise. Point at a token: what was likely there, and what each
@@ -367,7 +362,7 @@ function text(box, tokens, shades, titles, point) {
       for (const other of box.children) other.classList.toggle('on', other === button)
       point(i)
     }
-    return token.endsWith('\\u21b5') ? [button, make('br')] : [button]
+    return token.includes('\\u21b5') ? [make('br'), button] : [button]
   }))
   return [...box.querySelectorAll('button')]
 }
@@ -384,7 +379,7 @@ at('agreement').append(table([['', ...names], ...D.agreement.map((row, i) =>
   [names[i], ...row.map(v => v.toFixed(2))])]))
 
 let row = T - 1  // whose attention is shown
-at('heads').style.gridTemplateColumns = `repeat(${D.heads[0].length}, minmax(5.5rem, 9rem))`
+at('heads').style.gridTemplateColumns = `repeat(${D.heads[0].length}, minmax(5rem, 7rem))`
 D.heads.forEach((layer, l) => layer.forEach((head, h) => {
   const weights = Uint8Array.from(atob(head.weights), c => c.charCodeAt(0))
   const canvas = make('canvas'), pixels = new ImageData(T, T)
@@ -409,12 +404,12 @@ at('heads').firstChild.onclick()
 const bits = D.said.map(s => s.bits ?? 0), most = Math.max(...bits, 8)
 const titles = bits.map(b => b.toFixed(2) + ' bits')
 text(at('tokens'), D.said.length > T ? [...D.tokens, '?'] : D.tokens, bits.map(b => b / most), titles, i => {
-  const s = D.said[i], fact = s.bits == null ? '' : `rank ${s.rank}, ${percent(s.p)}, ${titles[i]}; `
+  const s = D.said[i], facts = s.bits == null ? '' : ` (this: rank ${s.rank}, ${percent(s.p)}, ${titles[i]})`
   const guesses = table(s.best.map(([token, p]) => [make('code', token), percent(p)]))
   const lens = table(s.lens.map(([token, p], l) =>
     [l ? `block ${l - 1}` : 'embedding', make('code', token), percent(p)]))
-  at('said').replaceChildren(make('div', make('h3', fact + 'the likeliest:'), guesses),
-                             make('div', make('h3', 'layer by layer:'), lens))
+  at('said').replaceChildren(make('div', make('h3', 'The likeliest' + facts), guesses),
+                             make('div', make('h3', 'Layer by layer'), lens))
 })[D.place].onclick()
 </script>
 </html>

@@ -1973,8 +1973,10 @@ def test_a_page_about_a_language_model(home):
     assert len(page["heads"]) == 2 and len(page["heads"][0]) == model.config.n_head
     for word in ("integrated gradients add up to", "% off", "rank agreement", "layer  1", *page["methods"]):
         assert word in done.stdout
-    one_line(script("explain.py", "--out_dir=out/whole", "--target=zq zq", cwd=home), 2, "--target", "tokens")
-    assert script("explain.py", "--out_dir=out/whole", "--start=i", "--target=q", cwd=home).returncode == 0
+    wrong = script("explain.py", "--out_dir=out/whole", "--target=zq q", cwd=home)
+    one_line(wrong, 2, "--target", "one token")
+    shortest = script("explain.py", "--out_dir=out/whole", "--start=i", "--target=q", cwd=home)
+    assert shortest.returncode == 0 and "Warning" not in shortest.stderr, shortest.stderr
 
 
 def test_a_page_about_a_masked_model(tmp_path):
@@ -1986,6 +1988,7 @@ def test_a_page_about_a_masked_model(tmp_path):
     assert done.returncode == 0, done.stderr
     page = read_page(tmp_path / "explain.html")
     assert page["tokens"] == ["a", " ", "<|mask|>", "c", "<|endoftext|>"] and page["place"] == 2
+    assert ["bits" in row for row in page["said"]] == [True, True, False, True, True]
     (name, p), *_ = sample.fill(model, tokenizer, "a <|mask|>c")[0]
     assert page["said"][2]["best"][0][1] == pytest.approx(p, rel=1e-4)
     hidden = [97, tokenizer.mask, tokenizer.mask, 99, tokenizer.eot]  # the space is hidden, and guessed
