@@ -165,10 +165,8 @@ def attributions(model: Transformer, score: Score, idx: torch.Tensor, neutral: i
 
 def rank_agreement(a: torch.Tensor, b: torch.Tensor) -> float:
     """Spearman's: 1 where both put the tokens in the same order, -1 in the opposite; 0 where one has none."""
-    def ranks(v):
-        return ((v.unsqueeze(1) > v).double() + (v.unsqueeze(1) == v).double() / 2).sum(1)  # ties: their mean
-    found = torch.corrcoef(torch.stack((ranks(a), ranks(b))))[0, 1].item()
-    return found if math.isfinite(found) else 0.0
+    ranks = [torch.sign(v.unsqueeze(1) - v).sum(1) for v in (a, b)]  # how many are below, less those above
+    return F.cosine_similarity(*ranks, dim=0).item()
 
 
 def habit(weights: torch.Tensor, ids: torch.Tensor) -> str:

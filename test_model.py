@@ -176,7 +176,7 @@ def test_wrong_config_files_are_named_with_the_line(a_script, tmp_path, text, wo
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["train.py", "prepare.py", "sample.py"])
+@pytest.mark.parametrize("name", ["train.py", "prepare.py", "sample.py", "explain.py", "config/search.py"])
 def test_help_lists_every_setting_with_type_default_and_comment(name, tmp_path):
     text = script(name, "--help", cwd=tmp_path).stdout
     tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
@@ -1930,6 +1930,14 @@ def test_attention_maps_are_what_the_kernel_used(column, causal):
         scores = torch.einsum("bhtd,bhsd->bhts", q, k) / math.sqrt(8)
         by_hand = scores.exp().tril() if causal else scores.exp()
         assert torch.allclose(weights, by_hand / by_hand.sum(-1, keepdim=True), atol=1e-6)
+
+
+def test_rank_agreement_is_spearman_s():
+    a, b = torch.randn(2, 20, generator=torch.Generator().manual_seed(0)).double()
+    ranks = torch.stack((a, b)).argsort(1).argsort(1).double()
+    assert explain.rank_agreement(a, b) == pytest.approx(torch.corrcoef(ranks)[0, 1].item())
+    assert explain.rank_agreement(a, a.exp()) == pytest.approx(1) == -explain.rank_agreement(a, -a)
+    assert explain.rank_agreement(a, torch.zeros(20).double()) == 0
 
 
 def test_heads_are_called_by_what_they_do():

@@ -139,16 +139,15 @@ def ask_optuna(spaces: dict[str, Space], rows: list[dict], low_is_best: bool, se
     return study.ask(kinds).params
 
 
-def read_curve(folder: Path, metric: str) -> tuple[list, set]:
-    """The metric as it went, [[step, value], ...], of metrics.json with step None; and all keys there are."""
+def read_curve(folder: Path, metric: str) -> list:
+    """The metric as it went, [[step, value], ...]; metrics.json has no step."""
     rows = []
     for file in (folder / "log.jsonl", folder / "metrics.json"):
         if file.is_file():
             text = file.read_text(encoding="utf-8")
             rows += map(json.loads, text.split("\n")[:-1] if file.suffix == ".jsonl" else [text])
-    curve = [[row.get("iter"), row[metric]] for row in rows
-             if isinstance(row.get(metric), (int, float)) and math.isfinite(row[metric])]
-    return curve, set().union(*rows)
+    return [[row.get("iter"), row[metric]] for row in rows
+            if isinstance(row.get(metric), (int, float)) and math.isfinite(row[metric])]
 
 
 def hopeless(curve: list, others: list[list], best) -> bool:
@@ -180,20 +179,19 @@ def try_out(command: list[str], folder: Path, metric: str, best, others: list[li
             except subprocess.TimeoutExpired:
                 if time.time() - started > seconds:
                     state, note = "done", "stopped: its time was over"
-                elif hopeless(read_curve(folder, metric)[0], others, best):
+                elif hopeless(read_curve(folder, metric), others, best):
                     state, note = "pruned", "stopped: behind the others"
     finally:  # after Ctrl-C too
         process.terminate()
         process.wait()
-    curve, keys = read_curve(folder, metric)
+    curve = read_curve(folder, metric)
     if state is None and process.returncode:
         text = (folder / "output.txt").read_text(encoding="utf-8", errors="replace").strip()
         state, note = "failed", (text or f"exit status {process.returncode}").splitlines()[-1]
     elif not curve:
-        state, note = "failed", f"has no {metric}, but {', '.join(sorted(keys)) or 'no log.jsonl at all'}"
-    values = [value for step, value in curve if step is None] or [value for _, value in curve]
-    return {"state": state or "done", "value": best(values) if values and state != "failed" else None,
-            "seconds": round(time.time() - started, 1), "note": note,
+        state, note = "failed", f"no {metric} in log.jsonl or metrics.json"
+    return {"state": state or "done", "seconds": round(time.time() - started, 1), "note": note,
+            "value": best(value for _, value in curve) if state != "failed" else None,
             "curve": [point for point in curve if point[0] is not None]}
 
 
@@ -248,10 +246,10 @@ def main(words: list[str]):
     for name, value in (("trials", trials), ("minutes", minutes), ("trial_minutes", trial_minutes)):
         if value is not None and value <= 0:
             raise SettingError(f"--{name}={value}: must be above 0")
-    if not words or not Path(words[0]).is_file():
-        raise SettingError(f"{words[0] if words else 'python -m config.search'}: no script to run: the first "
-                           "word is one, train.py or finetune.py")
-    script = words[0]
+    script = words[0] if words else ""
+    if not Path(script).is_file():
+        raise SettingError(f"{script!r}: no script to run; first comes one, then what is searched: "
+                           "python -m config.search train.py learning_rate=1e-4..1e-2")
     shared, spaces = read_words(words[1:], settings_of(script))
     best = min if LOW_IS_BEST & set(metric.split("_")) else max
     folder, rows = Path(out_dir), []
@@ -292,7 +290,7 @@ def main(words: list[str]):
             print(f"\033[{lines + 1}A\033[J" + table([first, *rest], spaces, metric), flush=True)
             lines = len(rows) + 1
         else:
-            print(f"  {row['state']}, {metric} {row['value']}  {row['note']}", flush=True)
+            print(f"  {row['state']}: {metric} {short(row['value'])}  {row['note']}", flush=True)
     if not sys.stdout.isatty():
         print(table(ranked(rows, best), spaces, metric))
     if not winner.exists():
