@@ -317,10 +317,10 @@ PAGE = """<!doctype html>
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e7ec; --paper: #15181d; --soft: #98a1ae;
         --line: #343a44; --for: 70, 150, 240; --against: 230, 120, 50 } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 2rem auto;
-       max-width: 68rem; padding: 0 1rem }
+       max-width: 56rem; padding: 0 1rem }
 h1 { font-size: 1.4rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2rem 0 .3rem }
 h3 { font-size: 1rem; margin: .8rem 0 .2rem } p, figcaption { margin: 0 0 .6rem; color: var(--soft) }
-.two { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); gap: 0 2rem }
+.two { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 0 2rem }
 #heads { display: grid; gap: .3rem; overflow-x: auto }
 figure { margin: 3px; font-size: .75rem; cursor: pointer } figcaption { margin: 0 }
 canvas { width: 100%; image-rendering: pixelated; outline: 1px solid var(--line) }
