@@ -246,6 +246,8 @@ def main():
     # The text, and the place where a token is guessed.
     ids, longest = tokenizer.encode(read_prompt(start), specials=True), min(LONGEST, model.config.block_size)
     if causal:
+        if len(ids) > longest:
+            print(f"(the last {longest} of the text's {len(ids)} tokens)")
         ids = ids[-longest:] or [tokenizer.eot]
         place, kinds, neutral = len(ids) - 1, [0] * len(ids), tokenizer.eot
     else:

@@ -1958,7 +1958,9 @@ def test_heads_are_called_by_what_they_do():
 def read_page(path) -> dict:
     text = path.read_text(encoding="utf-8")
     assert text.startswith("<!doctype html>") and "://" not in text and text.count("</script>") == 1
-    return json.loads(text.split("const D = ")[1].split("\n")[0])
+    data = text.split("const D = ")[1].split("\n")[0]
+    assert "<" not in data  # no token can end the script
+    return json.loads(data)
 
 
 def test_a_page_about_a_language_model(home):
