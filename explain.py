@@ -340,10 +340,10 @@ code { white-space: pre }
 <h2>Where the heads look</h2>
 <p>A square's row is a token, a column one that it looks at. Click on a head, then point at a token.</p>
 <div id="heads"></div><h3 id="head"></h3><div id="looks"></div>
-<h2>Token by token</h2>
+<section id="guesses"><h2>Token by token</h2>
 <p>The stronger the colour, the more bits of surprise. Point at a token: what was likely there, and what each
 layer would have said, were it the last.</p>
-<div id="tokens"></div><div class="two" id="said"></div>
+<div id="tokens"></div><div class="two" id="said"></div></section>
 <script>
 const D = DATA
 const T = D.tokens.length, at = id => document.getElementById(id)
@@ -403,7 +403,8 @@ at('heads').firstChild.onclick()
 
 const bits = D.said.map(s => s.bits ?? 0), most = Math.max(...bits, 8)
 const titles = bits.map(b => b.toFixed(2) + ' bits')
-text(at('tokens'), D.said.length > T ? [...D.tokens, '?'] : D.tokens, bits.map(b => b / most), titles, i => {
+if (D.said.length === 0) at('guesses').remove()  // of a model that does not speak
+else text(at('tokens'), D.said.length > T ? [...D.tokens, '?'] : D.tokens, bits.map(b => b / most), titles, i => {
   const s = D.said[i], facts = s.bits == null ? '' : ` (this: rank ${s.rank}, ${percent(s.p)}, ${titles[i]})`
   const guesses = table(s.best.map(([token, p]) => [make('code', token), percent(p)]))
   const lens = table(s.lens.map(([token, p], l) =>

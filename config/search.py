@@ -279,7 +279,7 @@ def main(words: list[str]):
         rows.append({"trial": len(rows) + 1, "settings": point, **row})
         write(log, "".join(json.dumps(line) + "\n" for line in (search, *rows)))
         first, *rest = ranked(rows, best)
-        for file in (file for row in rest for file in (folder / str(row["trial"])).glob("*.pt")):
+        for file in (file for row in rest for file in (folder / str(row["trial"])).rglob("*.pt")):
             file.unlink()  # a disk fills quickly
         if first["state"] == "done":
             made = {**shared, **first["settings"], "out_dir": (folder / "best").as_posix()}
