@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -235,43 +235,59 @@ def shown(tokenizer: Tokenizer | HubTokenizer, token: int) -> str:
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
+class Subject(NamedTuple):
+    """What is to be explained: a score of a text by a model."""
+    idx: torch.Tensor  # (1, T) token ids
+    segments: torch.Tensor  # (1, T), to which of two texts each belongs
+    score: Score
+    what: str  # has this score
+    facts: str  # more about it
+    neutral: int  # the token that stands for none
+    place: int  # where the page's reader looks first
+
+
+def next_or_masked_token(model, tokenizer, text: str, target: str) -> Subject:
+    """A language model's logit of a token behind the text, or in its gap: of target, else the likeliest."""
+    ids, most = tokenizer.encode(text, specials=True), min(LONGEST, model.config.block_size)
+    if model.config.causal:
+        if len(ids) > most:
+            print(f"(the last {most} of the text's {len(ids)} tokens)")
+        ids = ids[-most:] or [tokenizer.eot]
+        kinds, at, neutral = [0] * len(ids), len(ids) - 1, tokenizer.eot
+    else:
+        ids, kinds = tokenizer.wrap(ids)
+        if tokenizer.mask not in ids or len(ids) > most:
+            raise UserError("--start: a masked model fills a gap: write its mask token there, <|mask|> or "
+                            f"[MASK] for instance, in {most} tokens at most (here are {len(ids)})")
+        at, neutral = ids.index(tokenizer.mask), tokenizer.mask
+    idx, segments = (torch.tensor([row], device=model.wte.weight.device) for row in (ids, kinds))
+
+    def logits(ids):  # (B, T) -> (B, V)
+        return model.logits(model.hidden(ids, segments=segments.expand(len(ids), -1))[:, at])
+
+    with torch.no_grad():
+        probs = logits(idx)[0].softmax(-1)
+    wanted = tokenizer.encode(target, specials=True) or [probs[:tokenizer.vocab_size].argmax().item()]
+    names = [shown(tokenizer, token) for token in wanted]
+    if len(wanted) > 1:
+        raise SettingError(f"--target={target}: one token is wanted, not {len(wanted)}: {names}")
+    return Subject(idx, segments, lambda ids: logits(ids)[:, wanted[0]], names[0],
+                   f"probability {probs[wanted[0]].item():.1%}", neutral, at + model.config.causal)
+
+
 def main():
     if samples < 1:
         raise SettingError(f"--samples={samples}: must be at least 1")
     model, tokenizer = load(out_dir, pick_device(device))
     if model.head is None:
         raise UserError(f"{out_dir}: an encoder without a head for tokens predicts nothing to explain")
-    causal, name = model.config.causal, partial(shown, tokenizer)
-
-    # The text, and the place where a token is guessed.
-    ids, longest = tokenizer.encode(read_prompt(start), specials=True), min(LONGEST, model.config.block_size)
-    if causal:
-        if len(ids) > longest:
-            print(f"(the last {longest} of the text's {len(ids)} tokens)")
-        ids = ids[-longest:] or [tokenizer.eot]
-        place, kinds, neutral = len(ids) - 1, [0] * len(ids), tokenizer.eot
-    else:
-        ids, kinds = tokenizer.wrap(ids)
-        if tokenizer.mask not in ids or len(ids) > longest:
-            raise UserError("--start: a masked model fills a gap: write its mask token there, <|mask|> or "
-                            f"[MASK] for instance, in {longest} tokens at most (here are {len(ids)})")
-        place, neutral = ids.index(tokenizer.mask), tokenizer.mask
-    idx, segments = (torch.tensor([row], device=model.wte.weight.device) for row in (ids, kinds))  # (1, T)
-
-    # The score to be explained is a token's logit. Any other that calls model.hidden, such as a class's score
-    # by a head on top of it, goes to `attributions` in the same way.
-    def logits(ids):  # (B, T) -> (B, V)
-        return model.logits(model.hidden(ids, segments=segments.expand(len(ids), -1))[:, place])
-
-    with torch.no_grad(), AttentionMaps() as maps:
-        scores = logits(idx)[0]
-    wanted = tokenizer.encode(target, specials=True) or [scores[:tokenizer.vocab_size].argmax().item()]
-    if len(wanted) > 1:
-        raise SettingError(f"--target={target}: one token is wanted, not {len(wanted)}: "
-                           f"{[*map(name, wanted)]}")
-    token = wanted[0]
-    methods, change = attributions(model, lambda ids: logits(ids)[:, token], idx, neutral, samples, seed)
+    idx, segments, score, what, facts, neutral, place = next_or_masked_token(
+        model, tokenizer, read_prompt(start), target)
+    ids, causal, name = idx[0].tolist(), model.config.causal, partial(shown, tokenizer)
+    methods, change = attributions(model, score, idx, neutral, samples, seed)
     total = methods["integrated gradients"].sum().item()
+    with torch.no_grad(), AttentionMaps() as maps:
+        value = score(idx).item()
 
     # What it says at each place. Before the first token, a causal model has said nothing.
     actual = [*ids[1:], None] if causal else [None if i == tokenizer.mask else i for i in ids]
@@ -282,10 +298,10 @@ def main():
               for head in layer[0].float().cpu()] for layer in maps.layers]
     found = {
         "title": f"{out_dir}: {len(model.blocks)} layers, {model.config.n_head} heads",
-        "summary": f"logit {scores[token].item():.3f}, probability {scores.softmax(-1)[token].item():.1%}; "
-                   f"were all tokens {name(neutral)}, the logit would be {change:.4f} less; integrated "
-                   f"gradients add up to {total:.4f}, {abs(total - change) / max(abs(change), 1e-9):.2%} off",
-        "tokens": [name(i) for i in ids], "token": name(token), "place": place + causal, "said": said,
+        "summary": f"logit {value:.3f}, {facts}; were all tokens {name(neutral)}, the logit would be "
+                   f"{change:.4f} less; integrated gradients add up to {total:.4f}, "
+                   f"{abs(total - change) / max(abs(change), 1e-9):.2%} off",
+        "tokens": [name(i) for i in ids], "token": what, "place": place, "said": said,
         "methods": {method: values.tolist() for method, values in methods.items()}, "heads": heads,
         "agreement": [[rank_agreement(a, b) for b in methods.values()] for a in methods.values()]}
 
@@ -296,7 +312,7 @@ def main():
         guess = f"{row['bits']:7.2f} {row['rank']:6}" if "bits" in row else " " * 14
         print(f"{text:>{wide}}  {guess}  "
               + "  ".join(f"{values[i].item():{len(method)}.3f}" for method, values in methods.items()))
-    print(f"\nexplained: {found['token']!r}, {found['summary']}\n\nrank agreement (Spearman)")
+    print(f"\nexplained: {what!r}, {found['summary']}\n\nrank agreement (Spearman)")
     for method, row in zip(methods, found["agreement"]):
         print(f"{method:>22}" + "".join(f"{value:7.2f}" for value in row))
     print("\nwhat heads do on this text")
@@ -403,8 +419,9 @@ at('heads').firstChild.onclick()
 
 const bits = D.said.map(s => s.bits ?? 0), most = Math.max(...bits, 8)
 const titles = bits.map(b => b.toFixed(2) + ' bits')
+const places = D.said.length > T ? [...D.tokens, '?'] : D.tokens
 if (D.said.length === 0) at('guesses').remove()  // of a model that does not speak
-else text(at('tokens'), D.said.length > T ? [...D.tokens, '?'] : D.tokens, bits.map(b => b / most), titles, i => {
+else text(at('tokens'), places, bits.map(b => b / most), titles, i => {
   const s = D.said[i], facts = s.bits == null ? '' : ` (this: rank ${s.rank}, ${percent(s.p)}, ${titles[i]})`
   const guesses = table(s.best.map(([token, p]) => [make('code', token), percent(p)]))
   const lens = table(s.lens.map(([token, p], l) =>
