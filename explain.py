@@ -82,11 +82,12 @@ def attention_weights(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, s
 
 
 # On what does a score rest? Four answers, each (T,): what a token adds to it, against a neutral one there.
-# x and baseline, (1, T, C), are the embeddings of the text and of as many neutral tokens.
+# x and baseline, (1, T, C), are what goes into the first block, for the text and for as many neutral tokens:
+# not the embeddings, for a norm may follow, and then no gradient points along them.
 
-def from_embedding(model: Transformer, score: Score, idx: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def score_of(model: Transformer, score: Score, idx: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """The score where the tokens' vectors are x, (n, T, C), whatever the ids: (n,)."""
-    handle = model.wte.register_forward_hook(lambda module, args, output: x)
+    handle = model.blocks[0].register_forward_pre_hook(lambda block, args: (x, *args[1:]))
     try:
         return score(idx.expand(len(x), -1))
     finally:
@@ -95,7 +96,7 @@ def from_embedding(model: Transformer, score: Score, idx: torch.Tensor, x: torch
 
 def gradient(model: Transformer, score: Score, idx: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     x = x.detach().requires_grad_()
-    return torch.autograd.grad(from_embedding(model, score, idx, x).sum(), x)[0]
+    return torch.autograd.grad(score_of(model, score, idx, x).sum(), x)[0]
 
 
 def integrated_gradients(model, score, idx, x, baseline) -> tuple[torch.Tensor, float]:
@@ -105,7 +106,7 @@ def integrated_gradients(model, score, idx, x, baseline) -> tuple[torch.Tensor, 
     more closely until it does, to a thousandth.
     """
     with torch.no_grad():
-        change = from_embedding(model, score, idx, torch.cat((baseline, x))).diff().item()
+        change = score_of(model, score, idx, torch.cat((baseline, x))).diff().item()
     for points in (32, 128, 512, 2048):  # more for a path with many kinks, as relu makes them
         rule = np.polynomial.legendre.leggauss(points)  # Gauss's places, from -1 to 1, and their weights
         places, weights = torch.tensor(np.stack(rule), dtype=torch.float32, device=x.device) / 2
@@ -124,7 +125,7 @@ def grad_cam(model, score, idx, x) -> torch.Tensor:
     """
     x = x.detach().requires_grad_()
     with watched(model) as states:
-        value = from_embedding(model, score, idx, x).sum()
+        value = score_of(model, score, idx, x).sum()
     state = states[len(states) // 2]
     slopes = torch.autograd.grad(value, state)[0]
     return (state * slopes.mean(1, keepdim=True)).sum(-1)[0].detach().clamp(min=0)
@@ -140,7 +141,7 @@ def lime(model, score, idx, x, baseline, samples, seed) -> torch.Tensor:
     missing = torch.randint(0, T + 1, (samples, 1), generator=generator)
     there = (torch.rand(samples, T, generator=generator).argsort(1).argsort(1) >= missing).double()  # (n, T)
     shares = there.float().to(x.device).unsqueeze(-1)  # of each token's own vector, (n, T, 1)
-    scores = torch.cat([from_embedding(model, score, idx, torch.lerp(baseline, x, part))
+    scores = torch.cat([score_of(model, score, idx, torch.lerp(baseline, x, part))
                         for part in shares.split(BATCH)]).cpu().double()
     weights = torch.exp(-(1 - there.mean(1).sqrt()) ** 2 / 0.25 ** 2)
     columns = F.pad(there, (0, 1), value=1.0)  # and a constant
@@ -154,7 +155,9 @@ def attributions(model: Transformer, score: Score, idx: torch.Tensor, neutral: i
 
     neutral: the token that stands for none. Also by how much it would change the score in all places.
     """
-    x, baseline = (model.wte(ids).detach() for ids in (idx, torch.full_like(idx, neutral)))
+    with torch.no_grad(), watched(model) as states:
+        score(torch.cat((idx, torch.full_like(idx, neutral))))
+    x, baseline = states[0].split(1)
     path, change = integrated_gradients(model, score, idx, x, baseline)
     found = {"gradient x input": ((x - baseline) * gradient(model, score, idx, x)).sum(-1)[0],
              "integrated gradients": path,
