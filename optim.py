@@ -1,5 +1,5 @@
 """
-Optimizers and their learning rate: AdamW from torch, Muon, LARS, SGD, and the schedules.
+Optimizers and what goes with them: AdamW from torch, Muon, LARS, SGD; schedules, pruning, a look for NaN.
 
     optimizers = make_optimizers(model, "muon", 3e-3, muon_lr=0.02, weight_decay=0.1, betas=(0.9, 0.95))
 """
@@ -7,6 +7,7 @@ import math
 
 import torch
 import torch.distributed as dist
+from torch.nn.utils import prune
 
 from config import UserError
 
@@ -201,6 +202,33 @@ class BadSteps:
                 raise UserError(f"{told}: not finite, as are {self.in_a_row} steps in a row: lower "
                                 "learning_rate; --init_from=resume goes on from the last checkpoint")
         self.waiting = []
+
+
+class Pruning:
+    """Keeps the smallest weights of each of the blocks' matrices at 0, up to a share of `sparsity`.
+
+    The share grows from a fifth of the training on, ever more slowly (Zhu and Gupta 2017); the last three
+    tenths mend what that did. What is 0 stays 0: a saved model carries no masks, and a resumed run finds them
+    in its weights.
+    """
+
+    def __init__(self, model, sparsity: float, steps: int):
+        self.matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "blocks." in name]
+        self.sparsity, self.begin, self.end = sparsity, steps // 5, max(1, steps * 7 // 10)
+        self.interval, self.masks = max(1, steps // 100), None
+
+    @torch.no_grad()
+    def after(self, step: int) -> None:
+        """What there is to do when so many updates have been made."""
+        if not self.sparsity or step < self.begin:
+            return
+        if step <= self.end and ((step - self.begin) % self.interval == 0 or step == self.end):
+            left = 1 - (step - self.begin) / max(1, self.end - self.begin)
+            smallest = prune.L1Unstructured(self.sparsity * (1 - left ** 3))
+            self.masks = [smallest.compute_mask(p, torch.ones_like(p)) for p in self.matrices]
+        elif self.masks is None:
+            self.masks = [(p != 0).to(p.dtype) for p in self.matrices]
+        torch._foreach_mul_(self.matrices, self.masks)
 
 
 def optimizer_state(optimizers, model) -> dict:

@@ -34,7 +34,7 @@ import sample
 import train
 from config import SettingError, UserError
 from model import Config, Transformer, draw
-from optim import lr_factor, make_optimizers, optimizer_state, orthogonalise, update
+from optim import Pruning, lr_factor, make_optimizers, optimizer_state, orthogonalise, update
 from tokenizer import PIECES, Tokenizer, make_tokenizer, train_bpe
 
 ROOT = Path(__file__).parent
@@ -762,6 +762,28 @@ def test_a_run_does_max_iters_updates_and_leaves_what_it_promised(home):
     printed = (home / "printed.txt").read_text(encoding="utf-8")
     assert "left" in printed and "bits per byte" in printed and "A sample" in printed
     assert not list(folder.glob("*.tmp"))
+
+
+def test_pruning_grows_and_a_resumed_run_keeps_it():
+    model, twin = tiny("gpt2"), tiny("gpt2")
+    pruning, shares = Pruning(model, 0.5, 100), []
+    for step in range(1, 101):
+        with torch.no_grad():
+            for a, b in zip(model.parameters(), twin.parameters()):
+                a.add_(0.01), b.add_(0.01)  # an update, which moves the zeros too
+        pruning.after(step)
+        if step == 60:
+            twin.load_state_dict(model.state_dict())
+            resumed = Pruning(twin, 0.5, 100)
+        elif step > 60:
+            resumed.after(step)
+        weight = model.blocks[0].mlp.up.weight
+        shares.append((weight == 0).float().mean().item())
+    assert shares[18] == 0 and 0.3 < shares[40] < shares[60] < 0.5 and shares == sorted(shares)
+    for name, p in model.named_parameters():
+        pruned = p.ndim == 2 and name.startswith("blocks.")
+        assert (p == 0).float().mean().item() == pytest.approx(0.5 if pruned else 0.0, abs=1e-3)
+        torch.testing.assert_close(p, twin.get_parameter(name), atol=0, rtol=0)
 
 
 def test_resuming_equals_never_stopping(home):

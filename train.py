@@ -41,7 +41,8 @@ from torch.utils.checkpoint import checkpoint as recomputed
 import prepare
 from config import SettingError, UserError, run
 from model import Config, Transformer
-from optim import BadSteps, load_optimizer_state, lr_factor, make_optimizers, optimizer_state, update
+from optim import (BadSteps, Pruning, load_optimizer_state, lr_factor, make_optimizers, optimizer_state,
+                   update)
 from tokenizer import Tokenizer
 
 # -----------------------------------------------------------------------------
@@ -78,6 +79,7 @@ beta1: float = 0.9  # AdamW's memory of the gradient
 beta2: float = 0.95  # and of its square
 momentum: float = 0.9  # of lars and sgd
 grad_clip: float = 1.0  # gradients with a larger norm are scaled down to it; 0: never
+sparsity: float = 0.0  # share of the blocks' weights that are 0 in the end, the smallest ones
 # learning rate
 decay_lr: bool = True  # False: constant after the warmup
 schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"  # its fall; wsd: constant, then linear
@@ -666,7 +668,7 @@ def main(model_args: dict):
     must_be("at least 0", lambda v: v >= 0, "eval_iters warmup_iters lr_decay_iters grad_clip weight_decay "
             "min_lr seed sample_tokens")
     must_be("above 0", lambda v: 0 < v < math.inf, "learning_rate muon_lr teacher_temperature max_minutes")
-    must_be("at least 0 and below 1", lambda v: 0 <= v < 1, "beta1 beta2 momentum label_smoothing")
+    must_be("at least 0 and below 1", lambda v: 0 <= v < 1, "beta1 beta2 momentum label_smoothing sparsity")
     must_be("above 0 and at most 1", lambda v: 0 < v <= 1, "decay_fraction mask_rate teacher_share")
     if lr_decay_iters is not None and lr_decay_iters < warmup_iters:
         raise SettingError(f"lr_decay_iters={lr_decay_iters}: the learning rate still rises then, until "
@@ -741,6 +743,7 @@ def main(model_args: dict):
         recompute_blocks(model)
     optimizers = make_optimizers(model, optimizer, learning_rate, muon_lr, weight_decay, (beta1, beta2),
                                  momentum)
+    pruning = Pruning(model, sparsity, max_iters)
     hide = None if config.causal else partial(masked_tokens, rate=mask_rate, mask=tokenizer.mask,
                                               vocab_size=tokenizer.vocab_size)
     windows = Windows(splits["train"], config.block_size, seed, hide)
@@ -872,6 +875,7 @@ def main(model_args: dict):
             continue  # float16 was too small: the scaler has lowered its factor, and the schedule waits
         running += torch.stack((loss.nan_to_num(0, 0, 0), loss.isfinite()))
         iter_num += 1
+        pruning.after(iter_num)
         last = iter_num == max_iters
 
         # say how it goes
