@@ -1372,6 +1372,17 @@ def test_a_run_stays_compiled_or_not(home):
     assert done.returncode == 0 and ", compiled" not in done.stdout, done.stderr
 
 
+@slow
+def test_a_compiled_run_resumes_bit_for_bit(home):
+    fast = [*TOY, "--compile=True", "--lr_decay_iters=8"]
+    for name, more in (("fast_whole", []), ("fast_cut", ["--max_iters=5"]),
+                       ("fast_cut", ["--init_from=resume"])):
+        done = script("train.py", *fast, f"--out_dir=out/{name}", *more, cwd=home)
+        assert done.returncode == 0 and ", compiled" in done.stdout, done.stderr
+    one, other = checkpoint(home, "fast_whole"), checkpoint(home, "fast_cut")
+    assert all(same(one[key], other[key]) for key in STATE if key != "best_val_loss")
+
+
 def test_a_masked_model_is_trained_and_teaches(home):
     args = [*TOY, "--causal=False", "--out_dir=out/masked", "--max_iters=30", "--eval_interval=15",
             "--sample_tokens=10", "--eval_iters=0", "--dropout=0"]

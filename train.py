@@ -709,15 +709,13 @@ def main(model_args: dict):
                                "it, --overwrite starts anew, --out_dir=FOLDER writes elsewhere")
     elif init_from == "resume":
         source, checkpoint = find_checkpoint(folder, ("ckpt.pt", "ckpt.prev.pt"))
+        if "compiled" not in checkpoint["data"]:
+            raise UserError(f"{source}: another program's run: --init_from={folder} takes its weights")
         if checkpoint["settings"]["optimizer"] != optimizer:
             raise SettingError(f"optimizer={optimizer}: not the run's, {checkpoint['settings']['optimizer']}")
         model, stored = model_of(checkpoint, **changes), checkpoint["tokenizer"]
     else:
         model, stored = load_model(init_from, **changes)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingError(f"out_dir={out_dir}: cannot be made ({error.strerror})") from None
     for name, value in model_args.items() if model else ():
         if value != getattr(model.config, name):
             raise SettingError(f"{name}={value}: the checkpoint's model has {name}="
@@ -736,6 +734,10 @@ def main(model_args: dict):
         config.vocab_size = meta["vocab_size"]
     if not config.causal and tokenizer.mask is None:
         raise SettingError(f"causal=False: the tokenizer of {dataset} has no token to mask others with")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingError(f"out_dir={out_dir}: cannot be made ({error.strerror})") from None
 
     # The model, what it learns from, the optimizers.
     model = (model or Transformer(config)).to(run_device)
@@ -769,7 +771,7 @@ def main(model_args: dict):
             scaler.load_state_dict(checkpoint["scaler"])
         if len(checkpoint["rng"]["cpu"]) == world:
             torch.set_rng_state(checkpoint["rng"]["cpu"][rank])
-            if run_device.type == "cuda":
+            if run_device.type == "cuda" and "cuda" in checkpoint["rng"]:
                 torch.cuda.set_rng_state(checkpoint["rng"]["cuda"][rank], run_device)
         iter_num, best_val_loss = checkpoint["iter_num"], checkpoint["best_val_loss"]
         place = checkpoint["data"]
