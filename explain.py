@@ -23,11 +23,12 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from checkpoint import write_text
 from config import SettingError, UserError, run
 from model import Transformer
 from sample import load, newest_run, read_prompt
 from tokenizer import HubTokenizer, Tokenizer
-from train import pick_device, write_text
+from train import pick_device
 
 # -----------------------------------------------------------------------------
 # Settings

@@ -14,7 +14,6 @@ From Python, `load` is all it takes:
     model, tokenizer = load("out/small")
 """
 import itertools
-import re
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -22,10 +21,11 @@ from typing import Literal, Optional, Union
 
 import torch
 
+from checkpoint import load_model
 from config import SettingError, UserError, run
-from model import Config, Transformer
+from model import Transformer
 from tokenizer import HubTokenizer, Tokenizer
-from train import load_checkpoint, pick_device, pick_dtype
+from train import pick_device, pick_dtype
 
 # -----------------------------------------------------------------------------
 # Settings
@@ -49,9 +49,6 @@ quantize: Optional[Literal["int8"]] = None  # int8: weights in a byte each, 2 to
 # -----------------------------------------------------------------------------
 
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name
-
-
 def load(folder: str | Path, device: str | torch.device = "cpu",
          dtype: torch.dtype = torch.float32) -> tuple[Transformer, Tokenizer | HubTokenizer]:
     """A model, ready to use, and its tokenizer.
@@ -60,28 +57,8 @@ def load(folder: str | Path, device: str | torch.device = "cpu",
     of such folders (the newest), a Hugging Face folder, or an id on its hub.
     Raises UserError where there is none of these, or it cannot be used.
     """
-    path = Path(folder)
-    try:
-        if (path / "config.json").is_file() or not path.exists() and HUB_ID.fullmatch(str(folder)):
-            tokenizer = Tokenizer.from_pretrained(folder)
-            model = Transformer.from_pretrained(folder, dtype=dtype)
-        else:
-            checkpoint = load_checkpoint(newest_run(path))
-            model, tokenizer = from_checkpoint(checkpoint), Tokenizer.from_dict(checkpoint["tokenizer"])
-    except (ImportError, OSError, ValueError) as error:
-        raise UserError(f"{folder}: {str(error).splitlines()[0].removeprefix(f'{folder}: ')}") from None
-    return model.to(device, dtype).eval(), tokenizer
-
-
-def from_checkpoint(checkpoint: dict) -> Transformer:
-    """The model of one of our checkpoints. Raises ValueError where another version made it."""
-    try:
-        model = Transformer(Config(**checkpoint["model_args"]))
-        model.load_state_dict(checkpoint["model"])
-        return model
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"not a checkpoint of this version of model.py "
-                         f"({type(error).__name__}: {str(error).splitlines()[0]})") from None
+    model, tokenizer = load_model(newest_run(Path(folder)), dtype)
+    return model.to(device).eval(), tokenizer
 
 
 def newest_run(folder: Path) -> Path:

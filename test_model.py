@@ -32,6 +32,7 @@ import explain
 import prepare
 import sample
 import train
+from checkpoint import load_checkpoint, save_checkpoint
 from config import SettingError, UserError
 from model import Config, Transformer, draw
 from optim import Pruning, lr_factor, make_optimizers, optimizer_state, orthogonalise, update
@@ -807,7 +808,7 @@ def test_a_damaged_checkpoint_is_found_and_the_one_before_used(home, capsys):
     flipped[len(data) // 2] ^= 1
     for damaged in (b"", *(data[:len(data) * percent // 100] for percent in (1, 50, 99)), bytes(flipped)):
         (folder / "ckpt.pt").write_bytes(damaged)
-        assert train.load_checkpoint(folder, ("ckpt.pt", "ckpt.prev.pt"))["iter_num"] == 4
+        assert load_checkpoint(folder, ("ckpt.pt", "ckpt.prev.pt"))["iter_num"] == 4
         assert "ckpt.pt is damaged" in capsys.readouterr().err
     resumed = script("train.py", *TOY, "--out_dir=out/damaged", "--init_from=resume", cwd=home)
     assert resumed.returncode == 0 and "ckpt.pt is damaged" in resumed.stderr
@@ -818,7 +819,7 @@ def test_a_damaged_checkpoint_is_found_and_the_one_before_used(home, capsys):
     (folder / "ckpt.prev.pt").unlink()
     (folder / "ckpt.pt").write_bytes(b"")
     with pytest.raises(UserError, match="damaged"):
-        train.load_checkpoint(folder, ("ckpt.pt", "ckpt.prev.pt"))
+        load_checkpoint(folder, ("ckpt.pt", "ckpt.prev.pt"))
 
 
 def test_a_checkpoint_runs_no_code(tmp_path):
@@ -828,7 +829,7 @@ def test_a_checkpoint_runs_no_code(tmp_path):
 
     torch.save({"model": Hostile()}, tmp_path / "ckpt.pt")
     with pytest.raises(UserError):
-        train.load_checkpoint(tmp_path)
+        load_checkpoint(tmp_path)
     assert not (tmp_path / "owned").exists()
     for path in ROOT.glob("*.py"):  # nothing is ever unpickled, nor may become so
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -1740,7 +1741,7 @@ def test_a_run_is_exported_whole(column, tmp_path):
                  vocab_size=258, block_size=32)
     tokenizer = make_tokenizer("bytes", [], 258)
     (tmp_path / "run").mkdir()
-    train.save_checkpoint(tmp_path / "run/ckpt.pt", {
+    save_checkpoint(tmp_path / "run/ckpt.pt", {
         "version": 1, "model": model.state_dict(), "model_args": asdict(model.config), "iter_num": 1,
         "tokenizer": tokenizer.to_dict()})
     done = script("sample.py", "--out_dir=run", "--export=hf", cwd=tmp_path)
@@ -2025,7 +2026,7 @@ def test_a_page_about_a_language_model(home):
 def test_a_page_about_a_masked_model(tmp_path):
     tokenizer = make_tokenizer("bytes", [], 0)
     model = tiny("gpt2", causal=False, vocab_size=tokenizer.vocab_size)
-    train.save_checkpoint(tmp_path / "best.pt", {
+    save_checkpoint(tmp_path / "best.pt", {
         "model": model.state_dict(), "model_args": asdict(model.config), "tokenizer": tokenizer.to_dict()})
     done = script("explain.py", f"--out_dir={tmp_path}", "--start=a <|mask|>c", "--samples=99", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

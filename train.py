@@ -22,7 +22,6 @@ import re
 import signal
 import sys
 import warnings
-import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -39,6 +38,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recomputed
 
 import prepare
+from checkpoint import (cannot_write, find_checkpoint, load_model, main_process, model_of, save_checkpoint,
+                        write_text)
 from config import SettingError, UserError, run
 from model import Config, Transformer
 from optim import (BadSteps, Pruning, load_optimizer_state, lr_factor, make_optimizers, optimizer_state,
@@ -365,107 +366,10 @@ def sample_text(model, tokenizer, data, count, prompt, device, hide=None) -> str
     return text
 
 
-# -----------------------------------------------------------------------------
-# Checkpoints
-
-@contextlib.contextmanager
-def replacing(path: Path, keep: Optional[Path] = None):
-    """A file to write into, which takes the place of `path` once it is whole and on the disk.
-
-    keep: where to move what was there. Raises UserError where it cannot be written, and leaves the old one.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        if keep and path.exists():
-            os.replace(path, keep)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch turns a failed write into a RuntimeError
-        raise cannot_write(path, error) from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def cannot_write(path: Path, error: Exception) -> UserError:
-    reason = str(error).strip().split("\n")[0]
-    return UserError(f"{path}: cannot be written ({reason}): make room, then --init_from=resume goes on with "
-                     "what was saved before, which is unharmed")
-
-
-def write_text(path: Path, text: str) -> None:
-    with replacing(path) as f:
-        f.write(text.encode("utf-8"))
-
-
-def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """There is a whole one at every moment: the last ckpt.pt stays, as ckpt.prev.pt. Raises UserError."""
-    with replacing(path, path.with_name("ckpt.prev.pt") if path.name == "ckpt.pt" else None) as f:
-        torch.save(checkpoint, f)
-
-
-def find_checkpoint(folder: str | Path, names=("best.pt", "ckpt.pt", "ckpt.prev.pt")) -> tuple[Path, dict]:
-    """The first sound checkpoint of these names, on the CPU. A damaged one is passed over, and named.
-
-    Raises UserError where there is none. Nothing in the file is run: tensors and plain values only.
-    """
-    damaged = []
-    for path in (Path(folder) / name for name in names):
-        if not path.is_file():
-            continue
-        try:
-            with zipfile.ZipFile(path) as f:  # a .pt is a zip, whose checksums torch.load ignores
-                if f.testzip() is not None:
-                    raise zipfile.BadZipFile("checksum")
-            found = torch.load(path, map_location="cpu", weights_only=True)
-            if found["version"] != 1:
-                raise ValueError(f"version {found['version']}")
-            return path, found
-        except Exception as error:  # a damaged file can fail in any way
-            damaged.append(f"{path} is damaged, or no checkpoint of ours ({type(error).__name__})")
-            if main_process():
-                print(f"warning: {damaged[-1]}: trying the one before", file=sys.stderr)
-    raise UserError("; ".join(damaged) or f"{folder}: no checkpoint here, none of {', '.join(names)}: "
-                    "train one first, python train.py config/small.py")
-
-
-def load_checkpoint(folder: str | Path, names=("best.pt", "ckpt.pt", "ckpt.prev.pt")) -> dict:
-    return find_checkpoint(folder, names)[1]
-
-
-def model_of(checkpoint: dict, **changes) -> Transformer:
-    """changes: of its settings; a shorter block_size cuts learned positions. Raises UserError."""
-    try:
-        model = Transformer(Config(**{**checkpoint["model_args"], **changes}))
-        rows = model.config.pos_offset + model.config.block_size
-        model.load_state_dict({name: weight[:rows] if name == "positions.wpe.weight" else weight
-                               for name, weight in checkpoint["model"].items()})
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"the checkpoint does not fit this version of model.py ({type(error).__name__}: "
-                        f"{str(error).strip().splitlines()[-1].strip()})") from None
-    return model
-
-
-def load_model(path: str, **changes) -> tuple[Transformer, dict]:
-    """A run's model, the best one, or Hugging Face's (a folder, or an id on the hub), and its tokenizer as it
-    is stored. changes: dropout or block_size, where they differ. Raises UserError.
-    """
-    try:
-        if (Path(path) / "config.json").is_file() or not Path(path).exists():
-            model = Transformer.from_pretrained(path, **changes).train()
-            return model, Tokenizer.from_pretrained(path).to_dict()
-        checkpoint = load_checkpoint(path)
-        return model_of(checkpoint, **changes), checkpoint["tokenizer"]
-    except (ImportError, OSError, ValueError) as error:
-        raise UserError(f"{path}: {str(error).splitlines()[0].removeprefix(f'{path}: ')}") from None
-
-
 def load_teacher(path: str, config: Config, tokenizer: dict) -> Transformer:
     """Raises SettingError where it cannot teach this model."""
     teacher, its_tokenizer = load_model(path, dropout=0.0)
-    if its_tokenizer != tokenizer:
+    if its_tokenizer.to_dict() != tokenizer:
         raise SettingError(f"teacher={path}: has another tokenizer than the data set")
     for name in ("causal", "vocab_size", "block_size"):
         ours, its = getattr(config, name), getattr(teacher.config, name)
@@ -492,10 +396,6 @@ def random_states(device: torch.device) -> dict[str, list]:
 
 # -----------------------------------------------------------------------------
 # The machine
-
-def main_process() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
-
 
 def pick_device(device: str, local_rank: int = 0) -> torch.device:
     """Raises SettingError where the machine has no such device."""
@@ -715,7 +615,8 @@ def main(model_args: dict):
             raise SettingError(f"optimizer={optimizer}: not the run's, {checkpoint['settings']['optimizer']}")
         model, stored = model_of(checkpoint, **changes), checkpoint["tokenizer"]
     else:
-        model, stored = load_model(init_from, **changes)
+        model, its_tokenizer = load_model(init_from, **changes)
+        stored = its_tokenizer.to_dict()
     for name, value in model_args.items() if model else ():
         if value != getattr(model.config, name):
             raise SettingError(f"{name}={value}: the checkpoint's model has {name}="
