@@ -800,6 +800,15 @@ def test_resuming_equals_never_stopping(home):
     assert rows[-1]["elapsed"] > max(r["elapsed"] for r in rows if r["iter"] <= 5)
 
 
+def test_profile_accounts_for_the_whole_step(home):
+    done = script("train.py", *TOY, "--out_dir=out/whole", "--profile", cwd=home)
+    assert done.returncode == 0, done.stderr
+    rows = dict(re.findall(r"^(\w+) +[\d.]+ ms +([\d.]+)%$", done.stdout, re.MULTILINE))
+    assert list(rows) == ["data", "forward", "backward", "update", "step"]
+    assert sum(map(float, rows.values())) == pytest.approx(200, abs=0.5)
+    assert checkpoint(home, "whole")["iter_num"] == 8  # nothing was written
+
+
 def test_a_damaged_checkpoint_is_found_and_the_one_before_used(home, capsys):
     folder = home / "out/damaged"
     shutil.copytree(home / "out/whole", folder)

@@ -97,6 +97,7 @@ device: str = "auto"  # auto: cuda, else mps, else cpu; or one of those, or cuda
 dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; auto: what is fast
 compile: bool = True  # torch.compile: half a minute at the start, faster steps (falls back where it fails)
 remat: bool = False  # compute the blocks' activations again in the backward pass: less memory, a third slower
+profile: bool = False  # time the parts of some steps, print a table and leave: see config/bench.py
 backend: str = "auto"  # of torch.distributed; auto: nccl on GPUs, gloo on CPUs
 seed: int = 1337  # of weights, data order and dropout
 deterministic: bool = False  # the same bits again on a GPU too, at some cost in speed
@@ -488,6 +489,67 @@ def memory_advice(batch_size: int, gradient_accumulation_steps: int, remat: bool
                         f"{'; '.join(advice) or 'lower block_size, or take a smaller model'}") from None
 
 
+def measure(objective, model, optimizers, windows, batch_size, step_windows, amp, scaler, grad_clip, device,
+            steps: int = 10) -> str:
+    """Where the time of a training step goes: real steps, with a stop after each part. Returns a table.
+
+    The data's part is that of reading it while nothing else is done; the loop reads ahead.
+    """
+    def now():
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    spent = dict.fromkeys(("data", "forward", "backward", "update"), 0.0)
+    for step in range(-2, steps):  # two to warm up
+        if step == 0:
+            spent = dict.fromkeys(spent, 0.0)
+        start = now()
+        x, y = (to_device(t, device) for t in windows.get(max(0, step) * step_windows, step_windows))
+        spent["data"] += now() - start
+        for i in range(0, len(x), batch_size):
+            start = now()
+            with amp:
+                loss = objective(x[i:i + batch_size], y[i:i + batch_size])[0] / y.numel()
+            middle = now()
+            (scaler.scale(loss) if scaler else loss).backward()
+            spent["forward"] += middle - start
+            spent["backward"] += now() - middle
+        start = now()
+        update(model, optimizers, loss.detach(), grad_clip, scaler)
+        spent["update"] += now() - start
+        if step == -2:
+            first = time.time() - STARTED
+
+    # what the machine can do: a product of large matrices, in the loop's precision
+    a = torch.randn(4096 if device.type == "cuda" else 2048, 4096 if device.type == "cuda" else 2048,
+                    device=device)
+    rates = []
+    for _ in range(8):
+        start = now()
+        with amp:
+            a @ a
+        rates.append(2 * len(a) ** 3 / (now() - start))
+    total, tokens = sum(spent.values()) / steps, step_windows * model.config.block_size
+    flops = tokens / total * model.flops_per_token()
+    memory = (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()) / 1e9
+    lines = [f"{name:10} {1000 * seconds / steps:9.1f} ms {seconds / steps / total:7.1%}"
+             for name, seconds in (*spent.items(), ("step", total * steps))]
+    return "\n".join([*lines, f"speed      {tokens / total:9,.0f} tokens/s, {flops / 1e9:,.0f} GFLOP/s: "
+                      f"{flops / max(rates):.0%} of {max(rates) / 1e9:,.0f}, a large matrix product's",
+                      f"start      {first:9.1f} s from the command to the end of the first step",
+                      f"memory     {memory:9.2f} GB at most"])
+
+
+def peak_memory() -> float:
+    """Of this process, in bytes; nan where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 OUT_OF_TIME = 1  # in place of a signal's number
 
 
@@ -604,7 +666,7 @@ def main(model_args: dict):
     changes = {name: value for name, value in model_args.items()
                if name == "dropout" or name == "block_size" and init_from != "resume"}
     if init_from == "scratch":
-        if (folder / "ckpt.pt").exists() and not overwrite and not eval_only:
+        if (folder / "ckpt.pt").exists() and not overwrite and not (eval_only or profile):
             raise SettingError(f"{folder}/ckpt.pt: a run is here already: --init_from=resume goes on with "
                                "it, --overwrite starts anew, --out_dir=FOLDER writes elsewhere")
     elif init_from == "resume":
@@ -709,6 +771,12 @@ def main(model_args: dict):
         metrics = validate()
         if master:
             print(f"iter {iter_num}: {in_words(metrics)}")
+        return
+    if profile:
+        table = measure(objective, model, optimizers, windows, batch_size, step_windows, amp, scaler, grad_clip,
+                        run_device)
+        if master:
+            print(f"\n{table}")
         return
     settings = {name: globals()[name] for name in sys.modules[__name__].__annotations__} | asdict(config)
     log_file = folder / "log.jsonl"
