@@ -2036,7 +2036,8 @@ def test_a_page_about_a_masked_model(tmp_path):
     tokenizer = make_tokenizer("bytes", [], 0)
     model = tiny("gpt2", causal=False, vocab_size=tokenizer.vocab_size)
     save_checkpoint(tmp_path / "best.pt", {
-        "model": model.state_dict(), "model_args": asdict(model.config), "tokenizer": tokenizer.to_dict()})
+        "version": 1, "model": model.state_dict(), "model_args": asdict(model.config),
+        "tokenizer": tokenizer.to_dict()})
     done = script("explain.py", f"--out_dir={tmp_path}", "--start=a <|mask|>c", "--samples=99", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     page = read_page(tmp_path / "explain.html")
