@@ -84,66 +84,58 @@ def attention_weights(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, s
 
 # On what does a score rest? Four answers, each (T,): what a token adds to it, against a neutral one there.
 # x and baseline, (1, T, C), are what goes into the first block, for the text and for as many neutral tokens:
-# not the embeddings, for a norm may follow, and then no gradient points along them.
+# not the embeddings, for a norm may follow, and then no gradient points along them. score_at takes such x,
+# (n, T, C) -> (n,).
 
-def score_of(model: Transformer, score: Score, idx: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """The score where the tokens' vectors are x, (n, T, C), whatever the ids: (n,)."""
-    handle = model.blocks[0].register_forward_pre_hook(lambda block, args: (x, *args[1:]))
-    try:
-        return score(idx.expand(len(x), -1))
-    finally:
-        handle.remove()
-
-
-def gradient(model: Transformer, score: Score, idx: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def gradient(score_at, x: torch.Tensor) -> torch.Tensor:
     x = x.detach().requires_grad_()
-    return torch.autograd.grad(score_of(model, score, idx, x).sum(), x)[0]
+    return torch.autograd.grad(score_at(x).sum(), x)[0]
 
 
-def integrated_gradients(model, score, idx, x, baseline) -> tuple[torch.Tensor, float]:
+def integrated_gradients(score_at, x: torch.Tensor, baseline: torch.Tensor) -> tuple[torch.Tensor, float]:
     """x - baseline times the gradient, on average over the way between them (Sundararajan et al. 2017).
 
     Also the change of the score from the one to the other, which the sum equals: the way is looked at ever
     more closely until it does, to a thousandth.
     """
     with torch.no_grad():
-        change = score_of(model, score, idx, torch.cat((baseline, x))).diff().item()
+        change = score_at(torch.cat((baseline, x))).diff().item()
     for points in (32, 128, 512, 2048):  # more for a path with many kinks, as relu makes them
         rule = np.polynomial.legendre.leggauss(points)  # Gauss's places, from -1 to 1, and their weights
         places, weights = torch.tensor(np.stack(rule), dtype=torch.float32, device=x.device) / 2
         ways = (baseline + (part.view(-1, 1, 1) + 0.5) * (x - baseline) for part in places.split(BATCH))
-        slopes = torch.cat([gradient(model, score, idx, way) for way in ways])  # (points, T, C)
+        slopes = torch.cat([gradient(score_at, way) for way in ways])  # (points, T, C)
         found = ((x - baseline) * (weights.view(-1, 1, 1) * slopes).sum(0)).sum(-1)[0]
         if abs(found.sum().item() - change) <= 1e-3 * abs(change):
             break
     return found, change
 
 
-def grad_cam(model, score, idx, x) -> torch.Tensor:
+def grad_cam(model: Transformer, score_at, x: torch.Tensor) -> torch.Tensor:
     """How far each token's hidden state, half way up, lies in the direction that raises the score.
 
     The direction is the gradient there, on average over the tokens; less than 0 is 0 (Selvaraju et al. 2017).
     """
     x = x.detach().requires_grad_()
     with watched(model) as states:
-        value = score_of(model, score, idx, x).sum()
+        value = score_at(x).sum()
     state = states[len(states) // 2]
     slopes = torch.autograd.grad(value, state)[0]
     return (state * slopes.mean(1, keepdim=True)).sum(-1)[0].detach().clamp(min=0)
 
 
 @torch.no_grad()
-def lime(model, score, idx, x, baseline, samples, seed) -> torch.Tensor:
+def lime(score_at, x: torch.Tensor, baseline: torch.Tensor, samples: int, seed: int) -> torch.Tensor:
     """The weights of a linear model of the score, by which tokens are there (Ribeiro et al. 2016).
 
     Fitted to copies with few or many tokens neutral; the nearer to the whole text, the more a copy counts.
     """
-    T, generator = idx.size(1), torch.Generator().manual_seed(seed)
+    T, generator = x.size(1), torch.Generator().manual_seed(seed)
     missing = torch.randint(0, T + 1, (samples, 1), generator=generator)
     there = (torch.rand(samples, T, generator=generator).argsort(1).argsort(1) >= missing).double()  # (n, T)
     shares = there.float().to(x.device).unsqueeze(-1)  # of each token's own vector, (n, T, 1)
-    scores = torch.cat([score_of(model, score, idx, torch.lerp(baseline, x, part))
-                        for part in shares.split(BATCH)]).cpu().double()
+    mixed = (torch.lerp(baseline, x, part) for part in shares.split(BATCH))
+    scores = torch.cat([score_at(part) for part in mixed]).cpu().double()
     weights = torch.exp(-(1 - there.mean(1).sqrt()) ** 2 / 0.25 ** 2)
     columns = F.pad(there, (0, 1), value=1.0)  # and a constant
     gram = columns.T @ (weights.unsqueeze(1) * columns) + 1e-6 * torch.eye(T + 1)  # a slight ridge
@@ -156,14 +148,21 @@ def attributions(model: Transformer, score: Score, idx: torch.Tensor, neutral: i
 
     neutral: the token that stands for none. Also by how much it would change the score in all places.
     """
+    def score_at(x):
+        handle = model.blocks[0].register_forward_pre_hook(lambda block, args: (x, *args[1:]))
+        try:
+            return score(idx.expand(len(x), -1))
+        finally:
+            handle.remove()
+
     with torch.no_grad(), watched(model) as states:
         score(torch.cat((idx, torch.full_like(idx, neutral))))
     x, baseline = states[0].split(1)
-    path, change = integrated_gradients(model, score, idx, x, baseline)
-    found = {"gradient x input": ((x - baseline) * gradient(model, score, idx, x)).sum(-1)[0],
+    path, change = integrated_gradients(score_at, x, baseline)
+    found = {"gradient x input": ((x - baseline) * gradient(score_at, x)).sum(-1)[0],
              "integrated gradients": path,
-             "Grad-CAM": grad_cam(model, score, idx, x),
-             "LIME": lime(model, score, idx, x, baseline, samples, seed)}
+             "Grad-CAM": grad_cam(model, score_at, x),
+             "LIME": lime(score_at, x, baseline, samples, seed)}
     return {method: values.cpu().double() for method, values in found.items()}, change
 
 
@@ -209,7 +208,7 @@ def states_of_guesses(model, idx, segments, mask: Optional[int]) -> torch.Tensor
     for part in places.split(BATCH):
         with watched(model) as states:
             model.hidden(copies[part], segments=segments.expand(len(part), -1))
-        found.append(torch.stack(states)[:, torch.arange(len(part)), part])
+        found.append(torch.stack(states)[:, torch.arange(len(part), device=part.device), part])
     return torch.cat(found, dim=1)
 
 
