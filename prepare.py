@@ -6,14 +6,14 @@ Text to tokens: collect documents, clean and split them, train or load a tokeniz
     python prepare.py --source=novel.txt                      your own: a text file...
     python prepare.py --source=notes/ --vocab_size=2048       ...a folder of them...
     python prepare.py --source="books/*.txt" --tokenizer=gpt2 ...or a glob
-    python prepare.py --source=web.jsonl.gz,hf:NAME --nfc --near_duplicates=0.7    large, messy, from two places
+    python prepare.py --source=a.jsonl.gz,hf:NAME --nfc       ...or several, large and messy
     python prepare.py --source=notes/ --report --show=3       what is in it, and three of its documents
 
 A data set is train.bin, val.bin and test.bin (raw token ids, uint16 or uint32, little-endian) and meta.json.
 
-Two passes, in bounded memory whatever the size of the text: the first writes the cleaned documents one behind
-the other into a temporary file and keeps a few numbers of each (the spool and its index); all that needs a
-view of the whole (duplicates, splits, the tokenizer) is decided on these; the second pass turns them to tokens.
+Two passes, in little memory whatever the size: the first writes the cleaned documents one behind the other
+into a temporary file, the spool, and keeps a few numbers of each, its index. On these is decided what needs a
+view of the whole: duplicates and splits. The second turns the spool into tokens.
 """
 import bz2
 import codecs
@@ -23,34 +23,32 @@ import gzip
 import hashlib
 import http.client
 import io
+import itertools
 import json
 import lzma
 import os
 import re
 import shutil
-import sys
+import struct
 import sysconfig
 import time
 import unicodedata
 import urllib.parse
 import urllib.request
 import zlib
-from array import array
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
 from config import SettingError, UserError, run
-from tokenizer import Tokenizer, make_tokenizer
+from tokenizer import Tokenizer, encode_stream, make_tokenizer, read_texts, sample
 
 # -----------------------------------------------------------------------------
 # Settings
 dataset: str = ""  # name of the folder under data/, or a built-in: python, shakespeare, shakespeare_char
-source: str = ""  # file, folder, glob, URL, hf:NAME or built-in, or several with commas; empty: the built-in's
+source: str = ""  # file, folder, glob, URL, hf:NAME or built-in; several with commas; empty: the built-in's
 encoding: str = "utf-8"  # of the text files
 errors: Literal["strict", "replace", "ignore"] = "strict"  # what to do with bytes that are not in it
 text_key: str = "text"  # of a .jsonl or an hf: data set; of a .csv or .tsv the column, by name or number
@@ -81,8 +79,7 @@ seed: int = 0  # that picks those
 FORMAT = 1  # of meta.json and the .bin files
 SPLITS = ("train", "val", "test")
 BLOCK = 2**22  # bytes read at a time
-UNIT = 2**19  # characters tokenized at a time, by one thread
-K = 64  # values in the sketch of a document
+K, NONE = 64, 2**32 - 1  # values in the sketch of a document; fills it up where it has fewer
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 BUILT_IN = {  # dataset -> its source and tokenizer
@@ -98,54 +95,51 @@ UNPACK = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 # Collect
 
 class NotText(UserError):
-    """A file with nothing to read in it: an error where it was named, passed over where a folder was."""
+    """A file with nothing to read in it: an error where it was named, passed over where its folder was."""
 
 
 def documents(source: str, encoding: str = "utf-8", errors: str = "strict", text_key: str = "text",
-              found: dict | None = None, downloads: str = "data/downloads") -> Iterator[tuple[str, str]]:
+              found: dict | None = None, downloads: str | Path = "data/downloads") -> Iterator[tuple[str, str]]:
     """(name, text) of each document. An empty name goes on with the document before: a large file in blocks.
 
-    found: counts what was passed over (see note). Raises UserError, with its name, for what cannot be read.
+    found: counts what was passed over, as in note(). Raises UserError, with its name, for what cannot be read.
     """
-    found = {} if found is None else found
-    several = not Path(source).exists() and "," in source
-    for one in [part.strip() for part in source.split(",") if part.strip()] if several else [source]:
-        one = BUILT_IN[one][0] if one in BUILT_IN else one
-        if one == "python":
-            yield from standard_library()
-            continue
-        if one.startswith("hf:"):
-            yield from hub_documents(one, text_key)
-            continue
+    def read(file: Path, title: str):
+        return file_documents(file, title, encoding, errors, text_key)
+
+    for one in [source] if Path(source).exists() else source.split(","):
+        one = BUILT_IN[one][0] if one in BUILT_IN else one.strip()
         if one.startswith(("https://", "http://")):
             one = str(download(one, Path(downloads)))
-        if Path(one).is_dir():
-            yield from folder_documents(Path(one), encoding, errors, text_key, found)
-            continue
-        names = [one] if Path(one).is_file() else sorted(filter(os.path.isfile, glob.glob(one, recursive=True)))
-        if not names:
-            raise UserError(f"{one}: no such file or folder")
-        for name in names:
-            yield from file_documents(Path(name), name, encoding, errors, text_key)
+        if one == "python":
+            yield from standard_library()
+        elif one.startswith("hf:"):
+            yield from hub_documents(one, text_key)
+        elif Path(one).is_dir():
+            yield from folder_documents(Path(one), read, {} if found is None else found)
+        else:
+            names = [one] if Path(one).is_file() else filter(os.path.isfile, glob.glob(one, recursive=True))
+            title = None
+            for title in sorted(names):
+                yield from read(Path(title), title)
+            if title is None:
+                raise UserError(f"{one}: no such file or folder")
 
 
-def folder_documents(root: Path, encoding: str, errors: str, text_key: str,
-                     found: dict) -> Iterator[tuple[str, str]]:
-    """Of all files below; hidden, empty and binary ones are passed over, and counted: it may hold pictures."""
+def folder_documents(root: Path, read: Callable, found: dict) -> Iterator[tuple[str, str]]:
+    """Of all files below; hidden, empty and binary ones are passed over and counted: it may hold pictures."""
     seen = used = 0
     for where, folders, names in os.walk(root):
         for hidden in [name for name in folders + names if name.startswith(".")]:
-            note(found, "hidden files", 1, hidden)
+            note(found, "hidden", hidden)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(name for name in names if not name.startswith(".")):
-            file = Path(where, name)
-            title = file.relative_to(root).as_posix()
-            seen += 1
+            file, seen = Path(where, name), seen + 1
             try:
-                yield from file_documents(file, title, encoding, errors, text_key)
+                yield from read(file, file.relative_to(root).as_posix())
                 used += 1
             except NotText as error:
-                note(found, "empty or binary files", 1, str(error))
+                note(found, "empty_or_binary", str(error))
     if not used:
         raise UserError(f"{root}: no text in this folder ({seen} files, all empty or binary)")
 
@@ -153,111 +147,89 @@ def folder_documents(root: Path, encoding: str, errors: str, text_key: str,
 def file_documents(file: Path, title: str, encoding: str, errors: str,
                    text_key: str) -> Iterator[tuple[str, str]]:
     """By the file's suffix: each line of a .jsonl, each row of a .csv or .tsv, else the file is the document."""
-    packed = file.suffix.lower() in UNPACK
-    kind = Path(file.stem if packed else file.name).suffix.lower()
+    kind = Path(file.stem if file.suffix.lower() in UNPACK else file.name).suffix.lower()
     text = blocks(file, encoding, errors)
-    if kind in (".jsonl", ".ndjson"):
-        for n, line in enumerate(lines(text), 1):
-            if not line.isspace():
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise UserError(f"{file}:{n}: not JSON ({error})") from None
-                yield f"{title}:{n}", field(row, text_key, f"{file}:{n}")
-    elif kind in (".csv", ".tsv"):
-        yield from table_documents(file, title, lines(text), kind == ".tsv", text_key)
+    if kind in (".jsonl", ".csv", ".tsv"):
+        lines = (line for block in text for line in io.StringIO(block, newline="\n"))  # cut at \n and nowhere else
+        for n, row in (json_rows if kind == ".jsonl" else table_rows)(file, lines, text_key):
+            yield f"{title}:{n}", field(row, text_key, f"{file}:{n}")
     else:
         for block in text:
             yield title, block
             title = ""
 
 
-def table_documents(file: Path, title: str, rows: Iterator[str], tabs: bool,
-                    text_key: str) -> Iterator[tuple[str, str]]:
+def json_rows(file: Path, lines: Iterator[str], text_key: str) -> Iterator[tuple[int, dict]]:
+    for n, line in enumerate(lines, 1):
+        if not line.isspace():
+            try:
+                yield n, json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{file}:{n}: not JSON ({error})") from None
+
+
+def table_rows(file: Path, lines: Iterator[str], text_key: str) -> Iterator[tuple[int, dict]]:
+    """Columns have the names in the first row, or numbers where text_key is one: then the first row is text."""
     csv.field_size_limit(2**31 - 1)
-    # in a .tsv a quotation mark is one
-    reader = csv.reader(rows, **(dict(delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else {}))
+    tabs = ".tsv" in file.name.lower()  # there a quotation mark is nothing but that
+    reader = csv.reader(lines, **(dict(delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else {}))
     try:
-        if text_key.isdigit():  # by number: the first row is text too
-            column = int(text_key)
-        else:
-            header = next(reader)
-            if text_key not in header:
-                raise UserError(f"{file}: no column {text_key!r} (it has: {', '.join(header)[:200]}): give "
-                                "--text_key=NAME, or its NUMBER, from 0, where there is no header")
-            column = header.index(text_key)
+        header = None if text_key.isdigit() else next(reader)
         for row in reader:
-            if row and column >= len(row):
-                raise UserError(f"{file}:{reader.line_num}: {len(row)} columns, and --text_key={text_key} "
-                                f"is number {column}, from 0")
             if row:
-                yield f"{title}:{reader.line_num}", row[column]
+                yield reader.line_num, dict(zip(header or map(str, range(len(row))), row))
     except csv.Error as error:
         raise UserError(f"{file}:{reader.line_num}: {error}") from None
 
 
 def field(row: dict, key: str, where: str) -> str:
-    if not isinstance(row, dict) or key not in row:
-        keys = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise UserError(f"{where}: no key {key!r} (it has: {keys[:200]}): give --text_key=NAME")
-    if not isinstance(row[key], str | None):
-        raise UserError(f"{where}: {key!r} is no text but {type(row[key]).__name__}: give --text_key=NAME")
+    if not isinstance(row, dict) or key not in row or not isinstance(row[key], str | None):
+        raise UserError(f"{where}: no text under {key!r} in {str(row)[:120]}: give --text_key=NAME, or the "
+                        "column's number, from 0, where a table has no header")
     return row[key] or ""
-
-
-def lines(text: Iterator[str]) -> Iterator[str]:
-    for block in text:
-        yield from io.StringIO(block, newline="\n")  # str.splitlines cuts at form feeds and others too
 
 
 def blocks(file: Path, encoding: str, errors: str) -> Iterator[str]:
     """A file's text, unpacked, some MB at a time, cut at line ends. Raises UserError, with the place."""
-    utf8 = codecs.lookup(encoding).name == "utf-8"
-    decoder = codecs.getincrementaldecoder("utf-8-sig" if utf8 else encoding)(errors)
-    offset, rest = 0, ""
+    name = codecs.lookup(encoding).name
+    decoder = codecs.getincrementaldecoder("utf-8-sig" if name == "utf-8" else name)(errors)
+    offset, rest, data = 0, "", None
     try:
         with UNPACK.get(file.suffix.lower(), open)(file, "rb") as f:
-            while data := f.read(BLOCK):
-                wide = encoding.lower().replace("_", "-").startswith(("utf-16", "utf-32"))
-                if offset == 0 and b"\0" in data and not wide:
-                    raise NotText(f"{file}: a binary file (byte 0 at offset {data.index(0)}), where text is wanted")
-                text = rest + decoder.decode(data)
+            while data != b"":
+                data = f.read(BLOCK)
+                if offset == 0 and not data:
+                    raise NotText(f"{file}: the file is empty")
+                if offset == 0 and b"\0" in data and not name.startswith(("utf-16", "utf-32")):
+                    raise NotText(f"{file}: a binary file (byte 0 at offset {data.index(0)}), not text")
+                text = rest + decoder.decode(data, final=not data)
                 offset += len(data)
-                end = text.rfind("\n") + 1 or (len(text) if len(text) > 16 * BLOCK else 0)
-                rest = text[end:]
+                end = text.rfind("\n") + 1 if data and len(text) < 16 * BLOCK else len(text)
                 if end:
                     yield text[:end]
-            if offset == 0:
-                raise NotText(f"{file}: the file is empty")
-            data = b""
-            rest += decoder.decode(b"", final=True)
+                rest = text[end:]
     except UnicodeDecodeError as error:
-        at = offset - (len(error.object) - len(data)) + error.start  # the object is what was left, and data
+        at = offset - (len(error.object) - len(data)) + error.start  # the object: what was left over, and data
         raise UserError(f"{file}: not {encoding} (byte 0x{error.object[error.start]:02x} at offset {at}): give "
                         "the right --encoding=..., latin-1 for instance, or --errors=replace") from None
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
-        raise UserError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or error}): "
-                        "is it whole?") from None
-    if rest:
-        yield rest
+        raise UserError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
 
 def standard_library() -> Iterator[tuple[str, str]]:
     """The Python that runs this, without tests and what pip installed: a corpus that needs no download."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    found = 0
-    for file in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
-        if not skip.intersection(file.relative_to(root).parts):
-            try:
-                text = file.read_text(encoding="utf-8")
-            except (UnicodeDecodeError, OSError):
-                continue
-            if text:
-                found += 1
-                yield file.relative_to(root).as_posix(), text
-    if not found:
+    files = [file for file in root.rglob("*.py") if not skip.intersection(file.relative_to(root).parts)]
+    if not files:
         raise UserError(f"{root}: this Python carries no source of its library: give --source=FILE or FOLDER")
+    for file in sorted(files, key=lambda file: file.relative_to(root).as_posix()):
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (UnicodeDecodeError, OSError):
+            continue
+        if text:
+            yield file.relative_to(root).as_posix(), text
 
 
 def hub_documents(source: str, text_key: str) -> Iterator[tuple[str, str]]:
@@ -268,11 +240,7 @@ def hub_documents(source: str, text_key: str) -> Iterator[tuple[str, str]]:
     except ImportError:
         raise UserError(f"{source}: needs a package: pip install datasets") from None
     try:
-        rows = iter(datasets.load_dataset(name, subset or None, split="train", streaming=True))
-        for n in range(sys.maxsize):
-            row = next(rows, None)
-            if row is None:
-                return
+        for n, row in enumerate(datasets.load_dataset(name, subset or None, split="train", streaming=True)):
             yield f"{name}:{n}", field(row, text_key, f"{source}: row {n}")
     except UserError:
         raise
@@ -283,23 +251,22 @@ def hub_documents(source: str, text_key: str) -> Iterator[tuple[str, str]]:
 def download(url: str, folder: Path) -> Path:
     """Fetch once into `folder`; url may end in #sha256=... Raises UserError without network, or another file."""
     url, _, fragment = url.partition("#")
-    wanted = fragment.removeprefix("sha256=").lower() or SHA256.get(url)
-    suffixes = "".join(Path(urllib.parse.urlparse(url).path).suffixes[-2:])
-    target = folder / (hashlib.sha256(url.encode()).hexdigest()[:16] + (suffixes or ".txt"))
+    wanted, sha = fragment.removeprefix("sha256=").lower() or SHA256.get(url), hashlib.sha256()
+    suffix = "".join(Path(urllib.parse.urlparse(url).path).suffixes[-2:]) or ".txt"
+    target = folder / (hashlib.sha256(url.encode()).hexdigest()[:16] + suffix)
+    part = target.with_name(f"{target.name}.{os.getpid()}.part")
     if target.is_file():
         return target
     print(f"downloading {url}")
-    folder.mkdir(parents=True, exist_ok=True)
-    part, sha, size = target.with_name(f"{target.name}.{os.getpid()}.part"), hashlib.sha256(), 0
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(url, timeout=30) as response, open(part, "wb") as f:
-            length = response.headers.get("Content-Length")
             while data := response.read(2**20):
                 f.write(data)
                 sha.update(data)
-                size += len(data)
-        if length and size != int(length):
-            raise OSError(f"broke off after {size:,} of {int(length):,} bytes")
+            length = int(response.headers.get("Content-Length") or f.tell())
+            if f.tell() != length:
+                raise OSError(f"broke off after {f.tell():,} of {length:,} bytes")
         if wanted and sha.hexdigest() != wanted:
             raise UserError(f"{url}: another file than expected came (sha256 {sha.hexdigest()[:16]}...): try again")
         os.replace(part, target)
@@ -350,71 +317,55 @@ def clean(text: str, rules: list[str], title: str, found: dict, touched: dict[st
             if rule not in found:
                 shown = text if rule == "scrub_pii" else before  # meta.json is no place for what was scrubbed
                 at = next((i for i, (a, b) in enumerate(zip(before, text)) if a != b), 0)
-                note(found, rule, 0, f"{title}: {shown[max(at - 30, 0):at + 30]!r}", n_documents=0)
+                note(found, rule, f"{title}: {shown[max(at - 30, 0):at + 30]!r}", documents=0)
     return text
 
 
-def note(found: dict, what: str, times: int, example: str, n_documents: int = 1) -> None:
+def note(found: dict, what: str, example: str, times: int = 0, documents: int = 1) -> None:
     """found[what] counts documents and times, and keeps the first example."""
     entry = found.setdefault(what, {"documents": 0, "times": 0, "example": example[:200]})
-    entry["documents"] += n_documents
+    entry["documents"] += documents
     entry["times"] += times
 
 
-class Index(NamedTuple):
-    """Where each document lies in the spool, and what is decided on: one array element a document."""
-    start: np.ndarray  # bytes
-    size: np.ndarray  # bytes
-    chars: np.ndarray
-    hash: np.ndarray  # of the cleaned text, uint64
-    sketch: np.ndarray  # (documents, K) uint32, or (documents, 0)
+# The index of the spool: where each document is (in bytes), its characters, and a hash of it that stands for
+# it; and its sketch, if near-duplicates are looked for.
+INDEX = [("start", "<i8"), ("size", "<i8"), ("chars", "<i8"), ("hash", ">u8")]
 
 
 def collect(docs: Iterator[tuple[str, str]], spool: Path, rules: list[str], min_chars: int, min_text: float,
-            sketches: bool, found: dict) -> Index:
-    """The first pass: clean the documents and write them one behind the other. found: counts as in note()."""
-    starts, sizes, lengths, hashes, rows = array("q"), array("q"), array("q"), array("Q"), bytearray()
-    tick = Progress("reading")
+            sketches: bool, found: dict) -> np.ndarray:
+    """The first pass: clean the documents, write them one behind the other, and return the index.
 
-    def finish():  # the document before is whole
-        for rule, times in touched.items():
-            note(found, rule, times, "")
-        for rule, bad in (("too_short", chars < min_chars), ("mostly_not_text", plain < min_text * chars)):
-            if bad:  # it stays in the spool, where nothing points to it
-                note(found, rule, 1, f"{title}: {head!r}")
-                return
-        starts.append(start)
-        sizes.append(size)
-        lengths.append(chars)
-        hashes.append(int.from_bytes(sha.digest()[:8], "big"))
-        rows.extend(low.tobytes())
-
-    title, position = None, 0
+    found: counts, as in note().
+    """
+    tick, title, position, rows = Progress("reading"), None, 0, bytearray()
     with open(spool, "wb") as f:
-        for name, text in docs:
+        for name, text in itertools.chain(docs, [("the end", "")]):
+            if name and title is not None:  # the document before is whole
+                note(found, "read", head)
+                for rule, times in touched.items():
+                    note(found, rule, "", times)
+                if chars < min_chars or plain < min_text * chars:  # left in the spool, and not in the index
+                    note(found, "too_short" if chars < min_chars else "mostly_not_text", f"{title}: {head!r}")
+                else:
+                    rows += struct.pack("<qqq", start, position - start, chars) + sha.digest()[:8]
+                    rows += np.append(low, np.full(K - len(low), NONE, "<u4")).tobytes() if sketches else b""
             if name:
-                if title is not None:
-                    finish()
-                title, head, start, size, chars, plain = name, text[:60], position, 0, 0, 0
-                sha, low, touched = hashlib.sha256(), np.zeros(0, np.uint32), {}
+                title, head, start, chars, plain = name, text[:60], position, 0, 0
+                sha, low, touched = hashlib.sha256(), np.zeros(0, "<u4"), {}
             if rules:
                 text = clean(text, rules, title, found, touched)
             data = text.encode("utf-8", "replace")
             f.write(data)
             sha.update(data)
-            size, chars, position = size + len(data), chars + len(text), position + len(data)
+            position, chars = position + len(data), chars + len(text)
             if min_text:
                 plain += len(text) - len(re.findall(r"[^\w\s]", text))
             if sketches:
                 low = sketch(data, low)
             tick(len(data))
-        if title is None:
-            raise UserError("the source: has no documents")
-        finish()
-    note(found, "documents", 0, "", n_documents=len(starts))
-    return Index(*(np.frombuffer(a, dtype) for a, dtype in
-                   ((starts, np.int64), (sizes, np.int64), (lengths, np.int64), (hashes, np.uint64))),
-                 np.frombuffer(rows, np.uint32).reshape(len(starts), K if sketches else 0))
+    return np.frombuffer(bytes(rows), INDEX + [("sketch", "<u4", (K,))] * sketches)
 
 
 # -----------------------------------------------------------------------------
@@ -440,14 +391,14 @@ def sketch(data: bytes, low: np.ndarray) -> np.ndarray:
     return np.union1d(low, lowest)[:K] if len(low) else lowest[:K]
 
 
-def near_duplicates(sketches: np.ndarray, split: np.ndarray, threshold: float) -> np.ndarray:
+def near_ones(sketches: np.ndarray, split: np.ndarray, threshold: float) -> np.ndarray:
     """Which documents to drop (bool), so that no two are left that share `threshold` of their shingles.
 
     Of two, the one in train goes before that in val, and that before the one in test: what is tested on is
     not to be seen in training. Within a split the later one goes. Compared are those that have two
     neighbouring values in common among the 17 lowest: at a share of 0.7, 99.9% of the pairs have.
     """
-    n, none = len(sketches), np.uint32(2**32 - 1)
+    n, none = len(sketches), np.uint32(NONE)
     low = sketches[:, :17].astype(np.uint64)
     keys = (low[:, :-1] << np.uint64(32) | low[:, 1:]).ravel()
     documents = np.repeat(np.arange(n), low.shape[1] - 1)[keys & none != none]
@@ -461,8 +412,8 @@ def near_duplicates(sketches: np.ndarray, split: np.ndarray, threshold: float) -
                                       documents[first[same]] * n + documents[same])))
     rank = np.array([2, 1, 0])[split] * n + np.arange(n)  # the higher goes
     drop = np.zeros(n, bool)
-    for i in range(0, len(pairs), 2**16):
-        a, b = np.divmod(pairs[i:i + 2**16], n)
+    for i in range(0, len(pairs), 2**13):
+        a, b = np.divmod(pairs[i:i + 2**13], n)
         both = np.sort(np.concatenate((sketches[a], sketches[b]), axis=1), axis=1)
         new = np.diff(both, axis=1, prepend=none) != 0
         nth = np.cumsum(new & (both != none), axis=1)  # of the union's values
@@ -477,91 +428,33 @@ def near_duplicates(sketches: np.ndarray, split: np.ndarray, threshold: float) -
 
 def splits_of(hashes: np.ndarray, val_fraction: float, test_fraction: float) -> np.ndarray:
     """0, 1, 2 for train, val, test, by the text's hash alone: other documents may come and go, it stays."""
-    x = hashes / 2**64
+    x = hashes / 2.0**64
     return np.where(x < test_fraction, 2, np.where(x < test_fraction + val_fraction, 1, 0))
 
 
-def cut(spool: Path, index: Index, val_fraction: float, test_fraction: float) -> list[np.ndarray]:
+def cut(spool: Path, index: np.ndarray, val_fraction: float, test_fraction: float) -> list[np.ndarray]:
     """Too few documents to deal out, or one: all in a row into contiguous train, val and test, by characters.
 
     Returns the (first, last + 1) byte of each piece of a document, (pieces, 2) for each split.
     """
-    after = np.cumsum(index.chars)
-    total = int(after[-1])
-    places = [0, int(total * (1 - val_fraction - test_fraction)), int(total * (1 - test_fraction)), total]
-    pieces = []
-    for low, high in zip(places, places[1:]):
-        rows = []
-        for i in np.flatnonzero((after > low) & (after - index.chars < high)):
-            begin = int(after[i] - index.chars[i])
-            rows.append([byte_at(spool, index, i, max(low - begin, 0)), byte_at(spool, index, i, high - begin)])
-        pieces.append(np.array(rows, np.int64).reshape(-1, 2))
-    return pieces
-
-
-def byte_at(spool: Path, index: Index, i: int, char: int) -> int:
-    """Where in the spool the n-th character of document i begins."""
-    position, end = int(index.start[i]), int(index.start[i] + index.size[i])
-    if char >= index.chars[i]:
-        return end
+    total = int(index["chars"].sum())
+    bounds = [int(total * (1 - val_fraction - test_fraction)), int(total * (1 - test_fraction))]
+    pieces, done = [[], [], []], 0
     with open(spool, "rb") as f:
-        f.seek(position)
-        while True:
-            data = np.frombuffer(f.read(min(BLOCK, end - position)), np.uint8)
-            begins = np.flatnonzero(data & 0xC0 != 0x80)  # all but the bytes that go on with a character
-            if char < len(begins):
-                return position + int(begins[char])
-            char, position = char - len(begins), position + len(data)
-
-
-# -----------------------------------------------------------------------------
-# Tokenize
-
-# Between a letter and one of these every pattern cuts anyway: a long text in pieces gives the same tokens.
-SAFE = re.compile(r"[^\W\d_](?=[ \n,.，。、])")
-
-
-def chunks(spool: Path, pieces: np.ndarray, whole: bool, tick: "Progress") -> Iterator[tuple[str, bool]]:
-    """(text, does it end a document?) of the pieces of a split; a long one in several, unless `whole`."""
-    with open(spool, "rb") as f:
-        for start, end in zip(memoryview(pieces[:, 0].copy()), memoryview(pieces[:, 1].copy())):
+        for start, size in zip(index["start"].tolist(), index["size"].tolist()):
             f.seek(start)
-            rest, decoder = "", codecs.getincrementaldecoder("utf-8")()
-            while start < end:
-                data = f.read(min(BLOCK, end - start))
-                start += len(data)
-                tick(len(data))
-                text = rest + decoder.decode(data)
-                at = len(text)
-                if start < end:
-                    found = [] if whole else list(SAFE.finditer(text, max(at - 4096, 0)))
-                    at = found[-1].end() if found else at if at > 16 * BLOCK and not whole else 0
-                if at:
-                    yield text[:at], start == end
-                rest = text[at:]
-
-
-def units(texts: Iterator[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
-    """Several short texts at a time: what a thread is given should be worth its while."""
-    unit, size = [], 0
-    for text, ends in texts:
-        unit.append((text, ends))
-        size += len(text)
-        if size >= UNIT:
-            yield unit
-            unit, size = [], 0
-    if unit:
-        yield unit
-
-
-def sample(texts: Iterator[tuple[str, bool]], share: float) -> Iterator[str]:
-    """About that share of a large text, evenly from all of it, in runs of UNIT characters."""
-    done = 0
-    for text, _ in texts:
-        run = done // UNIT
-        if share >= 1 or int((run + 1) * share) > int(run * share):
-            yield text
-        done += len(text)
+            at, end = start, start + size
+            while at < end:
+                data = np.frombuffer(f.read(min(BLOCK, end - at)), np.uint8)
+                begins = np.flatnonzero(data & 0xC0 != 0x80)  # all but the bytes that go on with a character
+                while bounds and bounds[0] < done + len(begins):
+                    place = at + int(begins[bounds.pop(0) - done])
+                    pieces[1 - len(bounds)].append([start, place])
+                    start = place
+                at, done = at + len(data), done + len(begins)
+            pieces[2 - len(bounds)].append([start, end])
+    spans = [np.array(rows, np.int64).reshape(-1, 2) for rows in pieces]
+    return [rows[rows[:, 0] < rows[:, 1]] for rows in spans]
 
 
 class Progress:
@@ -660,116 +553,90 @@ def clear_up(folder: Path) -> None:
 
 
 def is_running(pid: int) -> bool:
-    if os.name == "nt":  # where signal 0 is not a question
-        import ctypes
-        handle = ctypes.windll.kernel32.OpenProcess(0x100000, False, pid)  # the right to wait for its end
-        running = bool(handle) and ctypes.windll.kernel32.WaitForSingleObject(handle, 0) == 258  # timed out
-        ctypes.windll.kernel32.CloseHandle(handle)
-        return running
+    if os.name == "nt":  # where signal 0 is not a question but a Ctrl-C
+        return True
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        return True
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)
     return True
 
 
 def build(partial: Path, settings: dict, downloads: Path, threads: int) -> None:
     """Both passes, into an empty folder: the .bin files and meta.json."""
     s, began, found, spool = settings, time.monotonic(), {}, partial / "spool.tmp"
+    fractions = s["val_fraction"], s["test_fraction"]
     print(f"reading {s['source']}")
     docs = documents(s["source"], s["encoding"], s["errors"], s["text_key"], found, downloads)
     index = collect(docs, spool, [rule for rule in ("nfc", *RULES) if s[rule]], s["min_chars"], s["min_text"],
                     s["near_duplicates"] > 0, found)
-    index = deduplicate(index, spool, s, found)
-    if not len(index.start):
-        raise UserError(f"{s['source']}: no document is left: {json.dumps(found)[:300]}")
+    again = np.ones(len(index), bool)
+    again[np.unique(index["hash"], return_index=True)[1]] = False
+    index = without(index, again, "duplicates", spool, found)
+    if s["near_duplicates"]:
+        near = near_ones(index["sketch"], splits_of(index["hash"], *fractions), s["near_duplicates"])
+        index = without(index, near, "near_duplicates", spool, found)
+    if not len(index):
+        raise UserError(f"{s['source']}: no document is left of {found.get('read', {}).get('documents', 0):,}")
 
     # deal out the documents, or cut what is too little for that
-    split = splits_of(index.hash, s["val_fraction"], s["test_fraction"])
-    spans = np.stack((index.start, index.start + index.size), axis=1)
-    pieces = [spans[split == i] for i in range(3)]
-    wanted = [name for name, share in zip(SPLITS, (1, s["val_fraction"], s["test_fraction"])) if share > 0]
-    if len(spans) == 1 or not all(len(pieces[SPLITS.index(name)]) for name in wanted):
-        pieces = cut(spool, index, s["val_fraction"], s["test_fraction"])
-    ends = len(spans) > 1  # a lone text has no ends inside
+    split, rows = splits_of(index["hash"], *fractions), np.stack((index["start"], index["start"] + index["size"]), 1)
+    spans = dict(zip(SPLITS, (rows[split == i] for i in range(3))))
+    wanted = [name for name, share in zip(SPLITS, (1, *fractions)) if share > 0]
+    if len(index) == 1 or not all(len(spans[name]) for name in wanted):
+        spans = dict(zip(SPLITS, cut(spool, index, *fractions)))
+    n_bytes = {name: int((rows[:, 1] - rows[:, 0]).sum()) for name, rows in spans.items()}
 
-    if s["tokenizer"] == "bpe":
-        size = int((pieces[0][:, 1] - pieces[0][:, 0]).sum())
-        share = s["sample_mb"] * 1e6 / max(size, 1)
-        print(f"training a tokenizer of {s['vocab_size']:,} tokens on {min(share, 1) * size / 1e6:.1f} MB")
-    # on the training text only: what is tested on stays unseen, by the tokenizer too
-    texts = sample(chunks(spool, pieces[0], False, lambda n: None), share) if s["tokenizer"] == "bpe" else []
+    texts, bpe = [], s["tokenizer"] == "bpe"
+    if bpe:  # on the training text only: what is tested on stays unseen, by the tokenizer too
+        share = min(s["sample_mb"] * 1e6 / max(n_bytes["train"], 1), 1)
+        print(f"training a tokenizer of {s['vocab_size']:,} tokens on {share * n_bytes['train'] / 1e6:.1f} MB")
+        texts = sample(read_texts(spool, spans["train"], False, lambda n: None), share)
     codec = make_tokenizer(s["tokenizer"], texts, s["vocab_size"])
-    if s["tokenizer"] == "bpe" and codec.vocab_size < s["vocab_size"]:
+    if bpe and codec.vocab_size < s["vocab_size"]:
         print(f"the text has pairs for {codec.vocab_size:,} tokens only")
 
-    tick, splits = Progress("tokenizing", int(sum((p[:, 1] - p[:, 0]).sum() for p in pieces))), {}
-    for name, its in zip(SPLITS, pieces):
-        texts = chunks(spool, its, not isinstance(codec, Tokenizer), tick)
-        splits[name] = write_split(partial / f"{name}.bin", units(texts), codec, ends, threads)
-        splits[name].update(bytes=int((its[:, 1] - its[:, 0]).sum()), documents=len(its))
-    for name in wanted:
-        if splits[name]["tokens"] < 32:
+    tick, splits = Progress("tokenizing", sum(n_bytes.values())), {}
+    for name, rows in spans.items():
+        texts = read_texts(spool, rows, not isinstance(codec, Tokenizer), tick)
+        texts = texts if len(index) > 1 else ((text, False) for text, _ in texts)  # a lone one has no ends inside
+        splits[name] = {**write_split(partial / f"{name}.bin", encode_stream(codec, texts, threads),
+                                      codec.vocab_size), "bytes": n_bytes[name], "documents": len(rows)}
+        if name in wanted and splits[name]["tokens"] < 32:
             raise UserError(f"{s['source']}: only {splits[name]['tokens']} tokens for {name}.bin, too few "
                             "to be of use: give more text, or larger fractions")
+        print("{:>6} {documents:8,} documents {bytes:14,} bytes {tokens:14,} tokens".format(name, **splits[name]))
     spool.unlink()
     meta = {"format": FORMAT, "dtype": bin_dtype(codec.vocab_size).name, "vocab_size": codec.vocab_size,
             "splits": splits, "settings": settings, "report": found, "tokenizer": codec.to_dict()}
     (partial / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
-
-    for name, its in splits.items():
-        print(f"{name:>6} {its['documents']:8,} documents {its['bytes']:14,} bytes {its['tokens']:14,} tokens")
-    n_bytes, n_tokens, took = tick.total, sum(x["tokens"] for x in splits.values()), time.monotonic() - began
-    print(f"{n_bytes / n_tokens:.2f} bytes a token, in {took:.1f} s ({n_bytes / 1e6 / took:.1f} MB/s)")
+    n_tokens, took = sum(its["tokens"] for its in splits.values()), time.monotonic() - began
+    print(f"{tick.total / n_tokens:.2f} bytes a token, in {took:.1f} s ({tick.total / 1e6 / took:.1f} MB/s)")
 
 
-def deduplicate(index: Index, spool: Path, settings: dict, found: dict) -> Index:
-    """Without the documents that are there already, word for word, or nearly so if that is asked for."""
-    first = np.sort(np.unique(index.hash, return_index=True)[1])
-    drop = np.ones(len(index.hash), bool)
-    drop[first] = False
-    for what in ("duplicates", "near_duplicates"):
-        if drop.any():
-            i = int(np.flatnonzero(drop)[0])
-            with open(spool, "rb") as f:
-                f.seek(index.start[i])
-                example = f.read(min(int(index.size[i]), 240)).decode("utf-8", "ignore")[:60]
-            note(found, what, int(drop.sum()), repr(example), n_documents=int(drop.sum()))
-        index = Index(*(values[~drop] for values in index))
-        if what == "near_duplicates" or not settings["near_duplicates"]:
-            return index
-        split = splits_of(index.hash, settings["val_fraction"], settings["test_fraction"])
-        drop = near_duplicates(index.sketch, split, settings["near_duplicates"])
+def without(index: np.ndarray, drop: np.ndarray, what: str, spool: Path, found: dict) -> np.ndarray:
+    """The index less the documents that are to be dropped, which are counted."""
+    if drop.any():
+        first = index[drop][0]
+        with open(spool, "rb") as f:
+            f.seek(first["start"])
+            example = f.read(min(int(first["size"]), 240)).decode("utf-8", "ignore")[:60]
+        note(found, what, repr(example), documents=int(drop.sum()))
+    return index[~drop]
 
 
-def write_split(path: Path, parts: Iterator[list[tuple[str, bool]]], codec: Tokenizer, ends: bool,
-                threads: int) -> dict:
-    """The tokens of a split to its .bin, <|endoftext|> behind each document if `ends`.
-
-    Raises UserError for an id that the tokenizer should not give.
-    """
-    dtype, sha, tokens = bin_dtype(codec.vocab_size), hashlib.sha256(), 0
-
-    def write(ids):
-        if len(ids) and int(ids.max()) >= codec.vocab_size:
-            raise UserError(f"{path.name}: token id {int(ids.max())} is out of range, the tokenizer's vocabulary "
-                            f"is {codec.vocab_size:,}")
-        data = to_bin(ids, dtype)
-        f.write(data)
-        sha.update(data)
-        return len(ids)
-
-    waiting = deque()
-    with open(path, "wb") as f, ThreadPoolExecutor(threads) as pool:
-        for part in parts:
-            texts, is_end = [text for text, _ in part], [ends and end for _, end in part]
-            waiting.append(pool.submit(codec.encode_documents, texts, is_end))
-            if len(waiting) > 2 * threads:  # bounds the memory
-                tokens += write(waiting.popleft().result())
-        while waiting:
-            tokens += write(waiting.popleft().result())
+def write_split(path: Path, arrays: Iterator[np.ndarray], vocab_size: int) -> dict:
+    """Arrays of tokens to a .bin. Raises UserError for an id that the tokenizer should not have given."""
+    dtype, sha, tokens = bin_dtype(vocab_size), hashlib.sha256(), 0
+    with open(path, "wb") as f:
+        for ids in arrays:
+            if len(ids) and int(ids.max()) >= vocab_size:
+                raise UserError(f"{path.name}: token id {int(ids.max())} is out of range: the tokenizer says "
+                                f"that it has {vocab_size:,}")
+            data = to_bin(ids, dtype)
+            f.write(data)
+            sha.update(data)
+            tokens += len(ids)
     return {"tokens": tokens, "sha256": sha.hexdigest()}
 
 
@@ -823,39 +690,33 @@ def read_split(folder: Path, split: str, meta: dict) -> np.ndarray:
 def print_report(folder: Path) -> None:
     """What is in a data set, what was dropped and why; with matplotlib as report.png in its folder too."""
     meta = read_meta(folder)
-    codec, lengths, counts = Tokenizer.from_dict(meta["tokenizer"]), [], np.zeros(meta["vocab_size"], np.int64)
-    print(f"\n{folder}")
+    codec, counts, lengths = Tokenizer.from_dict(meta["tokenizer"]), np.zeros(meta["vocab_size"], np.int64), []
     for split in SPLITS:
         ids, its = read_split(folder, split, meta), meta["splits"][split]
-        if not its["tokens"]:
-            continue
-        ends = document_ends(ids, codec.eot)
-        found = np.diff(ends, prepend=0)
-        lengths.append(found)
-        for i in range(0, len(ids), BLOCK):
-            counts += np.bincount(ids[i:i + BLOCK], minlength=len(counts))
-        low, mid, high = np.quantile(found, (0.1, 0.5, 0.9))
-        print(f"{split:>6}: {its['documents']:,} documents, tokens each: {found.min():,} to {found.max():,}, "
-              f"median {mid:,.0f}, 80% in {low:,.0f}-{high:,.0f}; {its['bytes'] / its['tokens']:.3f} bytes a token")
-    order = np.argsort(-counts, kind="stable")
-    print(f"tokens: {np.count_nonzero(counts):,} of {len(counts):,} are used; most frequent:")
-    print("  " + "  ".join(f"{codec.decode([i])!r} {counts[i] / counts.sum():.2%}" for i in order[:20].tolist()))
-    for what, entry in meta.get("report", {}).items():
-        print(f"{what}: {entry['documents']:,} documents, {entry['times']:,} times; {entry['example']}")
+        if its["tokens"]:
+            lengths.append(np.diff(document_ends(ids, codec.eot), prepend=0))
+            counts += sum(np.bincount(ids[i:i + BLOCK], minlength=len(counts)) for i in range(0, len(ids), BLOCK))
+            low, middle, high = np.quantile(lengths[-1], (0.1, 0.5, 0.9))
+            print(f"{split:>6}: {its['bytes'] / its['tokens']:.3f} bytes a token; {its['documents']:,} documents, "
+                  f"half of them under {middle:,.0f} tokens, most {low:,.0f} to {high:,.0f}")
+    order = np.argsort(-counts, kind="stable")[:np.count_nonzero(counts)]
+    print(f"{len(order):,} of {len(counts):,} tokens are used, these the most:", *(
+        f"{codec.decode([i])!r} {counts[i] / counts.sum():.1%}" for i in order[:20].tolist()))
+    for what, entry in meta["report"].items():
+        times = f", {entry['times']:,} times" if entry["times"] else ""
+        print(f"{what}: {entry['documents']:,} documents{times}; the first: {entry['example']}")
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    longest = max(found.max() for found in lengths)
-    left.hist(np.concatenate(lengths), bins=np.geomspace(1, longest + 1, 40))
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    lengths = np.concatenate(lengths)
+    left.hist(lengths, bins=np.geomspace(1, lengths.max() + 1, 40))
     left.set(xscale="log", xlabel="tokens in a document", ylabel="documents")
-    right.plot(np.arange(1, np.count_nonzero(counts) + 1), counts[order][:np.count_nonzero(counts)])
-    right.set(xscale="log", yscale="log", xlabel="rank of a token", ylabel="how often it comes")
+    right.loglog(np.arange(1, len(order) + 1), counts[order])
+    right.set(xlabel="rank of a token", ylabel="how often it comes")
     figure.savefig(folder / "report.png", dpi=120)
-    plt.close(figure)
     print(f"drawn: {folder / 'report.png'}")
 
 

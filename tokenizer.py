@@ -14,8 +14,10 @@ import functools
 import heapq
 import json
 import os
-from collections import Counter
-from collections.abc import Iterable, Iterator
+import re
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -324,6 +326,72 @@ def make_tokenizer(name: str, texts: Iterable[str], vocab_size: int) -> Tokenize
 def tiktoken_pattern() -> str:
     from tiktoken_ext.openai_public import r50k_pat_str
     return r50k_pat_str
+
+
+# -----------------------------------------------------------------------------
+# A large text, as a stream of (text, does it end a document?)
+
+UNIT = 2**19  # characters tokenized at a time, by one thread
+
+
+# Between a letter and one of these all patterns cut: a long text gives the same tokens in pieces.
+SAFE = re.compile(r"[^\W\d_](?=[ \n,.，。、])")
+
+
+def read_texts(path: Path, spans: np.ndarray, whole: bool, tick: Callable) -> Iterator[tuple[str, bool]]:
+    """What lies in a file at `spans`, (texts, 2): first and last + 1 byte; a long one in pieces, unless whole.
+
+    tick(n) is called with the bytes read.
+    """
+    with open(path, "rb") as f:
+        for start, end in zip(memoryview(spans[:, 0].copy()), memoryview(spans[:, 1].copy())):
+            f.seek(start)
+            rest, decoder = "", codecs.getincrementaldecoder("utf-8")()
+            while start < end:
+                data = f.read(min(8 * UNIT, end - start))
+                start += len(data)
+                tick(len(data))
+                text = rest + decoder.decode(data)
+                at = len(text)
+                if start < end and whole:
+                    at = 0
+                elif start < end and at < 128 * UNIT:
+                    at = max((place.end() for place in SAFE.finditer(text, max(at - 4096, 0))), default=0)
+                if at:
+                    yield text[:at], start == end
+                rest = text[at:]
+
+
+def encode_stream(tokenizer: "Tokenizer | HubTokenizer", texts: Iterable[tuple[str, bool]],
+                  threads: int) -> Iterator[np.ndarray]:
+    """Ids in the order of the text, in memory for a few UNITs: short texts are tokenized several at a time."""
+    def send():
+        return pool.submit(tokenizer.encode_documents, *zip(*unit))
+
+    unit, size, waiting = [], 0, deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for text in texts:
+            unit.append(text)
+            size += len(text[0])
+            if size >= UNIT:
+                waiting.append(send())
+                unit, size = [], 0
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
+        if unit:
+            waiting.append(send())
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def sample(texts: Iterable[tuple[str, bool]], share: float) -> Iterator[str]:
+    """About that share of the texts, evenly from all of them."""
+    done = taken = 0
+    for text, _ in texts:
+        done += len(text)
+        if taken < share * done:
+            taken += len(text)
+            yield text
 
 
 # -----------------------------------------------------------------------------
