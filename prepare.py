@@ -6,14 +6,13 @@ Text to tokens: collect documents, clean and split them, train or load a tokeniz
     python prepare.py --source=novel.txt                      your own: a text file...
     python prepare.py --source=notes/ --vocab_size=2048       ...a folder of them...
     python prepare.py --source="books/*.txt" --tokenizer=gpt2 ...or a glob
-    python prepare.py --source=a.jsonl.gz,hf:NAME --nfc       ...or several, large and messy
-    python prepare.py --source=notes/ --report --show=3       what is in it, and three of its documents
+    python prepare.py --source=a.jsonl.gz,hf:NAME --report    ...or several, and what is in them
 
 A data set is train.bin, val.bin and test.bin (raw token ids, uint16 or uint32, little-endian) and meta.json.
 
 Two passes, in little memory whatever the size: the first writes the cleaned documents one behind the other
-into a temporary file, the spool, and keeps a few numbers of each, its index. On these is decided what needs a
-view of the whole: duplicates and splits. The second turns the spool into tokens.
+into a temporary file, the spool, and keeps a few numbers of each, the index. What needs a view of the whole,
+duplicates and splits, is decided on these. The second turns the spool into tokens.
 """
 import bz2
 import codecs
@@ -100,10 +99,10 @@ class NotText(UserError):
 
 
 def documents(source: str, encoding: str = "utf-8", errors: str = "strict", text_key: str = "text",
-              found: dict | None = None, downloads: str | Path = "data/downloads") -> Iterator[tuple[str, str]]:
+              found: dict | None = None, downloads: str = "data/downloads") -> Iterator[tuple[str, str]]:
     """(name, text) of each document. An empty name goes on with the document before: a large file in blocks.
 
-    found: counts what was passed over, as in note(). Raises UserError, with its name, for what cannot be read.
+    found: counts what is passed over, as in note(). Raises UserError, with a name, for what cannot be read.
     """
     def read(file: Path, title: str):
         return file_documents(file, title, encoding, errors, text_key)
@@ -111,7 +110,7 @@ def documents(source: str, encoding: str = "utf-8", errors: str = "strict", text
     for one in [source] if Path(source).exists() else source.split(","):
         one = BUILT_IN[one][0] if one in BUILT_IN else one.strip()
         if one.startswith(("https://", "http://")):
-            one = str(download(one, Path(downloads)))
+            one = download(one, Path(downloads))
         if one == "python":
             yield from standard_library()
         elif one.startswith("hf:"):
@@ -147,12 +146,11 @@ def folder_documents(root: Path, read: Callable, found: dict) -> Iterator[tuple[
 
 def file_documents(file: Path, title: str, encoding: str, errors: str,
                    text_key: str) -> Iterator[tuple[str, str]]:
-    """By the file's suffix: each line of a .jsonl, each row of a .csv or .tsv, else the file is the document."""
+    """By the file's suffix: a line of a .jsonl or a row of a .csv or .tsv each, else the file is a document."""
     kind = Path(file.stem if file.suffix.lower() in UNPACK else file.name).suffix.lower()
     text = blocks(file, encoding, errors)
     if kind in (".jsonl", ".csv", ".tsv"):
-        lines = (line for block in text for line in io.StringIO(block, newline="\n"))  # cut at \n and nowhere else
-        for n, row in (json_rows if kind == ".jsonl" else table_rows)(file, lines, text_key):
+        for n, row in rows_of(file, kind, text, text_key):
             yield f"{title}:{n}", field(row, text_key, f"{file}:{n}")
     else:
         for block in text:
@@ -160,27 +158,24 @@ def file_documents(file: Path, title: str, encoding: str, errors: str,
             title = ""
 
 
-def json_rows(file: Path, lines: Iterator[str], text_key: str) -> Iterator[tuple[int, dict]]:
-    for n, line in enumerate(lines, 1):
-        if not line.isspace():
-            try:
-                yield n, json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{file}:{n}: not JSON ({error})") from None
-
-
-def table_rows(file: Path, lines: Iterator[str], text_key: str) -> Iterator[tuple[int, dict]]:
-    """Columns have the names in the first row, or numbers where text_key is one: then the first row is text."""
-    csv.field_size_limit(2**31 - 1)
-    tabs = ".tsv" in file.name.lower()  # there a quotation mark is nothing but that
-    reader = csv.reader(lines, **(dict(delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else {}))
+def rows_of(file: Path, kind: str, text: Iterator[str], text_key: str) -> Iterator[tuple[int, dict]]:
+    """(line, row). A table's columns have the names in its first row, or numbers where text_key is one."""
+    lines, n = (line for block in text for line in io.StringIO(block, newline="\n")), 0  # cut at \n alone
     try:
-        header = None if text_key.isdigit() else next(reader)
-        for row in reader:
-            if row:
-                yield reader.line_num, dict(zip(header or map(str, range(len(row))), row))
-    except csv.Error as error:
-        raise UserError(f"{file}:{reader.line_num}: {error}") from None
+        if kind == ".jsonl":
+            for n, line in enumerate(lines, 1):
+                if not line.isspace():
+                    yield n, json.loads(line)
+        else:
+            csv.field_size_limit(2**31 - 1)
+            tabs = dict(delimiter="\t", quoting=csv.QUOTE_NONE)  # there a quotation mark is nothing but that
+            reader = csv.reader(lines, **(tabs if kind == ".tsv" else {}))
+            header = None if text_key.isdigit() else next(reader, [])
+            for row in filter(None, reader):
+                n = reader.line_num
+                yield n, dict(zip(header or map(str, range(len(row))), row))
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"{file}:{n}: damaged {kind[1:]} ({error})") from None
 
 
 def field(row: dict, key: str, where: str) -> str:
@@ -210,9 +205,9 @@ def blocks(file: Path, encoding: str, errors: str) -> Iterator[str]:
                     yield text[:end]
                 rest = text[end:]
     except UnicodeDecodeError as error:
-        at = offset - (len(error.object) - len(data)) + error.start  # the object: what was left over, and data
-        raise UserError(f"{file}: not {encoding} (byte 0x{error.object[error.start]:02x} at offset {at}): give "
-                        "the right --encoding=..., latin-1 for instance, or --errors=replace") from None
+        at = offset - (len(error.object) - len(data)) + error.start  # the object: what was left, and data
+        raise UserError(f"{file}: not {encoding} (byte 0x{error.object[error.start]:02x} at offset {at}): "
+                        "--encoding=latin-1, or what it is in, or --errors=replace") from None
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         raise UserError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
@@ -234,7 +229,7 @@ def standard_library() -> Iterator[tuple[str, str]]:
 
 
 def hub_documents(source: str, text_key: str) -> Iterator[tuple[str, str]]:
-    """The train split of hf:NAME or hf:NAME#CONFIG, on the hub or a local folder (of parquet, for instance)."""
+    """The train split of hf:NAME or hf:NAME#CONFIG, on the hub or a local folder (of parquet, say)."""
     name, _, subset = source.removeprefix("hf:").partition("#")
     try:
         import datasets
@@ -249,18 +244,18 @@ def hub_documents(source: str, text_key: str) -> Iterator[tuple[str, str]]:
         raise UserError(f"{source}: cannot be read: {type(error).__name__}: {str(error)[:300]!r}") from None
 
 
-def download(url: str, folder: Path) -> Path:
-    """Fetch once into `folder`; url may end in #sha256=... Raises UserError without network, or another file."""
+def download(url: str, folder: Path) -> str:
+    """Fetch once into `folder`; url may end in #sha256=... Raises UserError without network, for another file."""
     url, _, fragment = url.partition("#")
     wanted, sha = fragment.removeprefix("sha256=").lower() or SHA256.get(url), hashlib.sha256()
     suffix = "".join(Path(urllib.parse.urlparse(url).path).suffixes[-2:]) or ".txt"
     target = folder / (hashlib.sha256(url.encode()).hexdigest()[:16] + suffix)
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
     if target.is_file():
-        return target
+        return str(target)
     print(f"downloading {url}")
+    folder.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(url, timeout=30) as response, open(part, "wb") as f:
             while data := response.read(2**20):
                 f.write(data)
@@ -269,14 +264,13 @@ def download(url: str, folder: Path) -> Path:
             if f.tell() != length:
                 raise OSError(f"broke off after {f.tell():,} of {length:,} bytes")
         if wanted and sha.hexdigest() != wanted:
-            raise UserError(f"{url}: another file than expected came (sha256 {sha.hexdigest()[:16]}...): try again")
+            raise UserError(f"{url}: another file than expected came (sha256 {sha.hexdigest()[:16]}...)")
         os.replace(part, target)
     except (OSError, http.client.HTTPException) as error:
-        raise UserError(f"{url}: cannot be downloaded ({error}): fetch it another way, "
-                        "then --source=FILE") from None
+        raise UserError(f"{url}: cannot be downloaded ({error}): fetch it yourself, then --source=FILE") from None
     finally:
         part.unlink(missing_ok=True)
-    return target
+    return str(target)
 
 
 # -----------------------------------------------------------------------------
@@ -297,8 +291,8 @@ RULES = {  # in this order: what to find, what to put there
         (re.compile(r"(?<![\w.])(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)(?![\w.]*\d)"
                     r"|(?<![\w:])(?:[0-9a-fA-F]{1,4}:){7}[0-9a-fA-F]{1,4}(?![\w:])"
                     r"|(?<![\w:])(?=[a-f:]*\d)(?:[0-9a-fA-F]{1,4}:){1,6}(?::[0-9a-fA-F]{1,4}){1,6}(?![\w:])"), "[IP]"),
-        (re.compile(r"(?<![\w.+-])(?:\+\d{1,3}[ .-]?)?(?:\(\d{2,4}\)|\d{2,4})[ .-]?\d{3,4}[ .-]\d{3,4}(?![\w-])"
-                    r"|(?<![\w.])\+\d{9,14}(?!\w)|(?<!\d)1[3-9]\d{9}(?!\d)"), "[PHONE]")],
+        (re.compile(r"(?<![\w.+-])(?:\+\d{1,3}[ .-]?)?(?:\(\d{2,4}\)|\d{2,4})[ .-]?\d{3,4}[ .-]\d{3,4}"
+                    r"(?![\w-])|(?<![\w.])\+\d{9,14}(?!\w)|(?<!\d)1[3-9]\d{9}(?!\d)"), "[PHONE]")],
 }
 
 
@@ -457,17 +451,15 @@ class Progress:
     """Prints, every few seconds, how far it is: MB, MB a second, and the time left where the end is known."""
 
     def __init__(self, what: str, total: int = 0):
-        self.what, self.total, self.done = what, total, 0
-        self.start = self.last = time.monotonic()
+        self.what, self.total, self.done, self.start, self.next = what, total, 0, time.monotonic(), 5
 
     def __call__(self, n_bytes: int):
         self.done += n_bytes
-        now = time.monotonic()
-        if now - self.last > 5:
-            self.last, rate = now, self.done / (now - self.start)
-            of = f" of {self.total / 1e6:,.0f}" if self.total else ""
+        seconds = time.monotonic() - self.start
+        if seconds > self.next:
+            self.next, rate = seconds + 5, self.done / seconds
             left = f", {max(self.total - self.done, 0) / rate:,.0f} s left" if self.total else ""
-            print(f"{self.what}: {self.done / 1e6:,.0f}{of} MB, {rate / 1e6:.1f} MB/s{left}", flush=True)
+            print(f"{self.what}: {self.done / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s{left}", flush=True)
 
 
 # -----------------------------------------------------------------------------
@@ -475,7 +467,7 @@ class Progress:
 
 def prepare(dataset: str, source: str = "", tokenizer: str = "", vocab_size: int = 4096,
             val_fraction: float = 0.1, test_fraction: float = 0.1, encoding: str = "utf-8",
-            overwrite: bool = False, root: str | Path = "data", errors: str = "strict", text_key: str = "text",
+            overwrite: bool = False, root: str = "data", errors: str = "strict", text_key: str = "text",
             nfc: bool = False, line_ends: bool = False, control_chars: bool = False, html: bool = False,
             repeated_lines: bool = False, scrub_pii: bool = False, min_chars: int = 1, min_text: float = 0.0,
             near_duplicates: float = 0.0, sample_mb: int = 100, threads: int = 0) -> Path:
@@ -513,49 +505,45 @@ def prepare(dataset: str, source: str = "", tokenizer: str = "", vocab_size: int
         os.replace(partial, folder)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:  # the disk is full, for one
-        raise UserError(f"{error.filename or folder}: {error.strerror or error}: nothing was changed") from None
+        raise UserError(f"{error.filename or folder}: {error.strerror or error}: nothing is changed") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
-def check(settings: dict) -> None:
-    s = settings
-    if not (s["val_fraction"] > 0 and s["test_fraction"] >= 0 and s["val_fraction"] + s["test_fraction"] < 1):
-        raise SettingError(f"--val_fraction={s['val_fraction']} --test_fraction={s['test_fraction']}: the first "
-                           "must be above 0, the second at least 0, both together below 1")
-    if s["tokenizer"] == "bpe" and s["vocab_size"] < 258:
-        raise SettingError(f"--vocab_size={s['vocab_size']}: must be at least 258 (256 bytes and two specials)")
-    for name in ("min_text", "near_duplicates"):
-        if not 0 <= s[name] <= 1:
-            raise SettingError(f"--{name}={s[name]}: is a share, from 0 to 1")
-    if s["sample_mb"] < 1:
-        raise SettingError(f"--sample_mb={s['sample_mb']}: must be at least 1")
+def check(s: dict) -> None:
+    """Raises SettingError."""
+    val, test = s["val_fraction"], s["test_fraction"]
     try:
-        codecs.lookup(s["encoding"])
+        known = bool(codecs.lookup(s["encoding"]))
     except LookupError:
-        raise SettingError(f"--encoding={s['encoding']}: Python knows no such encoding") from None
+        known = False
+    for name, right, rule in (
+            ("val_fraction", 0 < val < 1, "must be above 0 and below 1"),
+            ("test_fraction", 0 <= test and val + test < 1, "must be at least 0, below 1 with val_fraction"),
+            ("vocab_size", s["tokenizer"] != "bpe" or s["vocab_size"] >= 258, "at least 258: bytes, specials"),
+            ("min_text", 0 <= s["min_text"] <= 1, "a share is from 0 to 1"),
+            ("near_duplicates", 0 <= s["near_duplicates"] <= 1, "a share is from 0 to 1"),
+            ("sample_mb", s["sample_mb"] >= 1, "must be at least 1"),
+            ("encoding", known, "Python knows no such encoding")):
+        if not right:
+            raise SettingError(f"--{name}={s[name]}: {rule}")
 
 
 def clear_up(folder: Path) -> None:
-    """What runs left behind that were killed while they made this data set: half of one, or the one before."""
+    """What runs left that were killed while they made this data set: half of one, or the one before."""
     for left in folder.parent.glob(glob.escape(f".{folder.name}.") + "*"):
-        middle, _, what = left.name.removeprefix(f".{folder.name}.").partition(".")
-        if what not in ("part", "old") or not middle.isdigit() or is_running(int(middle)):
-            continue
-        if what == "old" and not folder.exists():  # killed between the two renames
-            os.replace(left, folder)
-        shutil.rmtree(left, ignore_errors=True)
-
-
-def is_running(pid: int) -> bool:
-    if os.name == "nt":  # where signal 0 is not a question but a Ctrl-C
-        return True
-    try:
-        os.kill(pid, 0)
-    except OSError as error:
-        return not isinstance(error, ProcessLookupError)
-    return True
+        *_, pid, what = left.name.split(".")
+        if left.name != f".{folder.name}.{pid}.{what}" or not pid.isdigit() or os.name == "nt":
+            continue  # in Windows there is no such question to a process
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            if what == "old" and not folder.exists():  # killed between the two renames
+                os.replace(left, folder)
+            shutil.rmtree(left, ignore_errors=True)
+        except PermissionError:  # it runs, and is another user's
+            pass
 
 
 def build(partial: Path, settings: dict, downloads: Path, threads: int) -> None:
@@ -573,10 +561,11 @@ def build(partial: Path, settings: dict, downloads: Path, threads: int) -> None:
         near = near_ones(index["sketch"], splits_of(index["hash"], *fractions), s["near_duplicates"])
         index = without(index, near, "near_duplicates", spool, found)
     if not len(index):
-        raise UserError(f"{s['source']}: no document is left of {found.get('read', {}).get('documents', 0):,}")
+        raise UserError(f"{s['source']}: no document is left ({', '.join(found)})")
 
     # deal out the documents, or cut what is too little for that
-    split, rows = splits_of(index["hash"], *fractions), np.stack((index["start"], index["start"] + index["size"]), 1)
+    split = splits_of(index["hash"], *fractions)
+    rows = np.stack((index["start"], index["start"] + index["size"]), axis=1)
     spans = dict(zip(SPLITS, (rows[split == i] for i in range(3))))
     wanted = [name for name, share in zip(SPLITS, (1, *fractions)) if share > 0]
     if len(index) == 1 or not all(len(spans[name]) for name in wanted):
@@ -586,7 +575,8 @@ def build(partial: Path, settings: dict, downloads: Path, threads: int) -> None:
     texts, bpe = [], s["tokenizer"] == "bpe"
     if bpe:  # on the training text only: what is tested on stays unseen, by the tokenizer too
         share = min(s["sample_mb"] * 1e6 / max(n_bytes["train"], 1), 1)
-        print(f"training a tokenizer of {s['vocab_size']:,} tokens on {share * n_bytes['train'] / 1e6:.1f} MB")
+        megabytes = share * n_bytes["train"] / 1e6
+        print(f"training a tokenizer of {s['vocab_size']:,} tokens on {megabytes:.1f} MB")
         texts = sample(read_texts(spool, spans["train"], False, lambda n: None), share)
     codec = make_tokenizer(s["tokenizer"], texts, s["vocab_size"])
     if bpe and codec.vocab_size < s["vocab_size"]:
@@ -595,13 +585,15 @@ def build(partial: Path, settings: dict, downloads: Path, threads: int) -> None:
     tick, splits = Progress("tokenizing", sum(n_bytes.values())), {}
     for name, rows in spans.items():
         texts = read_texts(spool, rows, not isinstance(codec, Tokenizer), tick)
-        texts = texts if len(index) > 1 else ((text, False) for text, _ in texts)  # a lone one has no ends inside
+        if len(index) == 1:  # no ends inside
+            texts = ((text, False) for text, _ in texts)
         splits[name] = {**write_split(partial / f"{name}.bin", encode_stream(codec, texts, threads),
                                       codec.vocab_size), "bytes": n_bytes[name], "documents": len(rows)}
         if name in wanted and splits[name]["tokens"] < 32:
             raise UserError(f"{s['source']}: only {splits[name]['tokens']} tokens for {name}.bin, too few "
                             "to be of use: give more text, or larger fractions")
-        print("{:>6} {documents:8,} documents {bytes:14,} bytes {tokens:14,} tokens".format(name, **splits[name]))
+        print("{:>6} {documents:8,} documents {bytes:14,} bytes {tokens:14,} tokens".format(
+            name, **splits[name]))
     spool.unlink()
     meta = {"format": FORMAT, "dtype": bin_dtype(codec.vocab_size).name, "vocab_size": codec.vocab_size,
             "splits": splits, "settings": settings, "report": found, "tokenizer": codec.to_dict()}
@@ -690,36 +682,34 @@ def print_report(folder: Path) -> None:
     for split in SPLITS:
         ids, its = read_split(folder, split, meta), meta["splits"][split]
         if its["tokens"]:
+            for i in range(0, len(ids), BLOCK):
+                counts += np.bincount(ids[i:i + BLOCK], minlength=len(counts))
             lengths.append(np.diff(document_ends(ids, codec.eot), prepend=0))
-            counts += sum(np.bincount(ids[i:i + BLOCK], minlength=len(counts)) for i in range(0, len(ids), BLOCK))
             low, middle, high = np.quantile(lengths[-1], (0.1, 0.5, 0.9))
             print(f"{split:>6}: {its['bytes'] / its['tokens']:.3f} bytes a token; {its['documents']:,} documents, "
-                  f"half of them under {middle:,.0f} tokens, most {low:,.0f} to {high:,.0f}")
+                  f"half under {middle:,.0f} tokens, most {low:,.0f} to {high:,.0f}")
     order = np.argsort(-counts, kind="stable")[:np.count_nonzero(counts)]
     print(f"{len(order):,} of {len(counts):,} tokens are used, these the most:", *(
         f"{codec.decode([i])!r} {counts[i] / counts.sum():.1%}" for i in order[:20].tolist()))
     for what, entry in meta["report"].items():
-        times = f", {entry['times']:,} times" if entry["times"] else ""
-        print(f"{what}: {entry['documents']:,} documents{times}; the first: {entry['example']}")
+        print(f"{what}: {entry['documents']:,} documents, {entry['times']:,} times: {entry['example']}")
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    lengths = np.concatenate(lengths)
-    left.hist(lengths, bins=np.geomspace(1, lengths.max() + 1, 40))
+    left.hist(np.concatenate(lengths), bins=np.geomspace(1, max(map(np.max, lengths)) + 1, 40))
     left.set(xscale="log", xlabel="tokens in a document", ylabel="documents")
     right.loglog(np.arange(1, len(order) + 1), counts[order])
     right.set(xlabel="rank of a token", ylabel="how often it comes")
     figure.savefig(folder / "report.png", dpi=120)
-    print(f"drawn: {folder / 'report.png'}")
 
 
 def document_ends(ids: np.ndarray, eot: int) -> np.ndarray:
     """One past the last token of each document."""
-    ends = np.concatenate([np.flatnonzero(ids[i:i + BLOCK] == eot) + i + 1 for i in range(0, len(ids), BLOCK)])
-    return ends if len(ends) and ends[-1] == len(ids) else np.append(ends, len(ids))
+    ends = [np.flatnonzero(ids[i:i + BLOCK] == eot) + i + 1 for i in range(0, len(ids), BLOCK)]
+    return np.union1d(np.concatenate(ends), len(ids))
 
 
 def show_documents(folder: Path, n: int, seed: int) -> None:
@@ -727,17 +717,16 @@ def show_documents(folder: Path, n: int, seed: int) -> None:
     meta = read_meta(folder)
     codec, ids = Tokenizer.from_dict(meta["tokenizer"]), read_split(folder, "train", meta)
     ends = document_ends(ids, codec.eot)
-    starts = np.append(0, ends[:-1])
-    for i in np.sort(np.random.default_rng(seed).permutation(len(ends))[:n]).tolist():
-        print(f"\n--- document {i:,} of {len(ends):,} in train.bin, {ends[i] - starts[i]:,} tokens")
-        shown = [t for t in ids[starts[i]:min(ends[i], starts[i] + 500)].tolist() if t != codec.eot]
-        print(codec.decode(shown) + ("..." if ends[i] - starts[i] > 500 else ""))
+    for i in np.random.default_rng(seed).permutation(len(ends))[:n].tolist():
+        start, end = ends[i - 1] if i else 0, ends[i]
+        print(f"\n--- document {i:,} of {len(ends):,} in train.bin, {end - start:,} tokens")
+        print(codec.decode(t for t in ids[start:min(end, start + 500)].tolist() if t != codec.eot))
 
 
 def main():
     folder = prepare(dataset, source, tokenizer, vocab_size, val_fraction, test_fraction, encoding, overwrite,
-                     errors=errors, text_key=text_key, nfc=nfc, line_ends=line_ends, control_chars=control_chars,
-                     html=html, repeated_lines=repeated_lines, scrub_pii=scrub_pii, min_chars=min_chars,
+                     errors=errors, text_key=text_key, nfc=nfc, line_ends=line_ends,
+                     control_chars=control_chars, html=html, repeated_lines=repeated_lines, scrub_pii=scrub_pii, min_chars=min_chars,
                      min_text=min_text, near_duplicates=near_duplicates, sample_mb=sample_mb, threads=threads)
     if report:
         print_report(folder)

@@ -632,7 +632,7 @@ def prepare_cut(text: str) -> list[str]:
 @pytest.mark.parametrize(
     "name, data, words",
     [("a.jsonl", b'{"text": "x"}\n{"tekst": "y"}\n', ["a.jsonl:2", "'text'", "--text_key"]),
-     ("a.jsonl", b'{"text": "x"}\n\n{"text": ', ["a.jsonl:3", "JSON"]),
+     ("a.jsonl", b'{"text": "x"}\n\n{"text": ', ["a.jsonl:3", "jsonl"]),
      ("a.jsonl", b'{"text": 5}\n', ["a.jsonl:1", "'text'"]),
      ("a.csv", b"label,body\n1,x\n", ["a.csv:2", "'text'", "--text_key"]),
      ("a.txt.gz", b"\x1f\x8b\x08\0\0\0\0\0\0\x03\xcbH", ["a.txt.gz", "end-of-stream"]),

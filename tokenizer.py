@@ -339,7 +339,7 @@ SAFE = re.compile(r"[^\W\d_](?=[ \n,.，。、])")
 
 
 def read_texts(path: Path, spans: np.ndarray, whole: bool, tick: Callable) -> Iterator[tuple[str, bool]]:
-    """What lies in a file at `spans`, (texts, 2): first and last + 1 byte; a long one in pieces, unless whole.
+    """What lies in a file at `spans`, (texts, 2): first and last + 1 byte. A long one in pieces, or `whole`.
 
     tick(n) is called with the bytes read.
     """
@@ -364,7 +364,7 @@ def read_texts(path: Path, spans: np.ndarray, whole: bool, tick: Callable) -> It
 
 def encode_stream(tokenizer: "Tokenizer | HubTokenizer", texts: Iterable[tuple[str, bool]],
                   threads: int) -> Iterator[np.ndarray]:
-    """Ids in the order of the text, in memory for a few UNITs: short texts are tokenized several at a time."""
+    """Ids in the order of the text, in memory for a few UNITs: short texts go several at a time."""
     def send():
         return pool.submit(tokenizer.encode_documents, *zip(*unit))
 
