@@ -108,7 +108,7 @@ def documents(source: str, encoding: str = "utf-8", errors: str = "strict", text
         return file_documents(file, title, encoding, errors, text_key)
 
     for one in [source] if Path(source).exists() else source.split(","):
-        one = BUILT_IN[one][0] if one in BUILT_IN else one.strip()
+        one = BUILT_IN.get(one.strip(), [one.strip()])[0]
         if one.startswith(("https://", "http://")):
             one = download(one, Path(downloads))
         if one == "python":
@@ -118,12 +118,11 @@ def documents(source: str, encoding: str = "utf-8", errors: str = "strict", text
         elif Path(one).is_dir():
             yield from folder_documents(Path(one), read, {} if found is None else found)
         else:
-            names = [one] if Path(one).is_file() else filter(os.path.isfile, glob.glob(one, recursive=True))
-            title = None
-            for title in sorted(names):
-                yield from read(Path(title), title)
-            if title is None:
+            names = [one] if Path(one).exists() else sorted(glob.glob(one, recursive=True))
+            if not any(map(os.path.isfile, names)):
                 raise UserError(f"{one}: no such file or folder")
+            for name in filter(os.path.isfile, names):
+                yield from read(Path(name), name)
 
 
 def folder_documents(root: Path, read: Callable, found: dict) -> Iterator[tuple[str, str]]:
@@ -146,7 +145,7 @@ def folder_documents(root: Path, read: Callable, found: dict) -> Iterator[tuple[
 
 def file_documents(file: Path, title: str, encoding: str, errors: str,
                    text_key: str) -> Iterator[tuple[str, str]]:
-    """By the file's suffix: a line of a .jsonl or a row of a .csv or .tsv each, else the file is a document."""
+    """By the file's suffix: each line of a .jsonl, each row of a .csv or .tsv; else the file is a document."""
     kind = Path(file.stem if file.suffix.lower() in UNPACK else file.name).suffix.lower()
     text = blocks(file, encoding, errors)
     if kind in (".jsonl", ".csv", ".tsv"):
@@ -245,7 +244,7 @@ def hub_documents(source: str, text_key: str) -> Iterator[tuple[str, str]]:
 
 
 def download(url: str, folder: Path) -> str:
-    """Fetch once into `folder`; url may end in #sha256=... Raises UserError without network, for another file."""
+    """Fetch once into `folder`; url may end in #sha256=... Raises UserError without network, or if it differs."""
     url, _, fragment = url.partition("#")
     wanted, sha = fragment.removeprefix("sha256=").lower() or SHA256.get(url), hashlib.sha256()
     suffix = "".join(Path(urllib.parse.urlparse(url).path).suffixes[-2:]) or ".txt"
@@ -267,7 +266,7 @@ def download(url: str, folder: Path) -> str:
             raise UserError(f"{url}: another file than expected came (sha256 {sha.hexdigest()[:16]}...)")
         os.replace(part, target)
     except (OSError, http.client.HTTPException) as error:
-        raise UserError(f"{url}: cannot be downloaded ({error}): fetch it yourself, then --source=FILE") from None
+        raise UserError(f"{url}: cannot be downloaded ({error}): fetch it and give --source=FILE") from None
     finally:
         part.unlink(missing_ok=True)
     return str(target)
@@ -290,7 +289,8 @@ RULES = {  # in this order: what to find, what to put there
         (re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+"), "[EMAIL]"),
         (re.compile(r"(?<![\w.])(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)(?![\w.]*\d)"
                     r"|(?<![\w:])(?:[0-9a-fA-F]{1,4}:){7}[0-9a-fA-F]{1,4}(?![\w:])"
-                    r"|(?<![\w:])(?=[a-f:]*\d)(?:[0-9a-fA-F]{1,4}:){1,6}(?::[0-9a-fA-F]{1,4}){1,6}(?![\w:])"), "[IP]"),
+                    r"|(?<![\w:])(?=[a-f:]*\d)(?:[0-9a-fA-F]{1,4}:){1,6}(?::[0-9a-fA-F]{1,4}){1,6}(?![\w:])"),
+         "[IP]"),
         (re.compile(r"(?<![\w.+-])(?:\+\d{1,3}[ .-]?)?(?:\(\d{2,4}\)|\d{2,4})[ .-]?\d{3,4}[ .-]\d{3,4}"
                     r"(?![\w-])|(?<![\w.])\+\d{9,14}(?!\w)|(?<!\d)1[3-9]\d{9}(?!\d)"), "[PHONE]")],
 }
@@ -310,7 +310,8 @@ def clean(text: str, rules: list[str], title: str, found: dict, touched: dict[st
         if times:
             touched[rule] = touched.get(rule, 0) + int(times)
             if rule not in found:
-                shown = text if rule == "scrub_pii" else before  # meta.json is no place for what was scrubbed
+                # meta.json is no place for what is to be scrubbed
+                shown = before if "scrub_pii" not in rules else text if rule == "scrub_pii" else ""
                 at = next((i for i, (a, b) in enumerate(zip(before, text)) if a != b), 0)
                 note(found, rule, f"{title}: {shown[max(at - 30, 0):at + 30]!r}", documents=0)
     return text
@@ -338,7 +339,7 @@ def collect(docs: Iterator[tuple[str, str]], spool: Path, rules: list[str], min_
     with open(spool, "wb") as f:
         for name, text in itertools.chain(docs, [("the end", "")]):
             if name and title is not None:  # the document before is whole
-                note(found, "read", head)
+                note(found, "read", title)
                 for rule, times in touched.items():
                     note(found, rule, "", times)
                 if chars < min_chars or plain < min_text * chars:  # left in the spool, and not in the index
@@ -347,10 +348,10 @@ def collect(docs: Iterator[tuple[str, str]], spool: Path, rules: list[str], min_
                     rows += struct.pack("<qqq", start, position - start, chars) + sha.digest()[:8]
                     rows += np.append(low, np.full(K - len(low), NONE, "<u4")).tobytes() if sketches else b""
             if name:
-                title, head, start, chars, plain = name, text[:60], position, 0, 0
-                sha, low, touched = hashlib.sha256(), np.zeros(0, "<u4"), {}
-            if rules:
-                text = clean(text, rules, title, found, touched)
+                title, start, chars, plain, touched = name, position, 0, 0, {}
+                sha, low = hashlib.sha256(), np.zeros(0, "<u4")
+            text = clean(text, rules, title, found, touched)
+            head = text[:60] if name else head
             data = text.encode("utf-8", "replace")
             f.write(data)
             sha.update(data)
@@ -364,7 +365,7 @@ def collect(docs: Iterator[tuple[str, str]], spool: Path, rules: list[str], min_
 
 
 # -----------------------------------------------------------------------------
-# Deduplicate
+# Deduplicate and split
 
 def sketch(data: bytes, low: np.ndarray) -> np.ndarray:
     """The K smallest hashes of the text's shingles (any 12 bytes in a row), those in `low` among them.
@@ -374,7 +375,7 @@ def sketch(data: bytes, low: np.ndarray) -> np.ndarray:
     n = len(data) - 11
     if n < 1:
         return low
-    first, last = (np.ndarray((n,), "<u8", data, offset, (1,)) for offset in (0, 4))  # 8 bytes from each place on
+    first, last = (np.ndarray((n,), "<u8", data, offset, (1,)) for offset in (0, 4))  # 8 bytes from each on
     shingles = first * np.uint64(MIX[0]) + last
     shingles ^= shingles >> np.uint64(29)
     hashes = (shingles * np.uint64(MIX[1]) >> np.uint64(32)).astype("<u4")
@@ -412,9 +413,6 @@ def near_ones(sketches: np.ndarray, split: np.ndarray, threshold: float) -> np.n
         drop[np.where(rank[a] > rank[b], a, b)[near]] = True
     return drop
 
-
-# -----------------------------------------------------------------------------
-# Split
 
 def splits_of(hashes: np.ndarray, val_fraction: float, test_fraction: float) -> np.ndarray:
     """0, 1, 2 for train, val, test, by the text's hash alone: other documents may come and go, it stays."""
@@ -505,7 +503,7 @@ def prepare(dataset: str, source: str = "", tokenizer: str = "", vocab_size: int
         os.replace(partial, folder)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:  # the disk is full, for one
-        raise UserError(f"{error.filename or folder}: {error.strerror or error}: nothing is changed") from None
+        raise UserError(f"{error.filename or folder}: {error.strerror or error}: nothing changed") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
@@ -521,7 +519,7 @@ def check(s: dict) -> None:
     for name, right, rule in (
             ("val_fraction", 0 < val < 1, "must be above 0 and below 1"),
             ("test_fraction", 0 <= test and val + test < 1, "must be at least 0, below 1 with val_fraction"),
-            ("vocab_size", s["tokenizer"] != "bpe" or s["vocab_size"] >= 258, "at least 258: bytes, specials"),
+            ("vocab_size", s["tokenizer"] != "bpe" or s["vocab_size"] >= 258, "must be at least 258"),
             ("min_text", 0 <= s["min_text"] <= 1, "a share is from 0 to 1"),
             ("near_duplicates", 0 <= s["near_duplicates"] <= 1, "a share is from 0 to 1"),
             ("sample_mb", s["sample_mb"] >= 1, "must be at least 1"),
@@ -678,7 +676,8 @@ def read_split(folder: Path, split: str, meta: dict) -> np.ndarray:
 def print_report(folder: Path) -> None:
     """What is in a data set, what was dropped and why; with matplotlib as report.png in its folder too."""
     meta = read_meta(folder)
-    codec, counts, lengths = Tokenizer.from_dict(meta["tokenizer"]), np.zeros(meta["vocab_size"], np.int64), []
+    codec, lengths = Tokenizer.from_dict(meta["tokenizer"]), []
+    counts = np.zeros(meta["vocab_size"], np.int64)
     for split in SPLITS:
         ids, its = read_split(folder, split, meta), meta["splits"][split]
         if its["tokens"]:
@@ -686,8 +685,8 @@ def print_report(folder: Path) -> None:
                 counts += np.bincount(ids[i:i + BLOCK], minlength=len(counts))
             lengths.append(np.diff(document_ends(ids, codec.eot), prepend=0))
             low, middle, high = np.quantile(lengths[-1], (0.1, 0.5, 0.9))
-            print(f"{split:>6}: {its['bytes'] / its['tokens']:.3f} bytes a token; {its['documents']:,} documents, "
-                  f"half under {middle:,.0f} tokens, most {low:,.0f} to {high:,.0f}")
+            print(f"{split:>6}: {its['bytes'] / its['tokens']:.3f} bytes a token; {its['documents']:,} documents "
+                  f"of {low:,.0f}, {middle:,.0f}, {high:,.0f} tokens (10%, 50%, 90%)")
     order = np.argsort(-counts, kind="stable")[:np.count_nonzero(counts)]
     print(f"{len(order):,} of {len(counts):,} tokens are used, these the most:", *(
         f"{codec.decode([i])!r} {counts[i] / counts.sum():.1%}" for i in order[:20].tolist()))
@@ -724,10 +723,11 @@ def show_documents(folder: Path, n: int, seed: int) -> None:
 
 
 def main():
-    folder = prepare(dataset, source, tokenizer, vocab_size, val_fraction, test_fraction, encoding, overwrite,
-                     errors=errors, text_key=text_key, nfc=nfc, line_ends=line_ends,
-                     control_chars=control_chars, html=html, repeated_lines=repeated_lines, scrub_pii=scrub_pii, min_chars=min_chars,
-                     min_text=min_text, near_duplicates=near_duplicates, sample_mb=sample_mb, threads=threads)
+    folder = prepare(
+        dataset, source, tokenizer, vocab_size, val_fraction, test_fraction, encoding, overwrite,
+        errors=errors, text_key=text_key, nfc=nfc, line_ends=line_ends, control_chars=control_chars, html=html,
+        repeated_lines=repeated_lines, scrub_pii=scrub_pii, min_chars=min_chars, min_text=min_text,
+        near_duplicates=near_duplicates, sample_mb=sample_mb, threads=threads)
     if report:
         print_report(folder)
     if show:
