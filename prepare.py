@@ -145,7 +145,7 @@ def folder_documents(root: Path, read: Callable, found: dict) -> Iterator[tuple[
 
 def file_documents(file: Path, title: str, encoding: str, errors: str,
                    text_key: str) -> Iterator[tuple[str, str]]:
-    """By the file's suffix: each line of a .jsonl, each row of a .csv or .tsv; else the file is a document."""
+    """By the suffix: each line of a .jsonl, each row of a .csv or .tsv; else the file is a document."""
     kind = Path(file.stem if file.suffix.lower() in UNPACK else file.name).suffix.lower()
     text = blocks(file, encoding, errors)
     if kind in (".jsonl", ".csv", ".tsv"):
@@ -244,7 +244,7 @@ def hub_documents(source: str, text_key: str) -> Iterator[tuple[str, str]]:
 
 
 def download(url: str, folder: Path) -> str:
-    """Fetch once into `folder`; url may end in #sha256=... Raises UserError without network, or if it differs."""
+    """Fetch once into `folder`; url may end in #sha256=... Raises UserError without network or another file."""
     url, _, fragment = url.partition("#")
     wanted, sha = fragment.removeprefix("sha256=").lower() or SHA256.get(url), hashlib.sha256()
     suffix = "".join(Path(urllib.parse.urlparse(url).path).suffixes[-2:]) or ".txt"
@@ -496,7 +496,7 @@ def prepare(dataset: str, source: str = "", tokenizer: str = "", vocab_size: int
     partial = folder.with_name(f".{dataset}.{os.getpid()}.part")
     try:
         partial.mkdir(parents=True)
-        build(partial, settings, Path(root) / "downloads", threads or os.cpu_count() or 1)
+        done = build(partial, settings, Path(root) / "downloads", threads or os.cpu_count() or 1)
         old = partial.with_suffix(".old")
         if folder.exists():
             os.replace(folder, old)
@@ -506,26 +506,26 @@ def prepare(dataset: str, source: str = "", tokenizer: str = "", vocab_size: int
         raise UserError(f"{error.filename or folder}: {error.strerror or error}: nothing changed") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    print(f"{folder}: {done}")
     return folder
 
 
 def check(s: dict) -> None:
     """Raises SettingError."""
     val, test = s["val_fraction"], s["test_fraction"]
-    try:
-        known = bool(codecs.lookup(s["encoding"]))
-    except LookupError:
-        known = False
     for name, right, rule in (
             ("val_fraction", 0 < val < 1, "must be above 0 and below 1"),
             ("test_fraction", 0 <= test and val + test < 1, "must be at least 0, below 1 with val_fraction"),
             ("vocab_size", s["tokenizer"] != "bpe" or s["vocab_size"] >= 258, "must be at least 258"),
-            ("min_text", 0 <= s["min_text"] <= 1, "a share is from 0 to 1"),
-            ("near_duplicates", 0 <= s["near_duplicates"] <= 1, "a share is from 0 to 1"),
-            ("sample_mb", s["sample_mb"] >= 1, "must be at least 1"),
-            ("encoding", known, "Python knows no such encoding")):
+            ("min_text", 0 <= s["min_text"] <= 1, "must be from 0 to 1"),
+            ("near_duplicates", 0 <= s["near_duplicates"] <= 1, "must be from 0 to 1"),
+            ("sample_mb", s["sample_mb"] >= 1, "must be at least 1")):
         if not right:
             raise SettingError(f"--{name}={s[name]}: {rule}")
+    try:
+        codecs.lookup(s["encoding"])
+    except LookupError:
+        raise SettingError(f"--encoding={s['encoding']}: Python knows no such encoding") from None
 
 
 def clear_up(folder: Path) -> None:
@@ -544,9 +544,9 @@ def clear_up(folder: Path) -> None:
             pass
 
 
-def build(partial: Path, settings: dict, downloads: Path, threads: int) -> None:
-    """Both passes, into an empty folder: the .bin files and meta.json."""
-    s, began, found, spool = settings, time.monotonic(), {}, partial / "spool.tmp"
+def build(partial: Path, s: dict, downloads: Path, threads: int) -> str:
+    """Both passes, by the settings, into an empty folder: the .bin files and meta.json. Returns a summary."""
+    began, found, spool = time.monotonic(), {}, partial / "spool.tmp"
     fractions = s["val_fraction"], s["test_fraction"]
     print(f"reading {s['source']}")
     docs = documents(s["source"], s["encoding"], s["errors"], s["text_key"], found, downloads)
@@ -594,10 +594,10 @@ def build(partial: Path, settings: dict, downloads: Path, threads: int) -> None:
             name, **splits[name]))
     spool.unlink()
     meta = {"format": FORMAT, "dtype": bin_dtype(codec.vocab_size).name, "vocab_size": codec.vocab_size,
-            "splits": splits, "settings": settings, "report": found, "tokenizer": codec.to_dict()}
+            "splits": splits, "settings": s, "report": found, "tokenizer": codec.to_dict()}
     (partial / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
     n_tokens, took = sum(its["tokens"] for its in splits.values()), time.monotonic() - began
-    print(f"{tick.total / n_tokens:.2f} bytes a token, in {took:.1f} s ({tick.total / 1e6 / took:.1f} MB/s)")
+    return f"{tick.total / n_tokens:.2f} bytes a token, in {took:.1f} s ({tick.total / 1e6 / took:.1f} MB/s)"
 
 
 def without(index: np.ndarray, drop: np.ndarray, what: str, spool: Path, found: dict) -> np.ndarray:
@@ -685,8 +685,8 @@ def print_report(folder: Path) -> None:
                 counts += np.bincount(ids[i:i + BLOCK], minlength=len(counts))
             lengths.append(np.diff(document_ends(ids, codec.eot), prepend=0))
             low, middle, high = np.quantile(lengths[-1], (0.1, 0.5, 0.9))
-            print(f"{split:>6}: {its['bytes'] / its['tokens']:.3f} bytes a token; {its['documents']:,} documents "
-                  f"of {low:,.0f}, {middle:,.0f}, {high:,.0f} tokens (10%, 50%, 90%)")
+            print(f"{split:>6}: {its['bytes'] / its['tokens']:.3f} bytes a token; {its['documents']:,} "
+                  f"documents of {low:,.0f}, {middle:,.0f}, {high:,.0f} tokens (10%, 50%, 90%)")
     order = np.argsort(-counts, kind="stable")[:np.count_nonzero(counts)]
     print(f"{len(order):,} of {len(counts):,} tokens are used, these the most:", *(
         f"{codec.decode([i])!r} {counts[i] / counts.sum():.1%}" for i in order[:20].tolist()))
@@ -724,8 +724,8 @@ def show_documents(folder: Path, n: int, seed: int) -> None:
 
 def main():
     folder = prepare(
-        dataset, source, tokenizer, vocab_size, val_fraction, test_fraction, encoding, overwrite,
-        errors=errors, text_key=text_key, nfc=nfc, line_ends=line_ends, control_chars=control_chars, html=html,
+        dataset, source, tokenizer, vocab_size, val_fraction, test_fraction, encoding, overwrite, errors=errors,
+        text_key=text_key, nfc=nfc, line_ends=line_ends, control_chars=control_chars, html=html,
         repeated_lines=repeated_lines, scrub_pii=scrub_pii, min_chars=min_chars, min_text=min_text,
         near_duplicates=near_duplicates, sample_mb=sample_mb, threads=threads)
     if report:
