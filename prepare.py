@@ -17,6 +17,7 @@ duplicates and splits, is decided on these. The second turns the spool into toke
 import bz2
 import codecs
 import csv
+import functools
 import glob
 import gzip
 import hashlib
@@ -104,9 +105,7 @@ def documents(source: str, encoding: str = "utf-8", errors: str = "strict", text
 
     found: counts what is passed over, as in note(). Raises UserError, with a name, for what cannot be read.
     """
-    def read(file: Path, title: str):
-        return file_documents(file, title, encoding, errors, text_key)
-
+    read = functools.partial(file_documents, encoding=encoding, errors=errors, text_key=text_key)
     for one in [source] if Path(source).exists() else source.split(","):
         one = BUILT_IN.get(one.strip(), [one.strip()])[0]
         if one.startswith(("https://", "http://")):
@@ -127,20 +126,20 @@ def documents(source: str, encoding: str = "utf-8", errors: str = "strict", text
 
 def folder_documents(root: Path, read: Callable, found: dict) -> Iterator[tuple[str, str]]:
     """Of all files below; hidden, empty and binary ones are passed over and counted: it may hold pictures."""
-    seen = used = 0
+    used = 0
     for where, folders, names in os.walk(root):
         for hidden in [name for name in folders + names if name.startswith(".")]:
             note(found, "hidden", hidden)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(name for name in names if not name.startswith(".")):
-            file, seen = Path(where, name), seen + 1
+            file = Path(where, name)
             try:
                 yield from read(file, file.relative_to(root).as_posix())
                 used += 1
             except NotText as error:
                 note(found, "empty_or_binary", str(error))
     if not used:
-        raise UserError(f"{root}: no text in this folder ({seen} files, all empty or binary)")
+        raise UserError(f"{root}: no text in this folder (hidden, empty and binary files do not count)")
 
 
 def file_documents(file: Path, title: str, encoding: str, errors: str,
@@ -244,7 +243,7 @@ def hub_documents(source: str, text_key: str) -> Iterator[tuple[str, str]]:
 
 
 def download(url: str, folder: Path) -> str:
-    """Fetch once into `folder`; url may end in #sha256=... Raises UserError without network or another file."""
+    """Fetch once into `folder`; url may end in #sha256=... Raises UserError: no network, another file."""
     url, _, fragment = url.partition("#")
     wanted, sha = fragment.removeprefix("sha256=").lower() or SHA256.get(url), hashlib.sha256()
     suffix = "".join(Path(urllib.parse.urlparse(url).path).suffixes[-2:]) or ".txt"
@@ -335,32 +334,38 @@ def collect(docs: Iterator[tuple[str, str]], spool: Path, rules: list[str], min_
 
     found: counts, as in note().
     """
-    tick, title, position, rows = Progress("reading"), None, 0, bytearray()
+    tick, position, rows, n_read = Progress("reading"), 0, bytearray(), 0
+
+    def which(block):  # document it belongs to
+        nonlocal n_read
+        n_read += block[0] != ""
+        return n_read
+
     with open(spool, "wb") as f:
-        for name, text in itertools.chain(docs, [("the end", "")]):
-            if name and title is not None:  # the document before is whole
-                note(found, "read", title)
-                for rule, times in touched.items():
-                    note(found, rule, "", times)
-                if chars < min_chars or plain < min_text * chars:  # left in the spool, and not in the index
-                    note(found, "too_short" if chars < min_chars else "mostly_not_text", f"{title}: {head!r}")
-                else:
-                    rows += struct.pack("<qqq", start, position - start, chars) + sha.digest()[:8]
-                    rows += np.append(low, np.full(K - len(low), NONE, "<u4")).tobytes() if sketches else b""
-            if name:
-                title, start, chars, plain, touched = name, position, 0, 0, {}
-                sha, low = hashlib.sha256(), np.zeros(0, "<u4")
-            text = clean(text, rules, title, found, touched)
-            head = text[:60] if name else head
-            data = text.encode("utf-8", "replace")
-            f.write(data)
-            sha.update(data)
-            position, chars = position + len(data), chars + len(text)
-            if min_text:
-                plain += len(text) - len(re.findall(r"[^\w\s]", text))
-            if sketches:
-                low = sketch(data, low)
-            tick(len(data))
+        for _, parts in itertools.groupby(docs, which):
+            title, head, start, chars, plain, touched = "", "", position, 0, 0, {}
+            sha, low = hashlib.sha256(), np.zeros(0, "<u4")
+            for name, text in parts:
+                title = name or title
+                text = clean(text, rules, title, found, touched)
+                head = head or text[:60]
+                data = text.encode("utf-8", "replace")
+                f.write(data)
+                sha.update(data)
+                position, chars = position + len(data), chars + len(text)
+                if min_text:
+                    plain += len(text) - len(re.findall(r"[^\w\s]", text))
+                if sketches:
+                    low = sketch(data, low)
+                tick(len(data))
+            note(found, "read", title)
+            for rule, times in touched.items():
+                note(found, rule, "", times)
+            if chars < min_chars or plain < min_text * chars:  # it stays in the spool, but not in the index
+                note(found, "too_short" if chars < min_chars else "mostly_not_text", f"{title}: {head!r}")
+                continue
+            rows += struct.pack("<qqq", start, position - start, chars) + sha.digest()[:8]
+            rows += np.append(low, np.full(K - len(low), NONE, "<u4")).tobytes() if sketches else b""
     return np.frombuffer(bytes(rows), INDEX + [("sketch", "<u4", (K,))] * sketches)
 
 
@@ -477,8 +482,7 @@ def prepare(dataset: str, source: str = "", tokenizer: str = "", vocab_size: int
                 if name not in ("dataset", "overwrite", "root", "threads")}
     dataset = dataset or (default_name(source) if source else "python")
     if not source and dataset not in BUILT_IN:
-        raise SettingError(f"--dataset={dataset}: not a built-in ({', '.join(BUILT_IN)}): give its text by "
-                           f"--source=FILE, FOLDER or GLOB")
+        raise SettingError(f"--dataset={dataset}: not a built-in ({', '.join(BUILT_IN)}): give its --source=")
     own_source, own_tokenizer = BUILT_IN.get(dataset, ("", "bpe"))
     source, tokenizer = source or own_source, tokenizer or own_tokenizer
     settings.update(source=source, tokenizer=tokenizer)
@@ -724,9 +728,9 @@ def show_documents(folder: Path, n: int, seed: int) -> None:
 
 def main():
     folder = prepare(
-        dataset, source, tokenizer, vocab_size, val_fraction, test_fraction, encoding, overwrite, errors=errors,
-        text_key=text_key, nfc=nfc, line_ends=line_ends, control_chars=control_chars, html=html,
-        repeated_lines=repeated_lines, scrub_pii=scrub_pii, min_chars=min_chars, min_text=min_text,
+        dataset, source, tokenizer, vocab_size, val_fraction, test_fraction, encoding, overwrite,
+        errors=errors, text_key=text_key, nfc=nfc, line_ends=line_ends, control_chars=control_chars,
+        html=html, repeated_lines=repeated_lines, scrub_pii=scrub_pii, min_chars=min_chars, min_text=min_text,
         near_duplicates=near_duplicates, sample_mb=sample_mb, threads=threads)
     if report:
         print_report(folder)

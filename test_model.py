@@ -510,8 +510,8 @@ def test_a_url_is_fetched_once_whole_and_checked(tmp_path):
     assert sorted(p.name for p in root.iterdir()) == ["a", "b", "downloads"]
 
 
-DIRTY = ("\r\nCafe\u0301 <b>bold</b><br>x\x07\x1b\nsame\nsame\nsame\nend: jo.e@x.org, 10.1.2.3, +1 555-123-4567"
-         " sk-aaaaaaaaaaaaaaaaaaaa")
+DIRTY = ("\r\nCafe\u0301 <b>bold</b><br>x\x07\x1b\nsame\nsame\nsame\nend: jo.e@x.org, 10.1.2.3, "
+         "+1 555-123-4567 sk-aaaaaaaaaaaaaaaaaaaa")
 CLEANED = {
     "nfc": ("Cafe\u0301", "Caf\u00e9"), "line_ends": ("\r\n", "\n"), "control_chars": ("\x07\x1b", ""),
     "html": ("<b>bold</b><br>", "bold\n"), "repeated_lines": ("same\nsame\nsame", "same"),

@@ -339,10 +339,7 @@ SAFE = re.compile(r"[^\W\d_](?=[ \n,.，。、])")
 
 
 def read_texts(path: Path, spans: np.ndarray, whole: bool, tick: Callable) -> Iterator[tuple[str, bool]]:
-    """What lies in a file at `spans`, (texts, 2): first and last + 1 byte. A long one in pieces, or `whole`.
-
-    tick(n) is called with the bytes read.
-    """
+    """What lies in a file at `spans`, (texts, 2), in bytes; a long one in pieces, or `whole`. tick(bytes)."""
     with open(path, "rb") as f:
         for start, end in zip(memoryview(spans[:, 0].copy()), memoryview(spans[:, 1].copy())):
             f.seek(start)
