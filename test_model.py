@@ -28,6 +28,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import collect
 import config as settings
 import config.search as search
 import explain
@@ -248,7 +249,7 @@ def test_bpe_equals_its_definition():
 @pytest.mark.parametrize("corpus, n", [("ours", 1000), pytest.param("python", 4096, marks=slow)])
 def test_bpe_is_as_good_as_the_tokenizers_library(corpus, n):
     tokenizers = pytest.importorskip("tokenizers")
-    texts = [text for _, text in prepare.documents("python" if corpus == "python" else f"{ROOT}/*.py")]
+    texts = [text for _, text in collect.documents("python" if corpus == "python" else f"{ROOT}/*.py")]
     text, start = "".join(texts), time.time()
     ours = make_tokenizer("bpe", [text], n + 2)
     assert time.time() - start < 10
@@ -376,7 +377,7 @@ def test_a_data_set_is_replaced_only_on_demand(tmp_path, capsys):
 
 
 def test_the_built_in_corpus_needs_no_download():
-    texts = list(prepare.documents("python"))
+    texts = list(collect.documents("python"))
     assert len(texts) > 300 and sum(len(text) for _, text in texts) > 5_000_000
     assert not any("site-packages" in name or "/test/" in f"/{name}" for name, _ in texts)
 
@@ -535,7 +536,7 @@ def test_each_rule_cleans_its_own_and_is_counted(tmp_path, rule):
 
 def test_what_looks_like_personal_data_and_what_does_not():
     def scrubbed(text):
-        return prepare.clean(text, ["scrub_pii"], "", {}, {})
+        return collect.clean(text, ["scrub_pii"], "", {}, {})
 
     for text in ("version 3.11.7, 1.2.3.4.5", "2024-05-06 12:34:56", "std::vector foo::bar", "3.14159265",
                  "12345678901234567890", "@decorator\ndef f(self)", "5-7 and 10-12", "x = a[1:2] 0:1"):
@@ -632,15 +633,15 @@ def test_a_large_file_is_read_in_blocks_as_if_whole(tmp_path, monkeypatch):
     text = MIXED * 5 + "y" * 3000 + "\n" + CHINESE * 20
     for name, encoding in (("a.txt", "utf-8"), ("b.txt", "utf-16"), ("c.txt", "gb18030")):
         (tmp_path / name).write_text(text, encoding=encoding, newline="")
-        parts = list(prepare.documents(str(tmp_path / name), encoding))
+        parts = list(collect.documents(str(tmp_path / name), encoding))
         assert "".join(part for _, part in parts) == text
         assert len(parts) > 20 and not any(name for name, _ in parts[1:])
     folder = prepare.prepare("", str(tmp_path / "a.txt"), "bytes", root=tmp_path)
     assert ["".join(x) for x in read_back(folder).values()] == prepare_cut(text)
     (tmp_path / "bad.txt").write_bytes(b"fine \xc3\xa9\n" * 50 + b"abc\xff")
     with pytest.raises(UserError, match="0xff at offset 403.*latin-1.*--errors=replace"):
-        list(prepare.documents(str(tmp_path / "bad.txt")))
-    read = list(prepare.documents(str(tmp_path / "bad.txt"), errors="replace"))
+        list(collect.documents(str(tmp_path / "bad.txt")))
+    read = list(collect.documents(str(tmp_path / "bad.txt"), errors="replace"))
     assert read[-1][1].endswith("abc\ufffd")
 
 
@@ -755,7 +756,7 @@ def test_the_report_and_a_look_at_the_documents(tmp_path):
 @slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no way to ask for a process's largest memory")
 def test_memory_is_bounded_and_throughput_is_not_bad(tmp_path):
-    text = "".join(text for _, text in prepare.documents("python"))
+    text = "".join(text for _, text in collect.documents("python"))
     rng = np.random.default_rng(0)
     with open(tmp_path / "a.jsonl", "w", encoding="utf-8") as f:
         for i in range(200_000):
