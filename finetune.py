@@ -1,0 +1,1245 @@
+"""
+Fine-tune: a task's head on a body, trained on labelled examples and judged on others.
+
+    python finetune.py config/finetune_python.py                        no data needed: what code is this?
+    python finetune.py config/finetune_sentiment.py --data=reviews.csv  yours, with columns text and label
+    python finetune.py --init_from=google-bert/bert-base-uncased --data=reviews.csv   a pretrained body
+    python finetune.py --init_from=out/small --task=lm --data=instructions.json       a run of train.py
+    python finetune.py config/finetune_qa.py --data=squad.json          answers are spans of the text
+    python sample.py --out_dir=out/sentiment --start="a fine film"      use it afterwards
+
+--data is .csv, .tsv, .jsonl, .json, CoNLL for tags, SQuAD's JSON for answers. Without --data_val and
+--data_test a tenth each is held out, stratified by label. What the best epoch says about the test set is in
+metrics.json and predictions.csv, beside what simple baselines say.
+"""
+import time
+STARTED = time.time()  # before the imports, which take seconds
+
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import math
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal, NamedTuple, Optional, Union
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import evaluate
+from checkpoint import load_checkpoint, load_model, model_of, save_checkpoint, write_text
+from config import SettingError, UserError, run
+from model import Config, Transformer
+from optim import BadSteps, load_optimizer_state, lr_factor, make_optimizers, optimizer_state, update
+from tokenizer import Tokenizer, make_tokenizer
+from train import Stop, clock, keep_memory, pick_device, pick_dtype, plot, random_states
+
+# -----------------------------------------------------------------------------
+# Settings. A model from scratch takes the fields of Config in model.py too, a pretrained one only dropout.
+out_dir: str = "out/finetuned"  # where checkpoints, metrics.json and predictions.csv go
+overwrite: bool = False  # start anew although out_dir holds a checkpoint
+init_from: str = "scratch"  # scratch; resume; a run's folder; a Hugging Face folder, or an id on its hub
+task: Literal["classify", "regress", "tag", "qa", "lm"] = "classify"  # what to learn
+# data
+data: str = ""  # labelled examples to train on
+data_val: str = ""  # to choose the best epoch by; empty: a tenth of data
+data_test: str = ""  # to be judged on, once; empty: a tenth of data
+text_column: Union[str, int] = ""  # name or number of the column; empty: by its usual names, else the first
+pair_column: Union[str, int] = ""  # of a second text, if there is one
+label_column: Union[str, int] = ""  # empty: by its usual names, else the second
+group_column: Union[str, int] = ""  # metrics are also given for each value of this column: is it fair?
+multi_label: bool = False  # a row has any number of labels, with | between them
+folds: int = 0  # cross-validation: train so many times, each time tested on another part of data
+# model
+tokenizer: str = "bpe"  # from scratch: bpe of the training texts (with vocab_size), bytes, gpt2...
+max_length: int = 0  # tokens of an input; longer ones are cut, or read in windows (tag, qa); 0: block_size
+pool: Literal["auto", "first", "last", "mean"] = "auto"  # a text's vector: of which tokens
+pair: Literal["together", "apart"] = "together"  # two texts: read as one, or each for itself and compared
+freeze: bool = False  # train the head alone
+lora_rank: int = 0  # train low-rank additions to the matrices instead of the matrices; 0: not
+lora_alpha: float = 16.0  # their size: they count alpha / rank times
+# training
+epochs: int = 3  # times that each example is seen
+batch_size: int = 32  # examples in a step
+batch_size_end: int = 0  # the batch doubles, at even distances, up to this; 0: it stays
+learning_rate: float = 5e-5  # highest
+schedule: Literal["linear", "cosine", "constant"] = "linear"  # its fall
+warmup: float = 0.1  # share of the steps that it rises in
+min_lr: float = 0.0  # lowest
+weight_decay: float = 0.01  # of matrices, decoupled
+beta1: float = 0.9  # AdamW's memory of the gradient
+beta2: float = 0.98  # and of its square
+grad_clip: float = 1.0  # gradients with a larger norm are scaled down to it; 0: never
+l1: float = 0.0  # times the sum of the trained weights' sizes is added to the loss
+l2: float = 0.0  # times the sum of their squares
+label_smoothing: float = 0.0  # share of the truth that is given to all classes alike
+class_weight: Literal["none", "balanced"] = "none"  # balanced: rare classes count as much as frequent ones
+token_dropout: float = 0.0  # share of the tokens hidden while training; 0.1 and up for small data
+patience: int = 0  # stop after so many evaluations without a better one; 0: never
+eval_interval: int = 0  # steps from one evaluation to the next; 0: at the end of each epoch
+log_interval: int = 50  # steps from one log line to the next
+teacher: str = ""  # folder of a fine-tuned classifier, whose probabilities are learned too (distillation)
+teacher_weight: float = 0.5  # share of the loss that is the teacher's
+teacher_temperature: float = 2.0  # above 1: more is learned from what the teacher finds unlikely
+# system
+device: str = "auto"  # auto: cuda, else mps, else cpu
+dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; auto: what is fast
+seed: int = 1337  # of weights, splits, order and dropout
+# -----------------------------------------------------------------------------
+
+
+# -----------------------------------------------------------------------------
+# Reading: every format to rows
+
+@dataclass
+class Row:
+    where: str  # file:line, for messages
+    text: str  # the text; the question in qa
+    pair: Optional[str] = None  # the second text; the context in qa
+    label: Any = None  # a string; tag: one a word; qa: [(answer, where it begins), ...], none: no answer
+    group: str = ""
+    id: str = ""
+    words: Optional[list[str]] = None  # tag
+
+
+USUAL = {"text": ("text", "sentence", "sentence1", "review", "content", "question", "instruction", "prompt",
+                  "tokens"),
+         "pair": ("text_pair", "sentence2", "input"),
+         "label": ("label", "labels", "tags", "target", "class", "score", "output", "response", "completion")}
+
+
+def read_rows(path: str, task: str, columns: dict, labelled: bool = True) -> list[Row]:
+    """The examples in a file. columns: text, pair, label, group -> a name, a number or "".
+
+    labelled=False: labels may be missing, and are left out. Raises UserError, with file and line, for what
+    cannot be read.
+    """
+    content, kind = read_text(path), Path(path).suffix.lower()
+    if task == "qa":
+        rows = read_squad(path, content)
+    elif task == "lm" and kind == ".txt":  # paragraphs
+        rows = [Row(path, text.strip()) for text in content.split("\n\n") if text.strip()]
+    elif task == "tag" and kind not in (".jsonl", ".json"):
+        rows = read_conll(path, content, labelled)
+    else:
+        read = read_json if kind in (".jsonl", ".json") else read_table
+        rows = list(to_rows(path, read(path, content, kind, columns), task, columns, labelled))
+    if not rows:
+        raise UserError(f"{path}: holds no examples")
+    for row in rows if not labelled else ():
+        row.label = None  # what is there is not asked for
+    return rows
+
+
+def read_text(path: str) -> str:
+    try:
+        data = Path(path).read_bytes()
+        text = data.decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        line = data[:error.start].count(b"\n") + 1
+        raise UserError(f"{path}:{line}: byte 0x{data[error.start]:02x} is not UTF-8: convert it") from None
+    if "\0" in text:
+        line = text[:text.index("\0")].count("\n") + 1
+        print(f"warning: {path}:{line}: a NUL byte, read as \ufffd", file=sys.stderr)
+    return text.replace("\0", "\ufffd")
+
+
+def read_table(path: str, content: str, kind: str, columns: dict):
+    """CSV, or TSV, where quotes are plain characters: (line, {column: cell}) of each row.
+
+    The first row is a header where it has a column that is asked for, or usual, by name; else columns are
+    called by their numbers.
+    """
+    tabs = kind == ".tsv" or kind != ".csv" and "\t" in content.partition("\n")[0]
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(io.StringIO(content, newline=""), **(
+        {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}))
+    names = {name for usual in USUAL.values() for name in usual}
+    names |= {name.lower() for name in map(str, columns.values()) if name and not name.isdigit()}
+    header, line = None, 1
+    try:
+        for cells in reader:
+            if header is None and names.intersection(cell.strip().lower() for cell in cells):
+                header = [cell.strip() for cell in cells]
+            elif any(cells):
+                header = header or [str(i) for i in range(len(cells))]
+                yield line, {**dict.fromkeys(header), **dict(zip(header, cells))}
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{path}:{line}: not a CSV row ({error})") from None
+
+
+def read_json(path: str, content: str, kind: str, columns: dict):
+    """A list of objects, or one a line: (line, object)."""
+    records, line = [], 1
+    try:
+        if kind == ".json":
+            records = list(enumerate(json.loads(content), 1))
+        else:
+            for line, text in enumerate(content.split("\n"), 1):
+                records += [(line, json.loads(text))] if text.strip() else []
+    except ValueError as error:
+        line += getattr(error, "lineno", 1) - 1
+        raise UserError(f"{path}:{line}: not JSON ({getattr(error, 'msg', error)})") from None
+    for line, record in records:
+        if not isinstance(record, dict):
+            raise UserError(f"{path}:{line}: wanted an object with text and label, got {str(record)[:40]!r}")
+        yield line, record
+
+
+def to_rows(path: str, records, task: str, columns: dict, labelled: bool):
+    """Records to rows, by their columns, which are those of the first."""
+    found = None
+    for line, record in records:
+        where = f"{path}:{line}"
+        if found is None:
+            found = {role: find_column(path, role, asked, list(record)) for role, asked in columns.items()}
+            for role in ["text"] + ["label"] * (labelled and task != "lm"):
+                if found[role] is None:
+                    raise UserError(f"{path}: no column for the {role} among {', '.join(record)}: name it "
+                                    f"with --{role}_column=...")
+        cell = {role: None if name is None else record.get(name) for role, name in found.items()}
+        for role, name in found.items():
+            if name is not None and cell[role] is None and (role != "label" or labelled):
+                if role == "pair" and task == "lm":  # an instruction need not have an input
+                    continue
+                raise UserError(f"{where}: has no {name!r}: it reads {str(record)[:60]}")
+        label, pair, words = cell["label"], cell["pair"], cell["text"] if task == "tag" else None
+        if task == "tag" and not (isinstance(words, list) and isinstance(label or words, list)
+                                  and len(words) == len(label or words)):
+            raise UserError(f"{where}: wanted a list of words, and one of as many tags")
+        yield Row(where, " ".join(words) if words else str(cell["text"]), None if pair is None else str(pair),
+                  label if label is None or isinstance(label, list) else str(label).strip(),
+                  str(cell.get("group") or ""), str(record.get("id", line)), words)
+
+
+def find_column(path: str, role: str, asked: Union[str, int], names: list[str]) -> Optional[str]:
+    """The column that was asked for, or one that is usually called so."""
+    if asked == "":
+        return next((name for usual in (*USUAL.get(role, ()), {"text": "0", "label": "1"}.get(role))
+                     for name in names if name.lower() == usual), None)
+    if str(asked) in names:
+        return str(asked)
+    if str(asked).isdigit() and int(asked) < len(names):
+        return names[int(asked)]
+    raise UserError(f"{path}: has no column {asked!r}: it has {', '.join(names)}")
+
+
+def read_conll(path: str, content: str, labelled: bool) -> list[Row]:
+    """A word a line, its tag in the last column; an empty line between sentences."""
+    rows, words, tags, first = [], [], [], 1
+    for line, text in enumerate([*content.split("\n"), ""], 1):
+        cells = text.split("\t") if "\t" in text else text.split()
+        if cells and cells[0].strip():
+            if len(cells) < 2 and labelled:
+                raise UserError(f"{path}:{line}: a word without a tag: {text[:40]!r}")
+            first = first if words else line
+            words.append(cells[0].strip())
+            tags.append(cells[-1].strip())
+        elif words:
+            rows.append(Row(f"{path}:{first}", " ".join(words), None, tags if labelled else None,
+                            id=str(len(rows) + 1), words=words))
+            words, tags = [], []
+    return rows
+
+
+def read_squad(path: str, content: str) -> list[Row]:
+    """SQuAD's JSON. An answer that does not stand where it is said to is looked for nearby."""
+    try:
+        articles, rows = json.loads(content)["data"], []
+        for a, article in enumerate(articles):
+            for paragraph in article["paragraphs"]:
+                context = paragraph["context"]
+                for one in paragraph["qas"]:
+                    answers = []
+                    for answer in one.get("answers", ()):
+                        text, begin = answer["text"], int(answer.get("answer_start", 0))
+                        if context[begin:begin + len(text)] != text:
+                            places = [i for i in range(len(context)) if context.startswith(text, i)]
+                            begin = min(places, key=lambda i: abs(i - begin), default=-1)
+                        if text:
+                            answers.append((text, begin))
+                    rows.append(Row(f"{path}: {one['id']}", one["question"], context, answers,
+                                    article.get("title") or f"article {a}", str(one["id"])))
+    except ValueError as error:
+        raise UserError(f"{path}:{getattr(error, 'lineno', 1)}: not JSON ({error})") from None
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: not in SQuAD's format: {type(error).__name__} {error}: wanted data, "
+                        "paragraphs, context, qas, question, answers, text, answer_start") from None
+    return rows
+
+
+def deal(rows: list[Row], task: str, k: int, seed: int) -> np.ndarray:
+    """A number from 0 to k - 1 for each row, (N,): k parts alike in size and in labels.
+
+    Rows with the same text stay together, in qa those of an article: nothing is tested on what it was
+    trained on.
+    """
+    units = {}
+    for i, row in enumerate(rows):
+        units.setdefault(row.group if task == "qa" else (row.text, row.pair), []).append(i)
+    order = [list(units)[i] for i in np.random.default_rng(seed).permutation(len(units))]
+    if task == "classify":
+        order.sort(key=lambda unit: str(rows[units[unit][0]].label))  # stable: shuffled within a label
+    part = np.zeros(len(rows), dtype=np.int64)
+    for n, unit in enumerate(order):
+        part[units[unit]] = n % k
+    return part
+
+
+# -----------------------------------------------------------------------------
+# Tasks. Each says how rows become examples, what is minimised, and what the outputs mean.
+
+class Example(NamedTuple):
+    row: int  # which row it is, or is a window of
+    parts: list  # (ids, segments) of each sequence: two where a pair is read apart
+    target: Any  # a number or an array
+    places: Optional[np.ndarray] = None  # tokens that count: (n,) positions
+    spans: Any = None  # what these stand for: tag: which word; qa: (begin, end) in the context
+
+
+class Task:
+    """What the tasks share. head: the plain values that a checkpoint keeps of it."""
+    metric = "accuracy"  # the best epoch has the highest
+    by_token = False  # outputs are those of single tokens, at `places`
+
+    def __init__(self, head: dict, tokenizer):
+        self.head, self.tokenizer, self.labels = head, tokenizer, head["labels"]
+        self.number, self.n_out = {label: k for k, label in enumerate(self.labels)}, len(self.labels)
+        self.cut = 0  # texts that were longer than the model
+
+    def label_number(self, row: Row, label: str) -> int:
+        if label not in self.number:
+            raise UserError(f"{row.where}: label {label!r} does not occur in the training data, which has "
+                            f"{', '.join(self.labels[:10])}")
+        return self.number[label]
+
+    def sequences(self, rows: list[Row]) -> list[list]:
+        """(ids, segments) of each row, cut to max_length; two of them for pairs read apart."""
+        L, wrap, found = self.head["max_length"], self.tokenizer.wrap, []
+        most = 100 * L  # characters: a text of megabytes costs no more than what is read of it
+        a, b = ([ids.tolist() for ids in self.tokenizer.encode_batch([(text or "")[:most] for text in texts])]
+                for texts in ([row.text for row in rows], [row.pair for row in rows]))
+        together = self.head["paired"] and not self.head["apart"]
+        for row in rows:
+            if (row.pair is not None) != self.head["paired"]:
+                wanted = "two texts are" if self.head["paired"] else "one text is"
+                raise UserError(f"{row.where}: {wanted} wanted, as in the training data")
+        room = L - len(wrap([], [] if together else None)[0])
+        for x, y in zip(a, b):
+            if together:
+                self.cut += len(x) + len(y) > room
+                x = x[:max(room // 2, room - len(y))]  # the longer one is cut first
+                found.append([wrap(x, y[:room - len(x)])])
+            else:
+                self.cut += max(len(x), len(y)) > room
+                found.append([wrap(x[:room]), wrap(y[:room])] if self.head["apart"] else [wrap(x[:room])])
+        return found
+
+    def teaches(self, example: Example, row: Row) -> bool:
+        """Is there anything to learn from it?"""
+        return not self.by_token or len(example.places) > 0
+
+    def loss(self, out, target, weight, smoothing):
+        return F.cross_entropy(out, target, weight=weight, label_smoothing=smoothing)
+
+    def baselines(self, train, test):
+        """name -> answers, as `answers` gives them."""
+        return {}
+
+    def windows(self, length: int, room: int) -> list[tuple[int, int]]:
+        """Where windows of at most `room` tokens begin and end, half of each in the next one too."""
+        if length <= room:
+            return [(0, length)]
+        starts = [*range(0, length - room, max(1, room // 2)), length - room]
+        return [(i, i + room) for i in starts]
+
+
+class Classify(Task):
+    kind = "class"
+
+    @staticmethod
+    def learn(rows: list[Row], s) -> dict:
+        """What the head keeps of the training rows."""
+        split = split_labels if s.multi_label else lambda label: [label]
+        labels = {label for row in rows for label in split(row.label)}
+        if len(labels) < 2 - s.multi_label:
+            raise UserError(f"{rows[0].where.rpartition(':')[0]}: all {len(rows)} examples to train on have "
+                            f"the label {labels.pop()!r}: there is nothing to tell apart")
+        return {"labels": sorted(labels, key=lambda x: (0, float(x), x) if is_number(x) else (1, 0, x)),
+                "several": s.multi_label}
+
+    def __init__(self, head, tokenizer):
+        super().__init__(head, tokenizer)
+        if head.get("several"):
+            self.kind, self.metric, self.scores = "labels", "f1_macro", evaluate.label_scores
+
+    def scores(self, y, probs):
+        return evaluate.class_scores(y, probs)
+
+    def target(self, row: Row):
+        if self.kind == "class":
+            return 0 if row.label is None else self.label_number(row, row.label)
+        target = np.zeros(self.n_out, dtype=np.float32)
+        target[[self.label_number(row, label) for label in split_labels(row.label or [])]] = 1
+        return target
+
+    def examples(self, rows):
+        return [Example(i, parts, self.target(row))
+                for i, (row, parts) in enumerate(zip(rows, self.sequences(rows)))]
+
+    def loss(self, out, target, weight, smoothing):
+        if self.kind == "class":
+            return super().loss(out, target, weight, smoothing)
+        target = target * (1 - smoothing) + smoothing / 2
+        return F.binary_cross_entropy_with_logits(out, target, pos_weight=weight)
+
+    def answers(self, rows, examples, outputs) -> list[np.ndarray]:
+        """Probabilities of the classes, (K,) a row."""
+        out = torch.from_numpy(np.stack(outputs)).double()
+        return list((out.softmax(-1) if self.kind == "class" else out.sigmoid()).numpy())
+
+    def arrays(self, rows, answers):
+        return np.array([self.target(row) for row in rows]), np.stack(answers)
+
+    def named(self, probs: np.ndarray) -> str:
+        if self.kind == "class":
+            return self.labels[int(probs.argmax())]
+        return "|".join(label for label, p in zip(self.labels, probs) if p > 0.5)
+
+    def table(self, rows, answers):
+        paired = rows[0].pair is not None
+        header = ["text", *["text_pair"] * paired, "label", "prediction", *(f"prob_{x}" for x in self.labels)]
+        return header, [[row.text, *[row.pair] * paired, as_cell(row.label), self.named(probs),
+                         *(f"{p:.6f}" for p in probs)] for row, probs in zip(rows, answers)]
+
+    def baselines(self, train, test):
+        y, texts = np.array([self.target(row) for row in train]), [(row.text, row.pair) for row in train]
+        bag = evaluate.BagOfWords(self.kind, self.n_out).fit(texts, y)
+        share = (np.bincount(y, minlength=self.n_out) / len(y)) if self.kind == "class" else y.mean(0)
+        return {"mean" if self.kind == "number" else "majority": [share] * len(test),
+                "bag_of_words": list(bag.predict([(row.text, row.pair) for row in test]))}
+
+
+class Regress(Classify):
+    """One output, the label's distance from the training labels' mean in their standard deviations."""
+    kind, metric = "number", "spearman"
+
+    @staticmethod
+    def learn(rows, s):
+        y = np.array([to_number(row) for row in rows])
+        if np.ptp(y) == 0:
+            raise UserError(f"{rows[0].where.rpartition(':')[0]}: all {len(rows)} examples to train on have "
+                            f"the label {y[0]:g}: there is nothing to tell apart")
+        return {"labels": ["number"], "mean": float(y.mean()), "std": float(y.std())}
+
+    def scores(self, y, p):
+        return evaluate.number_scores(y, p)
+
+    def target(self, row):
+        return np.float32((to_number(row) - self.head["mean"]) / self.head["std"])
+
+    def loss(self, out, target, weight, smoothing):
+        return F.mse_loss(out[:, 0], target)
+
+    def answers(self, rows, examples, outputs) -> list[float]:
+        return [out[0] for out in outputs]
+
+    def arrays(self, rows, answers):
+        return (np.array([to_number(row) for row in rows]),
+                np.array(answers, dtype=np.float64) * self.head["std"] + self.head["mean"])
+
+    def table(self, rows, answers):
+        return ["label", "prediction"], [[as_cell(row.label), f"{x:.6f}"]
+                                         for row, x in zip(rows, self.arrays(rows, answers)[1])]
+
+
+class Tag(Task):
+    metric, scores, by_token = "f1", staticmethod(evaluate.tag_scores), True
+
+    @staticmethod
+    def learn(rows, s):
+        return {"labels": sorted({tag for row in rows for tag in row.label})}
+
+    def examples(self, rows):
+        """A word's tag is that of its first token. A long sentence is read in windows."""
+        L, wrap, found = self.head["max_length"], self.tokenizer.wrap, []
+        room = L - len(wrap([])[0])
+        for i, row in enumerate(rows):
+            of_char = np.repeat(np.arange(len(row.words)), [len(word) + 1 for word in row.words])
+            ids, spans = self.tokenizer.offsets(row.text)
+            word = np.array([of_char[max(begin, end - 1)] for begin, end in spans], dtype=np.int64)
+            first = np.diff(word, prepend=-1) > 0  # the token that begins a word, with the space before it
+            windows = self.windows(len(ids), room)
+            self.cut += len(windows) > 1
+            for begin, end in windows:
+                sequence = wrap(ids[begin:end])
+                offset = wrap([-1] * (end - begin))[0].index(-1) if end > begin else 0
+                at = np.flatnonzero(first[begin:end])
+                words = word[begin:end][at]
+                target = np.array([self.label_number(row, row.label[w]) if row.label else 0 for w in words],
+                                  dtype=np.int64)
+                found.append(Example(i, [sequence], target, at + offset, words))
+        return found
+
+    def answers(self, rows, examples, outputs):
+        """A row's tags, and their log-probabilities (words, K). A word that the tokenizer drops is O."""
+        sums = [np.zeros((len(row.words), self.n_out + 1)) for row in rows]
+        for example, out in zip(examples, outputs):  # a word in two windows: the mean of both
+            np.add.at(sums[example.row], example.spans, np.pad(out, ((0, 0), (0, 1)), constant_values=1))
+        found = []
+        for total in sums:
+            mean = total[:, :-1] / np.maximum(1, total[:, -1:])
+            mean[total[:, -1] == 0, self.number.get("O", 0)] = 1.0
+            found.append(([self.labels[k] for k in mean.argmax(1)],
+                          torch.from_numpy(mean).log_softmax(-1).numpy()))
+        return found
+
+    def arrays(self, rows, answers):
+        counts = [evaluate.tag_counts(row.label, tags) for row, (tags, _) in zip(rows, answers)]
+        nats = [-sum(logp[w, self.label_number(row, tag)] for w, tag in enumerate(row.label))
+                if logp is not None else math.nan for row, (_, logp) in zip(rows, answers)]
+        return np.array(counts), np.array(nats)
+
+    def table(self, rows, answers):
+        return ["sentence", "text", "label", "prediction"], [
+            [row.id, word, row.label[w] if row.label else "", tags[w]]
+            for row, (tags, _) in zip(rows, answers) for w, word in enumerate(row.words)]
+
+    def baselines(self, train, test):
+        """The most frequent tag, and for each word the one that it has most often."""
+        counts = {}
+        for row in train:
+            for word, tag in zip(row.words, row.label):
+                for key in (word, None):
+                    counts.setdefault(key, {}).setdefault(tag, 0)
+                    counts[key][tag] += 1
+        best = {word: max(tags, key=tags.get) for word, tags in counts.items()}
+        return {"majority": [([best[None]] * len(row.words), None) for row in test],
+                "most_frequent_of_word": [([best.get(word, best[None]) for word in row.words], None)
+                                          for row in test]}
+
+
+class Answer(Task):
+    metric, scores = "f1", staticmethod(evaluate.answer_scores)
+    longest = 40  # tokens of an answer
+
+    @staticmethod
+    def learn(rows, s):
+        lost = sum(begin < 0 for row in rows for _, begin in row.label)
+        if lost:
+            print(f"({lost} answers do not stand in their text: left out of training)")
+        return {"labels": ["first", "last"], "no_answer": any(not row.label for row in rows)}
+
+    def teaches(self, example, row):  # a window without the answer does where there may be none
+        return example.target.any() or self.head["no_answer"] and all(begin >= 0 for _, begin in row.label)
+
+    def loss(self, out, target, weight, smoothing):  # without smoothing: most places cannot be an answer
+        return F.cross_entropy(out, target)  # (B, T, 2), (B, 2)
+
+    def examples(self, rows):
+        """Question and context; a long context in windows. The target is the first and last token of the
+        answer, position 0 twice where the window has none."""
+        L, wrap, found, known = self.head["max_length"], self.tokenizer.wrap, [], {}
+        for i, row in enumerate(rows):
+            question = self.tokenizer.encode(row.text)[:L // 3]
+            if row.pair not in known:  # many questions to one context
+                known[row.pair] = self.tokenizer.offsets(row.pair)
+            ids, spans = known[row.pair]
+            begins, ends = np.array(spans, dtype=np.int64).reshape(-1, 2).T
+            answer = next(((begin, begin + len(text)) for text, begin in row.label or () if begin >= 0), None)
+            inside = np.flatnonzero((ends > answer[0]) & (begins < answer[1])) if answer else np.zeros(0, int)
+            windows = self.windows(len(ids), L - len(wrap(question, [])[0]))
+            self.cut += len(windows) > 1
+            for begin, end in windows:
+                sequence = wrap(question, ids[begin:end])
+                offset = wrap(question, [-1] * (end - begin))[0].index(-1) if end > begin else 0
+                target = np.zeros(2, dtype=np.int64)
+                if len(inside) and begin <= inside[0] and inside[-1] < end:
+                    target[:] = inside[0] - begin + offset, inside[-1] - begin + offset
+                found.append(Example(i, [sequence], target, np.arange(offset, offset + end - begin),
+                                     spans[begin:end]))
+        return found
+
+    def answers(self, rows, examples, outputs):
+        """The best span of all windows, as the context has it, and its probability against no answer."""
+        best, none = [(-math.inf, "")] * len(rows), [math.inf] * len(rows)
+        for example, out in zip(examples, outputs):
+            i, n = example.row, len(example.places)
+            none[i] = min(none[i], float(out[0].sum()))
+            if n:
+                start, end = out[example.places].T
+                score = np.triu(start[:, None] + end) - np.tril(np.full((n, n), 1e9), -1)
+                score = np.where(np.tri(n, n, self.longest - 1, dtype=bool), score, -1e9)
+                a, b = np.unravel_index(score.argmax(), score.shape)
+                text = rows[i].pair[example.spans[a][0]:example.spans[b][1]].strip()
+                best[i] = max(best[i], (float(score[a, b]), text))
+        found = []
+        for (score, text), other in zip(best, none):
+            p = 1 / (1 + math.exp(min(700.0, other - score)))
+            found.append(("" if self.head["no_answer"] and p < 0.5 else text, p))
+        return found
+
+    def arrays(self, rows, answers):
+        return (np.array([evaluate.answer_match(text, [gold for gold, _ in row.label])
+                          for row, (text, _) in zip(rows, answers)]),)
+
+    def table(self, rows, answers):
+        return ["id", "question", "label", "prediction", "score"], [
+            [row.id, row.text, row.label[0][0] if row.label else "", text, f"{p:.6f}"]
+            for row, (text, p) in zip(rows, answers)]
+
+    def baselines(self, train, test):
+        """The first sentence; a span from anywhere, as long as answers are."""
+        rng, first, spans = np.random.default_rng(0), [], []
+        lengths = [len(row.label[0][0]) for row in train if row.label] or [1]
+        for row in test:
+            begin, end = (evaluate.sentences(row.pair) or [(0, 0)])[0]
+            first.append((row.pair[begin:end].strip(), 1.0))
+            length = lengths[rng.integers(len(lengths))]
+            begin = rng.integers(max(1, len(row.pair) - length + 1))
+            spans.append((row.pair[begin:begin + length], 1.0))
+        return {"first_sentence": first, "random_span": spans}
+
+
+class LM(Task):
+    metric, scores, by_token = "loss", staticmethod(evaluate.token_scores), True
+
+    @staticmethod
+    def learn(rows, s):
+        return {"labels": [], "instruct": rows[0].label is not None}
+
+    def examples(self, rows):
+        """A plain text in windows, or the prompt and its response, whose tokens alone count."""
+        L, tokenizer, found = self.head["max_length"], self.tokenizer, []
+        for i, row in enumerate(rows):
+            start = tokenizer.encode(prompt_of(row)) if self.head["instruct"] else []
+            ids = start + tokenizer.encode(row.label if self.head["instruct"] else row.text) + [tokenizer.eot]
+            self.cut += len(ids) > L + 1
+            step = len(ids) if self.head["instruct"] else L
+            for begin in range(0, max(1, len(ids) - 1), step):
+                window = ids[begin:begin + L + 1]
+                places = np.arange(max(0, len(start) - 1), len(window) - 1)
+                found.append(Example(i, [(window[:-1] or window, [0] * max(1, len(window) - 1))],
+                                     np.array(window, dtype=np.int64)[places + 1], places))
+        return found
+
+    def summary(self, out, target):  # (n, V) -> (n, 2): of logits nothing else is kept
+        nats = F.cross_entropy(out, target, reduction="none")
+        return torch.stack((nats, (out.argmax(-1) == target).float()), dim=1)
+
+    def answers(self, rows, examples, outputs):
+        sums = np.zeros((len(rows), 3))
+        for example, out in zip(examples, outputs):
+            sums[example.row] += [*out.sum(0), len(out)]
+        return list(sums)
+
+    def arrays(self, rows, answers):
+        return (np.stack(answers),)
+
+    def table(self, rows, answers):
+        return ["text", "label", "loss", "tokens"], [
+            [row.text, as_cell(row.label), f"{nats / max(1, n):.6f}", int(n)]
+            for row, (nats, _, n) in zip(rows, answers)]
+
+
+TASKS = {"classify": Classify, "regress": Regress, "tag": Tag, "qa": Answer, "lm": LM}
+
+
+def split_labels(label) -> list[str]:
+    labels = label if isinstance(label, list) else label.split("|")
+    return [str(one).strip() for one in labels if str(one).strip()]
+
+
+def is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def to_number(row: Row) -> float:
+    if row.label is None:
+        return 0.0
+    if not is_number(row.label):
+        raise UserError(f"{row.where}: label {row.label!r}: a number is wanted (--task=classify for names)")
+    return float(row.label)
+
+
+def as_cell(label) -> str:
+    return "" if label is None else "|".join(map(str, label)) if isinstance(label, list) else label
+
+
+def prompt_of(row: Row) -> str:
+    """An instruction as the model is trained to read it (the layout of Stanford's Alpaca, shortened)."""
+    return f"### Instruction:\n{row.text}\n\n" + (f"### Input:\n{row.pair}\n\n" if row.pair else "") + (
+        "### Response:\n")
+
+
+# -----------------------------------------------------------------------------
+# The model: a body, and a head on it
+
+class LoRA(nn.Linear):
+    """A frozen linear layer and a trained addition of low rank (Hu et al. 2021): W + alpha / rank * B A."""
+
+    def __init__(self, layer: nn.Linear, rank: int, alpha: float):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.weight, self.bias, self.scale = layer.weight, layer.bias, alpha / rank
+        self.lora_a = nn.Parameter(torch.randn(rank, self.in_features) / math.sqrt(self.in_features))
+        self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank))  # at first nothing is added
+
+    def forward(self, x):
+        return super().forward(x) + F.linear(F.linear(x, self.lora_a), self.lora_b) * self.scale
+
+
+def add_lora(body: Transformer, rank: int, alpha: float) -> None:
+    """To every matrix of the blocks; all else is frozen."""
+    body.requires_grad_(False)
+    for block in body.blocks:
+        for layer in (block.attn, block.mlp):
+            for name, child in list(layer.named_children()):
+                if isinstance(child, nn.Linear):
+                    setattr(layer, name, LoRA(child, rank, alpha))
+
+
+@torch.no_grad()
+def merged(body: Transformer) -> dict[str, torch.Tensor]:
+    """The body's weights, low-rank additions added: what a body without them has."""
+    state = {name: weight for name, weight in body.state_dict().items() if ".lora_" not in name}
+    for name, layer in body.named_modules():
+        if isinstance(layer, LoRA):
+            state[f"{name}.weight"] = layer.weight + layer.scale * layer.lora_b @ layer.lora_a
+    return state
+
+
+class Tuned(nn.Module):
+    """(B, T) ids -> (B, n_out) of texts, or (B, T, n_out) of tokens: a body and a linear head.
+
+    Padding is on the right and changes nothing. pool: which tokens' vectors stand for the text; apart: the
+    batch's second half are the second texts of its first.
+    """
+
+    def __init__(self, body: Transformer, n_out: Optional[int], pool: Optional[str], apart: bool):
+        super().__init__()
+        self.body, self.pool, self.apart = body, pool, apart
+        self.dropout = nn.Dropout(body.config.dropout)
+        width = body.config.n_embd
+        self.head = nn.Linear(2 * width if apart else width, n_out) if n_out else None
+        if n_out:
+            nn.init.normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+            if apart and n_out == 1:  # to begin with, the cosine of the two, at about the label's scale
+                nn.init.constant_(self.head.weight[:, :width], 4.0)
+                nn.init.constant_(self.head.bias, -2.0)
+
+    def forward(self, idx, pad_mask, segments=None, places=None):
+        """places: (B, T), True at the tokens whose outputs are wanted: (n, n_out)."""
+        real = torch.ones_like(idx, dtype=torch.bool) if pad_mask is None else pad_mask
+        x = self.body.hidden(idx, pad_mask, segments)  # (B, T, C)
+        if places is not None:
+            x = x[places]  # (n, C)
+        elif self.pool == "first":
+            x = x[:, 0]  # (B, C)
+        elif self.pool == "last":
+            x = x[torch.arange(len(x), device=x.device), real.sum(1) - 1]
+        elif self.pool == "mean":
+            x = (x * real.unsqueeze(-1)).sum(1) / real.sum(1, keepdim=True)
+        if self.apart:
+            a, b = F.normalize(x, dim=-1).chunk(2)
+            x = torch.cat((a * b, (a - b).abs()), dim=-1)  # (B, 2 C)
+        if self.head is None:
+            return self.body.logits(x)
+        out = self.head(self.dropout(x)).float()
+        if self.pool is None and places is None:  # answers are not in the padding
+            out = out.masked_fill(~real.unsqueeze(-1), -1e9)
+        return out
+
+
+def says_mean(folder: str) -> bool:
+    """Is it a sentence encoder that says it is to be pooled so? (A file of sentence-transformers.)"""
+    file = Path(folder) / "1_Pooling" / "config.json"
+    return file.is_file() and json.loads(file.read_text("utf-8")).get("pooling_mode_mean_tokens", False)
+
+
+def load_task(folder: str | Path, device: str | torch.device = "cpu") -> tuple[Tuned, Task]:
+    """A fine-tuned model, ready to use, and its task. Raises UserError where the folder has none.
+
+    A folder that holds lora.pt alone will do where the body that it was trained on can still be read.
+    """
+    return task_of(load_checkpoint(folder, ("best.pt", "lora.pt")), device)
+
+
+def task_of(checkpoint: dict, device: str | torch.device = "cpu") -> tuple[Tuned, Task]:
+    head = checkpoint.get("head")
+    if not head:
+        raise UserError("this checkpoint is not fine-tuned: finetune.py --init_from=ITS_FOLDER --data=FILE")
+    if "rank" in checkpoint:  # low-rank additions alone
+        body, tokenizer = load_model(checkpoint["init_from"], dropout=0.0)
+        prepare_body(body, head["task"])
+        add_lora(body, checkpoint["rank"], checkpoint["alpha"])
+        body.load_state_dict({**body.state_dict(), **checkpoint["model"]})
+    else:
+        body, tokenizer = model_of(checkpoint, dropout=0.0), Tokenizer.from_dict(checkpoint["tokenizer"])
+    task = TASKS[head["task"]](head, tokenizer)
+    model = Tuned(body, task.n_out, head["pool"], head["apart"])
+    if task.n_out:
+        model.head.load_state_dict(head["weights"])
+    return model.to(device).eval(), task
+
+
+def prepare_body(body: Transformer, task: str) -> None:
+    """The head for tokens stays only where the task is to write."""
+    if task != "lm":
+        body.head, body.config = None, replace(body.config, head="none")
+    elif body.head is None or not body.config.causal:
+        raise UserError("--task=lm: needs a causal body with a head for tokens")
+
+
+# -----------------------------------------------------------------------------
+# Batches
+
+def batches(lengths: np.ndarray, size_at, seed: int, epoch: int, epochs: int) -> list[np.ndarray]:
+    """The examples' numbers, each once, in batches of similar length; a function of seed and epoch alone.
+
+    size_at: the batch size when a share of the training is done.
+    """
+    rng = np.random.default_rng((seed, epoch))
+    order, found, i = rng.permutation(len(lengths)), [], 0
+    while i < len(order):
+        size = size_at((epoch + i / len(order)) / epochs)
+        near = order[i:i + 50 * size]  # sorted by length within, and the batches shuffled again
+        near = near[np.argsort(lengths[near], kind="stable")]
+        cut = [near[j:j + size] for j in range(0, len(near), size)]
+        found += [cut[j] for j in rng.permutation(len(cut))]
+        i += 50 * size
+    return found
+
+
+def growing(first: int, last: int):
+    """The batch size at each share of the training: doubled, at even distances, from first to last."""
+    sizes = [first]
+    while sizes[-1] < last:
+        sizes.append(min(2 * sizes[-1], last))
+    return lambda share: sizes[min(int(share * len(sizes)), len(sizes) - 1)]
+
+
+def collate(examples: list[Example], task: Task, device) -> dict:
+    """What Tuned takes, and target. Padding on the right, only where lengths differ."""
+    parts = [example.parts[k] for k in range(len(examples[0].parts)) for example in examples]
+    T = max(len(ids) for ids, _ in parts)
+    idx = np.full((len(parts), T), task.tokenizer.pad, dtype=np.int64)
+    segments, real = np.zeros_like(idx), np.zeros(idx.shape, dtype=bool)
+    for i, (ids, kinds) in enumerate(parts):
+        idx[i, :len(ids)], segments[i, :len(ids)], real[i, :len(ids)] = ids, kinds, True
+    batch = {"idx": idx, "segments": segments, "pad_mask": None if real.all() else real}
+    if task.by_token:
+        batch["places"] = np.zeros(idx.shape, dtype=bool)
+        for i, example in enumerate(examples):
+            batch["places"][i, example.places] = True
+        batch["target"] = np.concatenate([example.target for example in examples])
+    else:
+        batch["target"] = np.array([example.target for example in examples])
+    return {name: None if a is None else torch.from_numpy(a).to(device) for name, a in batch.items()}
+
+
+@torch.no_grad()
+def predict(model: Tuned, task: Task, rows: list[Row], batch_size: int = 64, amp=contextlib.nullcontext(),
+            examples: Optional[list[Example]] = None) -> list:
+    """The task's answer for each row, in the order of the rows. examples: the rows', where they are made."""
+    examples = task.examples(rows) if examples is None else examples
+    lengths = np.array([length_of(example) for example in examples])
+    order, outputs = np.argsort(lengths, kind="stable"), [None] * len(examples)
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
+    for i in range(0, len(order), batch_size):
+        chosen = order[i:i + batch_size]
+        batch = collate([examples[j] for j in chosen], task, device)
+        target = batch.pop("target")
+        with amp:
+            out = model(**batch)
+        out = (task.summary(out, target) if model.head is None else out).float().cpu().numpy()
+        if task.by_token:
+            out = np.split(out, np.cumsum([len(examples[j].places) for j in chosen])[:-1])
+        for j, one in zip(chosen, out):
+            outputs[j] = one
+    model.train(training)
+    return task.answers(rows, examples, outputs)
+
+
+def length_of(example: Example) -> int:
+    return max(len(ids) for ids, _ in example.parts)
+
+
+# -----------------------------------------------------------------------------
+# Training
+
+def fine_tune(folder: Path, train: list[Row], val: list[Row], test: list[Row], resume: bool,
+              model_args: dict, s: SimpleNamespace) -> dict:
+    """Train on one split, judge the best epoch on the test rows, and write all of it to the folder.
+
+    s: the settings. Returns what metrics.json holds.
+    """
+    run_device = pick_device(s.device)
+    run_dtype = pick_dtype(s.dtype, run_device)
+    full = run_dtype == torch.float32
+    amp = contextlib.nullcontext() if full else torch.autocast(run_device.type, run_dtype)
+    scaler = torch.amp.GradScaler(run_device.type) if run_dtype == torch.float16 else None
+    torch.manual_seed(s.seed)
+
+    # The body, its tokenizer, the head: of the run under way, or new.
+    checkpoint = load_checkpoint(folder, ("ckpt.pt", "ckpt.prev.pt")) if resume else None
+    if resume:
+        init_from, head = checkpoint["settings"]["init_from"], dict(checkpoint["head"])
+        head_weights = head.pop("weights")
+        tokenizer = Tokenizer.from_dict(checkpoint["tokenizer"])
+        body = Transformer(Config(**checkpoint["model_args"]))
+        prepare_body(body, head["task"])
+    else:
+        init_from = s.init_from
+        if init_from == "scratch":
+            body, tokenizer = new_body(train, model_args, s)
+        else:
+            body, tokenizer = load_model(init_from, dropout=model_args.get("dropout", 0.1))
+        prepare_body(body, s.task)
+        head = new_head(body, tokenizer, train, s)
+    task = TASKS[head["task"]](head, tokenizer)
+    model = Tuned(body, task.n_out, head["pool"], head["apart"])
+    if s.lora_rank:
+        add_lora(body, s.lora_rank, s.lora_alpha)
+    if s.freeze:
+        body.requires_grad_(False)
+    if resume:
+        body.load_state_dict(checkpoint["model"])
+        if model.head is not None:
+            model.head.load_state_dict(head_weights)
+    model.to(run_device)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise SettingError("freeze=True: --task=lm has no head of its own to train: use --lora_rank")
+
+    # Examples, and when each comes. The test rows' too: a wrong label there is to be found now, and not after
+    # the training.
+    examples, val_examples, test_examples = (task.examples(rows) for rows in (train, val, test))
+    examples = [example for example in examples if task.teaches(example, train[example.row])]
+    if not examples:
+        raise UserError(f"{train[0].where}: nothing to learn in the training data")
+    soft = teacher_probs(s.teacher, task, train, run_device) if s.teacher else None
+    weight = class_weights(task, train, run_device) if s.class_weight == "balanced" else None
+    lengths = np.array([length_of(example) for example in examples])
+    size_at = growing(s.batch_size, s.batch_size_end)
+    epochs = [batches(lengths, size_at, s.seed, epoch, s.epochs) for epoch in range(s.epochs)]
+    plan = [batch for epoch in epochs for batch in epoch]  # the whole training
+    epoch_ends = np.cumsum([len(epoch) for epoch in epochs])
+    optimizers = make_optimizers(model, "adamw", s.learning_rate, 0.0, s.weight_decay, (s.beta1, s.beta2))
+
+    # Where we are.
+    where = {"data": fingerprint(train + val), "steps": len(plan),
+             "iter_num": 0, "best": {}, "waited": 0, "elapsed": 0.0}
+    if resume:
+        for name in ("data", "steps"):
+            if checkpoint["data"][name] != where[name]:
+                raise UserError(f"{folder}: was begun with other {name}: give the same data, seed and "
+                                "settings, or --overwrite")
+        where = checkpoint["data"]
+        load_optimizer_state(optimizers, model, checkpoint["optimizer"])
+        if scaler and checkpoint["scaler"]:
+            scaler.load_state_dict(checkpoint["scaler"])
+        torch.set_rng_state(checkpoint["rng"]["cpu"][0])
+        if run_device.type == "cuda":
+            torch.cuda.set_rng_state(checkpoint["rng"]["cuda"][0], run_device)
+    iter_num, best, waited, elapsed_before = list(where.values())[2:]
+
+    # Say what will happen.
+    n_trained, n_all = sum(p.numel() for p in trained), sum(p.numel() for p in model.parameters())
+    print(f"model     {n_all:,} parameters, {n_trained:,} of them trained ({n_trained / n_all:.2%})")
+    print(f"machine   {run_device}, {str(run_dtype).removeprefix('torch.')}")
+    print(f"data      {len(train):,} to train on, {len(val):,} to validate, {len(test):,} to test; "
+          f"{lengths.mean():.0f} tokens each, {lengths.max()} at most")
+    seen = {(row.text, row.pair) for row in train}
+    for count, what in (
+            (task.cut, f"are longer than {head['max_length']} tokens: "
+                       + ("read in windows" if s.task in ("tag", "qa") else "cut there")),
+            (sum(not row.text.strip() for row in train + val + test), "are empty"),
+            (sum((row.text, row.pair) in seen for row in test), "of the test are in the training data too")):
+        if count:
+            print(f"          {count:,} texts {what}")
+    print(f"training  {s.epochs} epochs, {len(plan):,} steps, into {folder}\n", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {**vars(s), "init_from": init_from, **asdict(body.config)}
+    write_text(folder / "settings.json", json.dumps(settings, indent=1))
+    log_file, kept = folder / "log.jsonl", []
+    if resume and log_file.exists():  # rows behind the checkpoint are about to come again
+        rows = log_file.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [row for row in rows if row.endswith("\n") and json.loads(row)["iter"] <= iter_num]
+    write_text(log_file, "".join(kept))
+
+    def elapsed():
+        return elapsed_before + time.time() - STARTED
+
+    def log(row):
+        with open(log_file, "a", encoding="utf-8") as f:
+            f.write(json.dumps({"iter": iter_num, "elapsed": elapsed(), **row}) + "\n")
+
+    def save(name):
+        """ckpt.pt: all that a resume needs; best.pt: a model like any other; lora.pt: what was added."""
+        weights = dict(model.head.state_dict()) if model.head else {}
+        state, extra = merged(body), {"optimizer": {}, "scaler": {}, "rng": {}, "data": {}}
+        if name == "ckpt.pt":
+            state, extra = body.state_dict(), {
+                "optimizer": optimizer_state(optimizers, model),
+                "scaler": scaler.state_dict() if scaler else {}, "rng": random_states(run_device),
+                "data": {**where, "iter_num": iter_num, "best": best, "waited": waited, "elapsed": elapsed()}}
+        elif name == "lora.pt":
+            state = {key: value for key, value in body.state_dict().items() if ".lora_" in key}
+            extra = {"rank": s.lora_rank, "alpha": s.lora_alpha, "init_from": init_from}
+        save_checkpoint(folder / name, {
+            "version": 1, "model": state, "model_args": asdict(body.config), **extra, "iter_num": iter_num,
+            "best_val_loss": best.get("loss", math.inf), "settings": settings,
+            "tokenizer": tokenizer.to_dict(), "head": {**head, "weights": weights}})
+
+    stop, bad_steps = Stop(), BadSteps(10, s.log_interval)
+    started = logged = time.time()
+    started_iter, losses, warmup_iters = iter_num, [], int(s.warmup * len(plan))
+    model.train()
+    while iter_num < len(plan) and not stop.signal and not (s.patience and waited >= s.patience):
+        factor = lr_factor(iter_num, s.schedule, warmup_iters, len(plan), s.min_lr / s.learning_rate)
+        for group in (group for one in optimizers for group in one.param_groups):
+            group["lr"] = group["highest_lr"] * factor
+        chosen = [examples[i] for i in plan[iter_num]]
+        batch = collate(chosen, task, run_device)
+        target = batch.pop("target")
+        if s.token_dropout:
+            hidden = torch.rand(batch["idx"].shape, device=run_device) < s.token_dropout
+            nothing = tokenizer.pad if tokenizer.mask is None else tokenizer.mask
+            batch["idx"] = batch["idx"].masked_fill(hidden, nothing)
+
+        # forward, backward, update
+        with amp:
+            out = model(**batch)
+            loss = task.loss(out, target, weight, s.label_smoothing)
+            if soft is not None:
+                taught = distil(out, soft[[example.row for example in chosen]], s.teacher_temperature)
+                loss = (1 - s.teacher_weight) * loss + s.teacher_weight * taught
+        losses.append(loss.detach())
+        if s.l1 or s.l2:
+            loss = loss + sum(s.l1 * p.abs().sum() + s.l2 * p.square().sum() for p in trained)
+        (scaler.scale(loss) if scaler else loss).backward()
+        grad_norm = update(model, optimizers, losses[-1], s.grad_clip, scaler)
+        iter_num += 1
+        bad_steps.add(iter_num, s.learning_rate * factor, losses[-1], grad_norm)
+        last = iter_num == len(plan)
+
+        # say how it goes
+        if iter_num % s.log_interval == 0 or last:
+            now = time.time()
+            dt, logged = (now - logged) / len(losses), now
+            left = (len(plan) - iter_num) * (now - started) / (iter_num - started_iter)
+            row = {"loss": torch.stack(losses).mean().item(), "lr": s.learning_rate * factor,
+                   "grad_norm": grad_norm.item(), "batch_size": len(chosen), "dt": dt}
+            log(row)
+            losses = []
+            print(f"iter {iter_num:{len(str(len(plan)))}}/{len(plan)}  loss {row['loss']:7.4f}  "
+                  f"lr {row['lr']:.2e}  norm {row['grad_norm']:6.2f}  {dt * 1e3:6.0f} ms a step  "
+                  f"{clock(left)} left", flush=True)
+
+        # evaluate and save
+        if iter_num % s.eval_interval == 0 or last if s.eval_interval else iter_num in epoch_ends:
+            answers = predict(model, task, val, 2 * s.batch_size, amp, val_examples)
+            scores = {name: float(value) for name, value in task.scores(*task.arrays(val, answers)).items()}
+            goal = scores[task.metric] * (-1 if task.metric == "loss" else 1)
+            goal = [-math.inf if math.isnan(goal) else goal, -scores.get("loss", 0.0)]  # or the lower loss
+            better = not best or goal > best["goal"]
+            waited = 0 if better else waited + 1
+            if better:
+                epoch = int(np.searchsorted(epoch_ends, iter_num)) + 1
+                best = {**scores, "goal": goal, "epoch": epoch, "iter": iter_num}
+                for name in ["best.pt"] + ["lora.pt"] * bool(s.lora_rank):
+                    save(name)
+            save("ckpt.pt")
+            log({f"val_{name}": value for name, value in scores.items()})
+            print(f"iter {iter_num}: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+                  + ", best so far" * better, flush=True)
+
+    if stop.signal and iter_num < len(plan):
+        save("ckpt.pt")
+        print(f"stopped after {iter_num} steps, saved: --init_from=resume goes on", flush=True)
+        sys.exit(128 + stop.signal)
+    plot(log_file, folder / "loss.png")
+    return judge(folder, train, test, test_examples, best, s, run_device, amp)
+
+
+def new_body(train: list[Row], model_args: dict, s: SimpleNamespace) -> tuple[Transformer, Tokenizer]:
+    """From scratch: the tokenizer is made of the training texts."""
+    texts = [text[:10**6] for row in train
+             for text in (row.text, row.pair, row.label if s.task == "lm" else None) if text]
+    tokenizer = make_tokenizer(s.tokenizer, texts, model_args.get("vocab_size", 8192))
+    try:
+        return Transformer(Config(**{**model_args, "vocab_size": tokenizer.vocab_size})), tokenizer
+    except ValueError as error:  # it names the field
+        raise SettingError(str(error)) from None
+
+
+def new_head(body: Transformer, tokenizer, train: list[Row], s: SimpleNamespace) -> dict:
+    """What a checkpoint keeps of the task, besides the weights: plain values."""
+    if s.max_length > body.config.block_size:
+        raise SettingError(f"max_length={s.max_length}: the model reads {body.config.block_size} tokens")
+    whole = s.task in ("classify", "regress")  # texts, not tokens
+    begins = tokenizer.wrap([-1])[0][0] != -1  # with a special token, as BERT's [CLS]
+    pool = ("mean" if says_mean(s.init_from) else "last" if body.config.causal else
+            "first" if begins else "mean")
+    paired = train[0].pair is not None
+    return {"task": s.task, **TASKS[s.task].learn(train, s),
+            "max_length": s.max_length or body.config.block_size,
+            "pool": (pool if s.pool == "auto" else s.pool) if whole else None, "paired": paired,
+            "apart": whole and paired and s.pair == "apart",
+            "columns": {"text": s.text_column, "pair": s.pair_column, "label": s.label_column}}
+
+
+def fingerprint(rows: list[Row]) -> str:
+    content = repr([(row.text, row.pair, row.label) for row in rows])
+    return hashlib.sha256(content.encode("utf-8", "replace")).hexdigest()
+
+
+def teacher_probs(folder: str, task: Task, rows: list[Row], device) -> torch.Tensor:
+    """What a fine-tuned classifier says about each row, in the order of this task's labels: (N, K)."""
+    if not (type(task) is Classify and task.kind == "class"):
+        raise SettingError(f"teacher={folder}: can only teach --task=classify with one label a row")
+    model, other = load_task(folder, device)
+    if sorted(other.labels) != sorted(task.labels):
+        raise SettingError(f"teacher={folder}: knows the labels {', '.join(other.labels[:10])}, the data has "
+                           f"{', '.join(task.labels[:10])}")
+    probs = np.stack(predict(model, other, rows))
+    return torch.from_numpy(probs[:, [other.number[label] for label in task.labels]]).float().to(device)
+
+
+def distil(out, taught, temperature):
+    """Cross-entropy against the teacher's softened probabilities (Hinton et al. 2015), (B, K) both."""
+    soft = (taught.clamp(min=1e-8).log() / temperature).softmax(-1)
+    return F.cross_entropy(out / temperature, soft) * temperature ** 2
+
+
+def class_weights(task: Task, rows: list[Row], device) -> torch.Tensor:
+    """So that each class counts alike; of several labels, a label's presence as much as its absence."""
+    if type(task) is not Classify:
+        raise SettingError("class_weight=balanced: only for --task=classify")
+    y = np.array([task.target(row) for row in rows])
+    if task.kind == "class":
+        weight = len(y) / (task.n_out * np.bincount(y, minlength=task.n_out))
+    else:
+        weight = (len(y) - y.sum(0)) / np.maximum(1, y.sum(0))
+    return torch.tensor(weight, dtype=torch.float32, device=device)
+
+
+def judge(folder: Path, train, test, examples, best, s, device, amp) -> dict:
+    """The test rows, read once, by the best epoch: metrics.json, predictions.csv, the report."""
+    model, task = load_task(folder, device)
+    answers = predict(model, task, test, 2 * s.batch_size, amp, examples)
+    arrays = task.arrays(test, answers)
+    others = {name: {metric: float(value) for metric, value in task.scores(*task.arrays(test, guess)).items()}
+              for name, guess in task.baselines(train, test).items()}
+    metrics = {**evaluate.with_intervals(task.scores, arrays), "task": s.task, "test_rows": len(test),
+               "best_epoch": best["epoch"], "baselines": others,
+               "validation": {name: value for name, value in best.items() if name != "goal"}}
+    if s.group_column != "":
+        metrics["by_group"] = evaluate.by_group(task.scores, arrays, [row.group for row in test])
+    text = io.StringIO(newline="")
+    header, lines = task.table(test, answers)
+    csv.writer(text, lineterminator="\n").writerows([header, *lines])
+    write_text(folder / "predictions.csv", text.getvalue())
+    written = evaluate.report(folder, *arrays, task.labels) if type(task) is Classify else []
+    evaluate.write_json(folder / "metrics.json", metrics)
+
+    print(f"\nTest, {len(test):,} examples, by epoch {best['epoch']}, with 95% intervals, and baselines:\n")
+    print(f"  {'':20} {'this model':>24}" + "".join(f" {name:>20}" for name in others))
+    for name in [name for name in metrics if f"{name}_ci95" in metrics]:
+        low, high = metrics[f"{name}_ci95"]
+        print(f"  {name:20} {metrics[name]:8.4f} [{low:6.4f}, {high:6.4f}]"
+              + "".join(f" {scores[name]:20.4f}" for scores in others.values()))
+    for name, gap in metrics.get("by_group", {}).get("gaps", {}).items():
+        low, high = gap["gap_ci95"]
+        print(f"  {name}: {gap['lowest']} lowest, {gap['highest']} highest, {gap['gap']:.4f} apart "
+              f"[{low:.4f}, {high:.4f}]")
+    print(f"\n{folder}: {', '.join(['metrics.json', 'predictions.csv', *written])}", flush=True)
+    return metrics
+
+
+# -----------------------------------------------------------------------------
+
+def main(model_args: dict):
+    def refuse(names, fine, wanted):
+        for name in names.split():
+            if not fine(globals()[name]):
+                raise SettingError(f"{name}={globals()[name]}: must be {wanted}")
+    refuse("epochs batch_size log_interval", lambda x: x >= 1, "at least 1")
+    refuse("max_length lora_rank weight_decay grad_clip l1 l2 min_lr patience eval_interval seed "
+           "batch_size_end", lambda x: x >= 0, "at least 0")
+    refuse("label_smoothing token_dropout warmup beta1 beta2", lambda x: 0 <= x < 1, "at least 0 and below 1")
+    refuse("learning_rate teacher_temperature lora_alpha", lambda x: 0 < x < math.inf, "above 0")
+    refuse("teacher_weight", lambda x: 0 <= x <= 1, "from 0 to 1")
+    refuse("folds", lambda x: x == 0 or x >= 3, "at least 3: one to test, one to validate, one to train on")
+    refuse("data", bool, "a file of labelled examples: .csv, .tsv, .jsonl, .json, CoNLL")
+    if freeze and lora_rank:
+        raise SettingError(f"freeze=True: trains the head alone: leave out --lora_rank={lora_rank}")
+    if folds and (data_val or data_test):
+        raise SettingError(f"folds={folds}: cuts data itself: leave out --data_val and --data_test")
+    fixed = [name for name in model_args if name != "dropout" and init_from not in ("scratch", "resume")]
+    if fixed:
+        raise SettingError(f"{fixed[0]}={model_args[fixed[0]]}: the body from {init_from} has its own: leave "
+                           "it out, or start from scratch")
+    folder = Path(out_dir)
+    if list(folder.glob("**/ckpt.pt")) and init_from != "resume" and not overwrite:
+        raise SettingError(f"{folder}: a run is here already: --init_from=resume goes on with it, "
+                           "--overwrite starts anew, --out_dir=FOLDER writes elsewhere")
+    torch.set_float32_matmul_precision("high")  # tf32 where a GPU has it
+    keep_memory()
+    s = SimpleNamespace(**{name: globals()[name] for name in sys.modules[__name__].__annotations__})
+    columns = {"text": text_column, "pair": pair_column, "label": label_column, "group": group_column}
+    rows = read_rows(data, task, columns)
+
+    if not folds:
+        val, test = (read_rows(path, task, columns) if path else None for path in (data_val, data_test))
+        part = deal(rows, task, 10, seed)  # a tenth each for what is not given
+        train = [row for row, p in zip(rows, part) if (test or p != 0) and (val or p != 1)]
+        test = test or [row for row, p in zip(rows, part) if p == 0]
+        val = val or [row for row, p in zip(rows, part) if p == 1]
+        if not (train and val and test):
+            raise UserError(f"{data}: {len(rows)} examples are too few to train, validate and test on")
+        fine_tune(folder, train, val, test, init_from == "resume", model_args, s)
+        return
+
+    part, found = deal(rows, task, folds, seed), []
+    for k in range(folds):
+        place, after = folder / f"fold{k + 1}", (k + 1) % folds
+        print(f"\n--- fold {k + 1} of {folds} ---\n")
+        if init_from == "resume" and (place / "metrics.json").exists():
+            found.append(json.loads((place / "metrics.json").read_text(encoding="utf-8")))
+            continue
+        train, val, test = ([row for row, p in zip(rows, part) if fits(p)] for fits in (
+            lambda p: p not in (k, after), lambda p: p == after, lambda p: p == k))
+        begun = init_from == "resume" and (place / "ckpt.pt").exists()
+        if init_from == "resume" and not begun:  # as the first fold did
+            first = (folder / "fold1/settings.json").read_text(encoding="utf-8")
+            s.init_from = json.loads(first)["init_from"]
+        found.append(fine_tune(place, train, val, test, begun, model_args, s))
+    values = {name: np.array([one[name] for one in found], dtype=float)
+              for name in found[0] if f"{name}_ci95" in found[0]}
+    print(f"\n{folds} folds, mean and standard deviation:\n")
+    for name, v in values.items():
+        print(f"  {name:20} {v.mean():8.4f} +- {v.std(ddof=1):.4f}")
+    evaluate.write_json(folder / "metrics.json", {
+        "task": task, "folds": folds, **{name: float(v.mean()) for name, v in values.items()},
+        **{f"{name}_std": float(v.std(ddof=1)) for name, v in values.items()},
+        **{f"{name}_folds": v.tolist() for name, v in values.items()}})
+
+
+if __name__ == "__main__":
+    run(main, globals(), Config)
