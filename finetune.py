@@ -1192,11 +1192,11 @@ def main(model_args: dict):
     if folds and (data_val or data_test):
         raise SettingError(f"folds={folds}: cuts data itself: leave out --data_val and --data_test")
     fixed = [name for name in model_args if name != "dropout" and init_from not in ("scratch", "resume")]
-    if fixed:
-        raise SettingError(f"{fixed[0]}={model_args[fixed[0]]}: the body from {init_from} has its own: leave "
-                           "it out, or start from scratch")
+    if fixed:  # a recipe that says how a new body is made serves for a pretrained one too
+        print(f"({', '.join(fixed)}: not used, the body from {init_from} is made already)")
     folder = Path(out_dir)
-    if list(folder.glob("**/ckpt.pt")) and init_from != "resume" and not overwrite:
+    begun = [*folder.glob("ckpt.pt"), *folder.glob("fold*/ckpt.pt")]
+    if begun and init_from != "resume" and not overwrite:
         raise SettingError(f"{folder}: a run is here already: --init_from=resume goes on with it, "
                            "--overwrite starts anew, --out_dir=FOLDER writes elsewhere")
     torch.set_float32_matmul_precision("high")  # tf32 where a GPU has it

@@ -6,15 +6,19 @@ from config.finetune_sentiment import *
 from prepare import standard_library as _library
 
 out_dir = "out/python_packages"
-data = "data/python_packages.jsonl"
-vocab_size = 4096
-text_column, label_column, group_column = "text", "package", ""
+data, data_val, data_test = (f"data/packages_{_split}.jsonl" for _split in ("train", "val", "test"))
+label_column = "package"
+vocab_size, dropout, token_dropout, epochs = 4096, 0.2, 0.2, 8
 
-_packages = ("asyncio", "email", "encodings", "idlelib", "json", "logging", "multiprocessing", "tkinter",
-             "unittest", "xml")
-if not _Path(data).exists():
-    _lines = [_dumps({"text": _text[_i:_i + 400], "package": _name.split("/")[0]})
-              for _name, _text in _library() if _name.split("/")[0] in _packages
-              for _i in range(0, len(_text) - 400, 2000)]
+# snippets of 400 characters; a file of the library is in one split only
+_packages = ("asyncio", "email", "importlib", "multiprocessing", "tkinter", "unittest", "urllib", "xml")
+if not _Path(data_test).exists():
+    _lines, _n = {data: [], data_val: [], data_test: []}, 0
+    for _name, _text in _library():
+        if _name.split("/")[0] in _packages:
+            _split, _n = {8: data_val, 9: data_test}.get(_n % 10, data), _n + 1
+            _lines[_split] += [_dumps({"text": _text[_i:_i + 400], "package": _name.split("/")[0]})
+                               for _i in range(0, len(_text), 600)]
     _Path(data).parent.mkdir(exist_ok=True)
-    _Path(data).write_text("\n".join(_lines), encoding="utf-8")
+    for _file, _rows in _lines.items():
+        _Path(_file).write_text("\n".join(_rows), encoding="utf-8")
