@@ -26,6 +26,7 @@ from typing import Literal, Optional, Union
 import torch
 
 import finetune
+import tasks
 from checkpoint import load_checkpoint, load_model, model_of
 from config import SettingError, UserError, run
 from model import Transformer
@@ -155,13 +156,13 @@ def write_pretrained(model: Transformer, tokenizer: Tokenizer | HubTokenizer, fo
     tokenizer.save_pretrained(folder, model.config.block_size)
 
 
-def judge(model: finetune.Tuned, task: finetune.Task, start: str) -> None:
+def judge(model: finetune.Tuned, task: tasks.Task, start: str) -> None:
     """What a fine-tuned model says about a text, or about the rows of FILE:rows.csv, which become a CSV."""
     path = start.removeprefix("FILE:")
     tables = (".csv", ".tsv", ".jsonl", ".json", ".conll")
     if start.startswith("FILE:") and Path(path).suffix.lower() in tables:
         columns = {**task.head["columns"], "label": "", "group": ""}
-        rows = finetune.read_rows(path, task.head["task"], columns, labelled=False)
+        rows = tasks.read_rows(path, task.head["task"], columns, labelled=False)
         header, lines = task.table(rows, finetune.predict(model, task, rows))
         csv.writer(sys.stdout, lineterminator="\n").writerows([header, *lines])
         return
@@ -170,7 +171,7 @@ def judge(model: finetune.Tuned, task: finetune.Task, start: str) -> None:
         text, _, pair = text.partition("\n")
         if not pair:
             raise UserError("--start: two texts are wanted, with a line break between them")
-    row = finetune.Row("--start", text, pair, words=text.split())
+    row = tasks.Row("--start", text, pair, words=text.split())
     header, lines = task.table([row], finetune.predict(model, task, [row]))
     if task.head["task"] == "tag":
         print("\n".join(f"{word}\t{tag}" for _, word, _, tag in lines))
@@ -210,7 +211,7 @@ def main():
         model = to_int8(model)
     prompt = read_prompt(start)
     if head.get("instruct"):
-        prompt = finetune.prompt_of(finetune.Row("", prompt.strip()))
+        prompt = tasks.prompt_of(tasks.Row("", prompt.strip()))
     if not model.config.causal:
         print(prompt)
         for n, candidates in enumerate(fill(model, tokenizer, prompt), start=1):

@@ -6,8 +6,8 @@ are missing. What measures a speed runs with TIMED=1, and wants a machine that d
 """
 
 import ast
-import hashlib
 import csv
+import hashlib
 import json
 import math
 import os
@@ -37,6 +37,7 @@ import explain
 import finetune
 import prepare
 import sample
+import tasks
 import tokenizer as tokenizer_file
 import train
 from checkpoint import load_checkpoint, save_checkpoint
@@ -1880,7 +1881,7 @@ def test_text_comes_in_whole_characters_and_ends_at_a_stop():
 
 
 # -----------------------------------------------------------------------------
-# finetune.py, evaluate.py
+# tasks.py, finetune.py, evaluate.py
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -2091,8 +2092,8 @@ def test_outputs_do_not_change_with_padding_or_batch_size(causal, pool):
     torch.manual_seed(0)
     body = tiny("modern", causal=causal, vocab_size=258, block_size=40, head="none", tied=True)
     head = {"labels": ["a", "b", "c"], "max_length": 40, "paired": False, "apart": False}
-    task, model = finetune.Classify(head, tokenizer), finetune.Tuned(body, 3, pool, False).eval()
-    rows = [finetune.Row("", "x" * n) for n in (3, 31, 0, 8, 17)]
+    task, model = tasks.Classify(head, tokenizer), finetune.Tuned(body, 3, pool, False).eval()
+    rows = [tasks.Row("", "x" * n) for n in (3, 31, 0, 8, 17)]
     alone = np.stack(finetune.predict(model, task, rows, batch_size=1))
     together = np.stack(finetune.predict(model, task, rows, batch_size=5))
     assert np.abs(alone - together).max() < 1e-6
@@ -2145,7 +2146,7 @@ def test_the_best_epoch_is_judged_and_the_test_set_read_once(tmp_path, monkeypat
     said = []
     for name in ("best.pt", "ckpt.pt"):
         model, task = finetune.task_of(torch.load(tmp_path / "out" / name, weights_only=True))
-        probs = ask(model, task, [finetune.Row("", text) for text in held_out])
+        probs = ask(model, task, [tasks.Row("", text) for text in held_out])
         said.append([f"{p[1]:.4f}" for p in probs])
     reported = [f"{float(row['prob_good']):.4f}" for row in read_csv(tmp_path / "out/predictions.csv")]
     assert reported == said[0] != said[1]
@@ -2165,7 +2166,7 @@ def test_what_is_frozen_stays_and_lora_merges_exactly(tuned, tmp_path):
     assert {name.rpartition(".")[0] + ".weight" for name in adapters["model"]} == changed
     (tmp_path / "alone").mkdir()
     shutil.copy(tmp_path / "lora/lora.pt", tmp_path / "alone/lora.pt")
-    rows = [finetune.Row("", text) for text in synthetic(40, seed=1)[0]]
+    rows = [tasks.Row("", text) for text in synthetic(40, seed=1)[0]]
     merged, unmerged = (np.stack(finetune.predict(*finetune.load_task(tmp_path / name), rows))
                         for name in ("lora", "alone"))
     assert np.abs(merged - unmerged).max() < 1e-5
@@ -2194,13 +2195,13 @@ def test_batches_have_each_example_once_and_grow():
 
 
 def test_parts_are_alike_in_labels_and_keep_equal_texts_together():
-    rows = [finetune.Row("", f"t{i // 2}", None, "rare" if i < 40 else "often") for i in range(400)]
-    part = finetune.deal(rows, "classify", 10, 0)
+    rows = [tasks.Row("", f"t{i // 2}", None, "rare" if i < 40 else "often") for i in range(400)]
+    part = tasks.deal(rows, "classify", 10, 0)
     assert np.bincount(part).tolist() == [40] * 10
     assert np.bincount(part[:40], minlength=10).tolist() == [4] * 10  # the rare ones
     assert (part[::2] == part[1::2]).all()
-    rows = [finetune.Row("", f"q{i}", "context", [], f"article {i % 20}") for i in range(100)]
-    part = finetune.deal(rows, "qa", 10, 0)
+    rows = [tasks.Row("", f"q{i}", "context", [], f"article {i % 20}") for i in range(100)]
+    part = tasks.deal(rows, "qa", 10, 0)
     assert all(len(set(part[i::20])) == 1 for i in range(20))
 
 
@@ -2242,7 +2243,7 @@ def test_words_are_tagged_whole_in_sentences_of_any_length(tmp_path):
     assert list(rows[0]) == ["sentence", "text", "label", "prediction"]
     assert {row["text"] for row in rows if row["label"] == "B-place"} == {"Rome"}
     model, task = finetune.load_task(tmp_path / "out")
-    long = finetune.read_rows(str(tmp_path / "data.conll"), "tag", {})[0]
+    long = tasks.read_rows(str(tmp_path / "data.conll"), "tag", {})[0]
     examples = task.examples([long])
     assert len(examples) > 1  # windows, which together have each word
     assert set(np.concatenate([example.spans for example in examples])) == set(range(120))
@@ -2272,9 +2273,9 @@ def squad(n, empty=0):
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])
 def test_answers_are_exact_and_in_some_window(kind, tmp_path):
     (tmp_path / "data.json").write_text(squad(40), encoding="utf-8")
-    rows = finetune.read_rows(str(tmp_path / "data.json"), "qa", {})
+    rows = tasks.read_rows(str(tmp_path / "data.json"), "qa", {})
     tokenizer = make_tokenizer(kind, [row.pair for row in rows], 300)
-    task = finetune.Answer({"labels": ["first", "last"], "max_length": 64, "no_answer": False}, tokenizer)
+    task = tasks.Answer({"labels": ["first", "last"], "max_length": 64, "no_answer": False}, tokenizer)
     examples = task.examples(rows)
     assert len(examples) > len(rows) and max(map(finetune.length_of, examples)) <= 64
     answered = set()
@@ -2306,11 +2307,11 @@ def test_no_answer_is_an_answer(tmp_path):
 def test_loss_is_on_the_response_alone_and_on_each_token_of_a_text():
     tokenizer = make_tokenizer("bytes", [], 0)
     head = {"labels": [], "max_length": 64, "instruct": True}
-    example = finetune.LM(head, tokenizer).examples([finetune.Row("", "Say", None, "yes")])[0]
+    example = tasks.LM(head, tokenizer).examples([tasks.Row("", "Say", None, "yes")])[0]
     assert tokenizer.decode(example.target[:-1]) == "yes" and example.target[-1] == tokenizer.eot
     ids = np.array(example.parts[0][0])
     assert tokenizer.decode(ids[example.places[1:]]) == "yes"  # seen before the next is guessed
-    examples = finetune.LM({**head, "instruct": False}, tokenizer).examples([finetune.Row("", "x" * 200)])
+    examples = tasks.LM({**head, "instruct": False}, tokenizer).examples([tasks.Row("", "x" * 200)])
     assert sum(len(example.target) for example in examples) == 200  # all but the first, and the end
     assert max(map(finetune.length_of, examples)) == 64
 
@@ -2377,14 +2378,14 @@ def test_odd_files_lose_nothing(tmp_path, capsys):
              "long " * 90, *(f"t{i}" for i in range(60))]
     labels = ["a" if i % 3 else "b" for i in range(67)]
     data = write_rows(tmp_path / "a.csv", ("text", "label"), texts, labels)
-    rows = finetune.read_rows(data, "classify", dict.fromkeys(("text", "pair", "label", "group"), ""))
+    rows = tasks.read_rows(data, "classify", dict.fromkeys(("text", "pair", "label", "group"), ""))
     assert [row.text for row in rows] == [text.replace("\0", "\ufffd") for text in texts]
     assert rows[6].where.endswith(":9") and "NUL" in capsys.readouterr().err  # two\nlines took two
     tune(tmp_path / "out", f"--data={data}", "--epochs=1", *QUICK)
     said = capsys.readouterr().out
     assert "longer than 64" in said and "1 texts are empty" in said
     (tmp_path / "a.tsv").write_text('he said "no\t1\nyes\t0\n', encoding="utf-8")  # no header, a lone quote
-    rows = finetune.read_rows(str(tmp_path / "a.tsv"), "classify", {"text": "", "pair": "", "label": ""})
+    rows = tasks.read_rows(str(tmp_path / "a.tsv"), "classify", {"text": "", "pair": "", "label": ""})
     assert [(row.text, row.label) for row in rows] == [('he said "no', "1"), ("yes", "0")]
 
 
