@@ -1051,6 +1051,13 @@ def test_validation_is_one_number_for_any_batch_size(eval_iters):
     loss = model(x, y)[1].item()
     assert found[0]["val_loss"] == pytest.approx(loss, rel=1e-5)
     assert found[0]["val_bpb"] == pytest.approx(loss * y.numel() / math.log(2) / lengths[y].sum(), rel=1e-5)
+    # masks go with the windows
+    hide = partial(train.masked_tokens, rate=0.3, mask=60, vocab_size=60)
+    masked = [train.evaluate(train.Objective(tiny(causal=False), 5), data, 16, eval_iters, batch_size, lengths,
+                             "cpu", hide=hide) for batch_size in (1, 7, 64)]
+    assert all(one == pytest.approx(masked[0], rel=1e-6) for one in masked)
+    x, y = hide(x, starts // 16, 0)
+    assert masked[0]["val_loss"] == pytest.approx(tiny(causal=False)(x, y)[1].item(), rel=1e-5)
 
 
 def test_orthogonalise_brings_singular_values_near_1():
