@@ -225,10 +225,13 @@ class Objective(nn.Module):
         if self.teacher is not None and self.training:
             with torch.no_grad():
                 rows.append(self.teacher.hidden(idx))
-        if self.counted is not None:  # those that count first
+        rows = [t.flatten(0, 1) for t in rows]  # (B * T, C), (B * T,)
+        if self.counted is not None:
+            # each sequence's targets that count come first; a fixed number of them keeps all shapes fixed
             at = (targets == -1).byte().argsort(dim=1, stable=True)[:, :self.counted]  # (B, counted)
-            rows = [t.take_along_dim(at if t.ndim == 2 else at.unsqueeze(-1), dim=1) for t in rows]
-        x, *others = (t.flatten(0, 1) for t in rows)  # (N, C), (N,)
+            at = at + idx.size(1) * torch.arange(len(idx), device=idx.device).unsqueeze(1)
+            rows = [t.index_select(0, at.flatten()) for t in rows]  # (B * counted, C), (B * counted,)
+        x, *others = rows
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
             size = max(64, IN_CACHE // self.model.config.vocab_size)  # tokens in a chunk
             return InCache.apply(self.head_loss, size, x, others, *self.model.head.parameters())
@@ -485,8 +488,11 @@ def memory_advice(batch_size: int, gradient_accumulation_steps: int, remat: bool
         if half:
             advice.insert(0, f"--batch_size={half} --gradient_accumulation_steps="
                           f"{gradient_accumulation_steps * batch_size // half} is the same run in less")
-        raise UserError(f"batch_size={batch_size}: out of memory: "
-                        f"{'; '.join(advice) or 'lower block_size, or take a smaller model'}") from None
+        told = (f"batch_size={batch_size}: out of memory: "
+                f"{'; '.join(advice) or 'lower block_size, or take a smaller model'}")
+        if not main_process():  # it may have happened here alone, and an error of all is told by the first
+            print(f"error: {told}", file=sys.stderr, flush=True)
+        raise UserError(told) from None
 
 
 def measure(objective, model, optimizers, windows, batch_size, step_windows, amp, scaler, grad_clip, device,
