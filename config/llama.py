@@ -1,4 +1,4 @@
-"""Llama 3's architecture at the size of small.py, on the same data: SwiGLU, grouped queries, norms with gains.
+"""Llama 3's architecture at the size of small.py, on the same data.
 
 python sample.py --out_dir=out/llama --export=folder writes it as transformers' LlamaForCausalLM.
 """
