@@ -779,8 +779,8 @@ def main(model_args: dict):
             print(f"iter {iter_num}: {in_words(metrics)}")
         return
     if profile:
-        table = measure(objective, model, optimizers, windows, batch_size, step_windows, amp, scaler, grad_clip,
-                        run_device)
+        table = measure(objective, model, optimizers, windows, batch_size, step_windows, amp, scaler,
+                        grad_clip, run_device)
         if master:
             print(f"\n{table}")
         return
