@@ -25,8 +25,9 @@ from torch.overrides import TorchFunctionMode
 
 from checkpoint import write_text
 from config import SettingError, UserError, run
+from finetune import Row, Task, Tuned, task_of
 from model import Transformer
-from sample import load, newest_run, read_prompt
+from sample import build, newest_run, read_prompt, read_run
 from tokenizer import HubTokenizer, Tokenizer
 from train import pick_device
 
@@ -34,7 +35,8 @@ from train import pick_device
 # Settings
 out_dir: str = "out"  # a run's folder, or a folder of runs: the newest of them; a Hugging Face folder or id
 start: str = "the cat sat on the mat, and the dog sat on the"  # the text; FILE:path reads it from a file
-target: str = ""  # the token to explain, behind the text or in its gap; empty: the likeliest
+pair: str = ""  # the second text of a classifier of two, the context of a question
+target: str = ""  # what to explain: a token behind the text or in its gap, or a class; empty: the likeliest
 samples: int = 1000  # masked copies of the text that LIME is fitted to
 seed: int = 1337  # of their masks
 device: str = "auto"  # auto: cuda, else mps, else cpu
@@ -278,14 +280,52 @@ def next_or_masked_token(model, tokenizer, text: str, target: str) -> Subject:
                    f"probability {probs[wanted[0]].item():.1%}", neutral, at + model.config.causal)
 
 
+def task_s_answer(tuned: Tuned, task: Task, text: str, pair: str, target: str) -> Subject:
+    """A fine-tuned model's score of a class or a number, or of the answer's first and last token together."""
+    if task.head["task"] == "tag" or task.head["apart"]:
+        raise UserError("--out_dir: a model that tags words, or reads two texts apart, is not explained")
+    qa = task.head["task"] == "qa"
+    row = Row("--start", text, pair or ("" if qa else None), [("", 0)] if qa else None)
+    example = task.examples([row])[0]
+    idx, segments = (torch.tensor([row], device=tuned.head.weight.device) for row in example.parts[0])
+
+    def outputs(ids):  # (B, T) -> (B, K) of classes, or (B, T, 2) of an answer's ends
+        return tuned(ids, None, segments.expand(len(ids), -1))
+
+    with torch.no_grad():
+        out = outputs(idx)[0]
+    tokenizer = task.tokenizer
+    neutral = tokenizer.pad if tokenizer.mask is None else tokenizer.mask
+    if qa:
+        places = torch.tensor(example.places, device=idx.device)
+        first = places[out[places, 0].argmax()].item()
+        last = places[places >= first][out[places[places >= first], 1].argmax()].item()
+        answer = tokenizer.decode(idx[0, first:last + 1].tolist()).strip()
+        return Subject(idx, segments, lambda ids: outputs(ids)[:, [first, last], [0, 1]].sum(1), answer,
+                       "the answer", neutral, first)
+    if target and target not in task.number:
+        raise SettingError(f"--target={target}: the classes are {', '.join(task.labels)}")
+    k = task.number[target] if target else out.argmax().item()
+    answer = task.answers([None], [example], [out.cpu().numpy()])[0]  # probabilities, or a number
+    facts = f"probability {answer[k]:.1%}" if len(out) > 1 else f"that is {answer:.3f}"
+    return Subject(idx, segments, lambda ids: outputs(ids)[:, k], task.labels[k], facts, neutral, 0)
+
+
 def main():
     if samples < 1:
         raise SettingError(f"--samples={samples}: must be at least 1")
-    model, tokenizer = load(out_dir, pick_device(device))
-    if model.head is None:
-        raise UserError(f"{out_dir}: an encoder without a head for tokens predicts nothing to explain")
-    idx, segments, score, what, facts, neutral, place = next_or_masked_token(
-        model, tokenizer, read_prompt(start), target)
+    checkpoint, where, text = read_run(out_dir), pick_device(device), read_prompt(start)
+    speaks = checkpoint is None or checkpoint.get("head", {"task": "lm"})["task"] == "lm"
+    if speaks:
+        model, tokenizer = build(out_dir, checkpoint, where, torch.float32)
+        if model.head is None:
+            raise UserError(f"{out_dir}: an encoder without a head for tokens predicts nothing to explain")
+        subject = next_or_masked_token(model, tokenizer, text, target)
+    else:
+        tuned, task = task_of(checkpoint, where)
+        model, tokenizer = tuned.body, task.tokenizer
+        subject = task_s_answer(tuned, task, text, pair, target)
+    idx, segments, score, what, facts, neutral, place = subject
     ids, causal, name = idx[0].tolist(), model.config.causal, partial(shown, tokenizer)
     methods, change = attributions(model, score, idx, neutral, samples, seed)
     total = methods["integrated gradients"].sum().item()
@@ -293,9 +333,10 @@ def main():
         value = score(idx).item()
 
     # What it says at each place. Before the first token, a causal model has said nothing.
+    said = [{"best": [], "lens": []}] if causal and speaks else []
     actual = [*ids[1:], None] if causal else [None if i == tokenizer.mask else i for i in ids]
-    said = [{"best": [], "lens": []}] if causal else []
-    said += guesses(model, states_of_guesses(model, idx, segments, tokenizer.mask), actual, name)
+    if speaks:
+        said += guesses(model, states_of_guesses(model, idx, segments, tokenizer.mask), actual, name)
     heads = [[{"habit": habit(head, idx[0].cpu()),
                "weights": base64.b64encode((head * 255).round().byte().numpy().tobytes()).decode()}
               for head in layer[0].float().cpu()] for layer in maps.layers]
@@ -311,7 +352,7 @@ def main():
     # The short form, and the page.
     wide = max(map(len, found["tokens"]))
     print(f"{found['title']}\n\n{'token':>{wide}}     bits   rank  " + "  ".join(methods))
-    for i, (text, row) in enumerate(zip(found["tokens"], said)):
+    for i, (text, row) in enumerate(zip(found["tokens"], said or [{}] * len(ids))):
         guess = f"{row['bits']:7.2f} {row['rank']:6}" if "bits" in row else " " * 14
         print(f"{text:>{wide}}  {guess}  "
               + "  ".join(f"{values[i].item():{len(method)}.3f}" for method, values in methods.items()))

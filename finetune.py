@@ -36,7 +36,8 @@ import evaluate
 from checkpoint import load_checkpoint, load_model, model_of, save_checkpoint, write_text
 from config import SettingError, UserError, run
 from model import Config, Transformer
-from optim import BadSteps, load_optimizer_state, lr_factor, make_optimizers, optimizer_state, update
+from optim import (BadSteps, Pruning, load_optimizer_state, lr_factor, make_optimizers, optimizer_state,
+                   update)
 from tasks import TASKS, Classify, Example, Row, Task, deal, read_rows
 from tokenizer import Tokenizer, make_tokenizer
 from train import Stop, clock, keep_memory, pick_device, pick_dtype, plot, random_states
@@ -79,6 +80,7 @@ beta2: float = 0.98  # and of its square
 grad_clip: float = 1.0  # gradients with a larger norm are scaled down to it; 0: never
 l1: float = 0.0  # times the sum of the trained weights' sizes is added to the loss
 l2: float = 0.0  # times the sum of their squares
+sparsity: float = 0.0  # share of the blocks' weights that are 0 in the end, the smallest ones
 label_smoothing: float = 0.0  # share of the truth that is given to all classes alike
 class_weight: Literal["none", "balanced"] = "none"  # balanced: rare classes count as much as frequent ones
 token_dropout: float = 0.0  # share of the tokens hidden while training; 0.1 and up for small data
@@ -351,6 +353,7 @@ def fine_tune(folder: Path, train: list[Row], val: list[Row], test: list[Row], r
     plan = [batch for epoch in epochs for batch in epoch]  # the whole training
     epoch_ends = np.cumsum([len(epoch) for epoch in epochs])
     optimizers = make_optimizers(model, "adamw", s.learning_rate, 0.0, s.weight_decay, (s.beta1, s.beta2))
+    pruning = Pruning(body, s.sparsity, len(plan))
 
     # Where we are.
     where = {"data": fingerprint(train + val), "steps": len(plan),
@@ -446,6 +449,7 @@ def fine_tune(folder: Path, train: list[Row], val: list[Row], test: list[Row], r
         (scaler.scale(loss) if scaler else loss).backward()
         grad_norm = update(model, optimizers, losses[-1], s.grad_clip, scaler)
         iter_num += 1
+        pruning.after(iter_num)
         bad_steps.add(iter_num, s.learning_rate * factor, losses[-1], grad_norm)
         last = iter_num == len(plan)
 
@@ -468,8 +472,8 @@ def fine_tune(folder: Path, train: list[Row], val: list[Row], test: list[Row], r
             scores = {name: float(value) for name, value in task.scores(*task.arrays(val, answers)).items()}
             goal = scores[task.metric] * (-1 if task.metric == "loss" else 1)
             goal = [-math.inf if math.isnan(goal) else goal, -scores.get("loss", 0.0)]  # or the lower loss
-            better = not best or goal > best["goal"]
-            waited = 0 if better else waited + 1
+            better = pruning.is_done(iter_num) and (not best or goal > best["goal"])
+            waited = 0 if better else waited + pruning.is_done(iter_num)
             if better:
                 epoch = int(np.searchsorted(epoch_ends, iter_num)) + 1
                 best = {**scores, "goal": goal, "epoch": epoch, "iter": iter_num}
@@ -593,11 +597,14 @@ def main(model_args: dict):
     refuse("epochs batch_size log_interval", lambda x: x >= 1, "at least 1")
     refuse("max_length lora_rank weight_decay grad_clip l1 l2 min_lr patience eval_interval seed "
            "batch_size_end", lambda x: x >= 0, "at least 0")
-    refuse("label_smoothing token_dropout warmup beta1 beta2", lambda x: 0 <= x < 1, "at least 0 and below 1")
+    refuse("label_smoothing sparsity token_dropout warmup beta1 beta2", lambda x: 0 <= x < 1,
+           "at least 0 and below 1")
     refuse("learning_rate teacher_temperature lora_alpha", lambda x: 0 < x < math.inf, "above 0")
     refuse("teacher_weight", lambda x: 0 <= x <= 1, "from 0 to 1")
     refuse("folds", lambda x: x == 0 or x >= 3, "at least 3: one to test, one to validate, one to train on")
     refuse("data", bool, "a file of labelled examples: .csv, .tsv, .jsonl, .json, CoNLL")
+    if sparsity and (freeze or lora_rank):
+        raise SettingError(f"sparsity={sparsity}: prunes what is trained: leave out freeze and lora_rank")
     if freeze and lora_rank:
         raise SettingError(f"freeze=True: trains the head alone: leave out --lora_rank={lora_rank}")
     if folds and (data_val or data_test):

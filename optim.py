@@ -217,6 +217,10 @@ class Pruning:
         self.sparsity, self.begin, self.end = sparsity, steps // 5, max(1, steps * 7 // 10)
         self.interval, self.masks = max(1, steps // 100), None
 
+    def is_done(self, step: int) -> bool:
+        """From here on models compare: before, they had more weights left."""
+        return not self.sparsity or step >= self.end
+
     @torch.no_grad()
     def after(self, step: int) -> None:
         """What there is to do when so many updates have been made."""

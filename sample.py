@@ -63,8 +63,24 @@ def load(folder: str | Path, device: str | torch.device = "cpu",
     of such folders (the newest), a Hugging Face folder, or an id on its hub. Of a fine-tuned one, the body.
     Raises UserError where there is none of these, or it cannot be used.
     """
-    model, tokenizer = load_model(newest_run(Path(folder)), dtype)
-    return model.to(device).eval(), tokenizer
+    return build(folder, read_run(folder), device, dtype)
+
+
+def read_run(folder: str | Path) -> Optional[dict]:
+    """The checkpoint of a run, or of the newest run in the folder; None where there is none of ours."""
+    folder = newest_run(Path(folder))
+    names = ("best.pt", "ckpt.pt", "ckpt.prev.pt", "lora.pt")
+    return load_checkpoint(folder, names) if any((folder / name).exists() for name in names) else None
+
+
+def build(folder: str | Path, checkpoint: Optional[dict], device: str | torch.device,
+          dtype: torch.dtype) -> tuple[Transformer, Tokenizer | HubTokenizer]:
+    """The model of a run's checkpoint, or where that is None, of a Hugging Face folder or id."""
+    if checkpoint is None:
+        model, tokenizer = load_model(folder, dtype)
+    else:
+        model, tokenizer = model_of(checkpoint), Tokenizer.from_dict(checkpoint["tokenizer"])
+    return model.to(device, dtype).eval(), tokenizer
 
 
 def newest_run(folder: Path) -> Path:
@@ -191,18 +207,13 @@ def main():
         if not fine:
             raise SettingError(f"--{name}={value}: must be {wanted}")
     run_device = pick_device(device)
-    run_dtype, folder = pick_dtype(dtype, run_device), newest_run(Path(out_dir))
-    if list(folder.glob("*.pt")):
-        checkpoint = load_checkpoint(folder, ("best.pt", "ckpt.pt", "ckpt.prev.pt", "lora.pt"))
-        head = checkpoint.get("head") or {"task": "lm"}
-        if head["task"] != "lm" and not export:
-            judge(*finetune.task_of(checkpoint, run_device), start)
-            return
-        model = model_of(checkpoint).to(run_device, run_dtype).eval()
-        tokenizer = Tokenizer.from_dict(checkpoint["tokenizer"])
-    else:
-        model, tokenizer = load(out_dir, run_device, run_dtype)
-        head = {}
+    run_dtype, checkpoint = pick_dtype(dtype, run_device), read_run(out_dir)
+    head = (checkpoint or {}).get("head") or {"task": "lm"}
+    if head["task"] != "lm" and not export:
+        tuned, task = finetune.task_of(checkpoint, run_device)
+        judge(to_int8(tuned) if quantize else tuned, task, start)
+        return
+    model, tokenizer = build(out_dir, checkpoint, run_device, run_dtype)
     if export:
         write_pretrained(model, tokenizer, export)
         print(f"{export}: model and tokenizer, as transformers' from_pretrained reads them")

@@ -634,7 +634,8 @@ def test_a_long_text_in_pieces_gives_the_same_tokens(tmp_path, monkeypatch, patt
 
 
 def test_a_large_file_is_read_in_blocks_as_if_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "BLOCK", 64)
+    for module in (collect, prepare):
+        monkeypatch.setattr(module, "BLOCK", 64)
     text = MIXED * 5 + "y" * 3000 + "\n" + CHINESE * 20
     for name, encoding in (("a.txt", "utf-8"), ("b.txt", "utf-16"), ("c.txt", "gb18030")):
         (tmp_path / name).write_text(text, encoding=encoding, newline="")

@@ -876,8 +876,9 @@ def main(model_args: dict):
             if not math.isfinite(metrics["val_loss"]):
                 raise UserError(f"iter {iter_num}: the validation loss is {metrics['val_loss']}: lower "
                                 "learning_rate; the checkpoints are from before")
-            best = metrics["val_loss"] < best_val_loss
-            best_val_loss, since_best = (metrics["val_loss"], 0) if best else (best_val_loss, since_best + 1)
+            best = pruning.is_done(iter_num) and metrics["val_loss"] < best_val_loss
+            best_val_loss = metrics["val_loss"] if best else best_val_loss
+            since_best = 0 if best else since_best + pruning.is_done(iter_num)
             running.zero_()
             if master:
                 log({"iter": iter_num, "elapsed": elapsed(), "train_loss": train_loss, **metrics})
