@@ -134,18 +134,21 @@ def orthogonalise_together(G: torch.Tensor, steps: int) -> torch.Tensor:
     return torch.cat(parts)[:len(G)]
 
 
-def make_optimizers(model, optimizer, learning_rate, muon_lr, weight_decay, betas, momentum=0.9) -> list:
+def make_optimizers(model, optimizer, learning_rate, muon_lr, weight_decay, betas, momentum=0.9,
+                    embd_lr=None) -> list:
     """adamw, sgd or lars for all parameters; or muon for the matrices of the blocks, and AdamW for the rest.
 
-    Only matrices decay. momentum: of sgd and lars.
+    Only matrices decay. momentum: of sgd and lars. embd_lr: of the token embedding, where it has its own.
     """
     params = dict(model.named_parameters())
     in_muon = [name for name, p in params.items()
                if optimizer == "muon" and p.ndim == 2 and name.startswith("blocks.")]
     rest = [name for name in params if name not in in_muon]
-    matrices = [params[name] for name in rest if params[name].ndim == 2]
+    apart = [name for name in rest if name == "wte.weight" and embd_lr is not None]
+    matrices = [params[name] for name in rest if params[name].ndim == 2 and name not in apart]
     vectors = [params[name] for name in rest if params[name].ndim < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0},
+              {"params": [params[name] for name in apart], "weight_decay": weight_decay, "lr": embd_lr}]
     groups = [group for group in groups if group["params"]]
     if optimizer in ("sgd", "lars"):
         made = [Momentum(groups, learning_rate, momentum, trust=0.001 if optimizer == "lars" else None)]

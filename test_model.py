@@ -1094,6 +1094,10 @@ def test_muon_takes_the_blocks_matrices_and_only_matrices_decay():
     for group in adamw.param_groups:
         assert group["weight_decay"] == (0.1 if group["params"][0].ndim == 2 else 0)
     assert sum(len(g["params"]) for one in (adamw, muon) for g in one.param_groups) == len(names)
+    adamw, _ = make_optimizers(model, "muon", 1e-3, 0.02, 0.1, (0.9, 0.95), embd_lr=0.3)
+    own = [names[p] for group in adamw.param_groups if group["lr"] == 0.3 for p in group["params"]]
+    assert own == ["wte.weight"]
+    assert sum(len(group["params"]) for group in adamw.param_groups) == len(names) - len(held)
 
 
 @pytest.mark.parametrize("column", ["gpt2", "modern", "vanilla"])

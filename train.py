@@ -74,6 +74,7 @@ teacher_temperature: float = 2.0  # both models' scores are divided by this: abo
 optimizer: Literal["adamw", "muon", "lars", "sgd"] = "adamw"  # muon: for the blocks' matrices only
 learning_rate: float = 6e-4  # highest, of all but Muon
 muon_lr: float = 0.02  # highest, of Muon
+embd_lr: Optional[float] = None  # highest, of the token embedding; None: as learning_rate
 max_iters: int = 600000  # steps, that is updates of the weights
 weight_decay: float = 0.1  # of matrices, decoupled: each step takes away lr * weight_decay
 beta1: float = 0.9  # AdamW's memory of the gradient
@@ -635,7 +636,8 @@ def main(model_args: dict):
             "log_interval max_bad_steps patience")
     must_be("at least 0", lambda v: v >= 0, "eval_iters warmup_iters lr_decay_iters grad_clip weight_decay "
             "min_lr seed sample_tokens")
-    must_be("above 0", lambda v: 0 < v < math.inf, "learning_rate muon_lr teacher_temperature max_minutes")
+    must_be("above 0", lambda v: 0 < v < math.inf, "learning_rate muon_lr embd_lr "
+            "teacher_temperature max_minutes")
     must_be("at least 0 and below 1", lambda v: 0 <= v < 1, "beta1 beta2 momentum label_smoothing sparsity")
     must_be("above 0 and at most 1", lambda v: 0 < v <= 1, "decay_fraction mask_rate teacher_share")
     if lr_decay_iters is not None and lr_decay_iters < warmup_iters:
@@ -713,7 +715,7 @@ def main(model_args: dict):
     if remat:
         recompute_blocks(model)
     optimizers = make_optimizers(model, optimizer, learning_rate, muon_lr, weight_decay, (beta1, beta2),
-                                 momentum)
+                                 momentum, embd_lr)
     pruning = Pruning(model, sparsity, max_iters)
     hide = None if config.causal else partial(masked_tokens, rate=mask_rate, mask=tokenizer.mask,
                                               vocab_size=tokenizer.vocab_size)

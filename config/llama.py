@@ -11,3 +11,4 @@ act = "swiglu"  # (Shazeer 2020)
 norm_weight, norm_eps, norm_embd = True, 1e-5, False
 qk_norm, softcap = None, None
 rope_theta = 500000.0
+learning_rate, embd_lr = 3e-3, None  # no norm behind the embedding

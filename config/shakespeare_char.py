@@ -7,5 +7,6 @@ from config.small import *
 
 out_dir = "out/shakespeare_char"
 dataset = "shakespeare_char"
+learning_rate, embd_lr = 3e-3, 0.1  # a byte comes often
 max_iters = 1000
 eval_interval, eval_iters, log_interval = 250, 0, 25

@@ -15,8 +15,9 @@ softcap = 15.0  # no logit runs away
 init = "zero_out"  # blocks start as the identity, the first prediction is uniform
 
 # the optimizer
-optimizer = "muon"
-learning_rate, muon_lr = 3e-3, 0.02
+optimizer = "muon"  # for the blocks' matrices; AdamW for the embedding and the head
+muon_lr, learning_rate = 0.02, 1e-2
+embd_lr = 0.3  # a norm follows the embedding: its steps may be large, and a rare token has few of them
 weight_decay = 0.0
 schedule, warmup_iters, min_lr, decay_fraction = "wsd", 10, 0.0, 0.6
 

@@ -13,5 +13,5 @@ qk_norm, act, bias = None, "relu", True
 tied, head_bias, softcap = False, True, None
 init = "uniform"
 dropout = 0.1
-optimizer, learning_rate, min_lr = "adamw", 1e-3, 1e-5
+optimizer, learning_rate, embd_lr, min_lr = "adamw", 1e-3, None, 1e-5
 schedule, warmup_iters = "cosine", 100
