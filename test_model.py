@@ -257,7 +257,7 @@ def test_bpe_is_as_good_as_the_tokenizers_library(corpus, n):
     texts = [text for _, text in collect.documents("python" if corpus == "python" else f"{ROOT}/*.py")]
     text, start = "".join(texts), time.time()
     ours = make_tokenizer("bpe", [text], n + 2)
-    assert time.time() - start < 10
+    assert time.time() - start < 10 or not os.environ.get("TIMED")
     theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
     theirs.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
         [tokenizers.pre_tokenizers.Split(tokenizers.Regex(PIECES), "isolated"),
@@ -775,7 +775,7 @@ def test_memory_is_bounded_and_throughput_is_not_bad(tmp_path):
                           env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) / (1e6 if sys.platform == "linux" else 1e9) < 0.8  # GB
-    assert time.time() - start < 200 / 4  # twice the time that it takes on two quiet cores
+    assert time.time() - start < 200 / 8 or not os.environ.get("TIMED")  # MB, at 8 MB/s
 
 
 # -----------------------------------------------------------------------------
@@ -3081,7 +3081,14 @@ def test_the_readme_s_commands_are_right(monkeypatch):
     for words in map(shlex.split, readme_commands()):
         if words[0] == "pip" or words[:3] == ["python", "-m", "pytest"]:
             continue
-        scripts = {"train.py": train, "prepare.py": prepare, "sample.py": sample, "finetune.py": finetune}
+        if words[:3] == ["python", "-m", "config.search"]:
+            own = [word for word in words if word.partition("=")[0].lstrip("-") in search.__annotations__]
+            settings.configure(dict(vars(search)), None, own)
+            others = [word for word in words[4:] if word not in own]
+            assert search.read_words(others, search.settings_of(words[3]))[1]
+            continue
+        scripts = {"train.py": train, "prepare.py": prepare, "sample.py": sample, "finetune.py": finetune,
+                   "explain.py": explain}
         at = next(i for i, word in enumerate(words) if word in scripts)
         args = [word for word in words[at + 1:] if word != "--help"]
         module = scripts[words[at]]
