@@ -16,8 +16,10 @@ From Python, `load` is all it takes:
     model, tokenizer = load("out/small")
 """
 import csv
+import io
 import itertools
 import sys
+import time
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -179,8 +181,22 @@ def judge(model: finetune.Tuned, task: tasks.Task, start: str) -> None:
     if start.startswith("FILE:") and Path(path).suffix.lower() in tables:
         columns = {**task.head["columns"], "label": "", "group": ""}
         rows = tasks.read_rows(path, task.head["task"], columns, labelled=False)
-        header, lines = task.table(rows, finetune.predict(model, task, rows))
+        judged = task.head["task"] == "classify" and all(
+            isinstance(row.label, str) and row.label in task.number for row in rows)
+        for row in rows if not judged else ():
+            row.label = None  # what is there is not what was learned
+        began = time.perf_counter()
+        answers = finetune.predict(model, task, rows)
+        each = (time.perf_counter() - began) / len(rows)
+        header, lines = task.table(rows, answers)
         csv.writer(sys.stdout, lineterminator="\n").writerows([header, *lines])
+        weights = io.BytesIO()
+        torch.save(model.state_dict(), weights)
+        told = f"{len(rows):,} rows, {1000 * each:.2f} ms each, by {weights.tell() / 1e6:.2f} MB of weights"
+        if judged:
+            scores = task.scores(*task.arrays(rows, answers))
+            told += f": {task.metric} {float(scores[task.metric]):.4f}"
+        print(told, file=sys.stderr)
         return
     text, pair = read_prompt(start).strip(), None
     if task.head["paired"]:  # the second text, or what a question is about, on the lines after the first

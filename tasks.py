@@ -46,8 +46,7 @@ USUAL = {"text": ("text", "sentence", "sentence1", "review", "content", "questio
 def read_rows(path: str, task: str, columns: dict, labelled: bool = True) -> list[Row]:
     """The examples in a file. columns: text, pair, label, group -> a name, a number or "".
 
-    labelled=False: labels may be missing, and are left out. Raises UserError, with file and line, for what
-    cannot be read.
+    labelled=False: labels may be missing. Raises UserError, with file and line, for what cannot be read.
     """
     content, kind = read_text(path), Path(path).suffix.lower()
     if task == "qa":
@@ -61,8 +60,6 @@ def read_rows(path: str, task: str, columns: dict, labelled: bool = True) -> lis
         rows = list(to_rows(path, read(path, content, kind, columns), task, columns, labelled))
     if not rows:
         raise UserError(f"{path}: holds no examples")
-    for row in rows if not labelled else ():
-        row.label = None  # what is there is not asked for
     return rows
 
 
