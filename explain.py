@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import Optional
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from checkpoint import write_text
 from config import SettingError, UserError, run
-from finetune import Row, Task, Tuned, task_of
+from finetune import Row, Task, Tuned, predict, task_of
 from model import Transformer
 from sample import build, newest_run, read_prompt, read_run
 from tokenizer import HubTokenizer, Tokenizer
@@ -44,20 +44,20 @@ device: str = "auto"  # auto: cuda, else mps, else cpu
 
 BATCH = 32  # copies of the text that go through the model together
 LONGEST = 128  # tokens looked at; of a longer text, the last ones
-Score = Callable[[torch.Tensor], torch.Tensor]  # (B, T) token ids -> (B,): the number to be explained
+
+
+def stages(model: Transformer) -> list[torch.nn.Module]:
+    return [*model.blocks, model.norm_f]
 
 
 @contextlib.contextmanager
 def watched(model: Transformer) -> Iterator[list[torch.Tensor]]:
-    """A list that fills with the hidden states, (B, T, C): into the first block, and out of each."""
+    """A list that fills with the hidden states, (B, T, C): into each block, and into the last norm."""
     states = []
-    handles = [model.blocks[0].register_forward_pre_hook(lambda block, args: states.append(args[0])),
-               *(one.register_forward_hook(lambda block, args, x: states.append(x)) for one in model.blocks)]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for stage in stages(model):
+            hooks.enter_context(stage.register_forward_pre_hook(lambda _, args: states.append(args[0])))
         yield states
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class AttentionMaps(TorchFunctionMode):
@@ -69,102 +69,64 @@ class AttentionMaps(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.scaled_dot_product_attention:
-            self.layers.append(attention_weights(*args, **kwargs))
+            q, k, _ = args
+            each = torch.eye(k.size(2), dtype=q.dtype, device=q.device).expand(*k.shape[:3], -1)
+            self.layers.append(function(q, k, each, **kwargs))  # the mix of unit vectors is the weights
         return function(*args, **(kwargs or {}))
 
 
-def attention_weights(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """softmax(q k / sqrt(D)), by the arguments of scaled_dot_product_attention."""
-    k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)  # grouped heads share theirs
-    scores = q @ k.transpose(-2, -1) * (scale or q.size(-1) ** -0.5)
-    if is_causal:
-        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, -math.inf)
-    return scores.softmax(-1)
-
-
-# On what does a score rest? Four answers, each (T,): what a token adds to it, against a neutral one there.
-# x and baseline, (1, T, C), are what goes into the first block, for the text and for as many neutral tokens:
-# not the embeddings, for a norm may follow, and then no gradient points along them. score_at takes such x,
-# (n, T, C) -> (n,).
-
-def gradient(score_at, x: torch.Tensor) -> torch.Tensor:
-    x = x.detach().requires_grad_()
-    return torch.autograd.grad(score_at(x).sum(), x)[0]
-
-
-def integrated_gradients(score_at, x: torch.Tensor, baseline: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """x - baseline times the gradient, on average over the way between them (Sundararajan et al. 2017).
-
-    Also the change of the score from the one to the other, which the sum equals: the way is looked at ever
-    more closely until it does, to a thousandth.
-    """
-    with torch.no_grad():
-        change = score_at(torch.cat((baseline, x))).diff().item()
-    for points in (32, 128, 512, 2048):  # more for a path with many kinks, as relu makes them
-        rule = np.polynomial.legendre.leggauss(points)  # Gauss's places, from -1 to 1, and their weights
-        places, weights = torch.tensor(np.stack(rule), dtype=torch.float32, device=x.device) / 2
-        ways = (baseline + (part.view(-1, 1, 1) + 0.5) * (x - baseline) for part in places.split(BATCH))
-        slopes = torch.cat([gradient(score_at, way) for way in ways])  # (points, T, C)
-        found = ((x - baseline) * (weights.view(-1, 1, 1) * slopes).sum(0)).sum(-1)[0]
-        if abs(found.sum().item() - change) <= 1e-3 * abs(change):
-            break
-    return found, change
-
-
-def grad_cam(model: Transformer, score_at, x: torch.Tensor) -> torch.Tensor:
-    """How far each token's hidden state, half way up, lies in the direction that raises the score.
-
-    The direction is the gradient there, on average over the tokens; less than 0 is 0 (Selvaraju et al. 2017).
-    """
-    x = x.detach().requires_grad_()
-    with watched(model) as states:
-        value = score_at(x).sum()
-    state = states[len(states) // 2]
-    slopes = torch.autograd.grad(value, state)[0]
-    return (state * slopes.mean(1, keepdim=True)).sum(-1)[0].detach().clamp(min=0)
-
-
-@torch.no_grad()
-def lime(score_at, x: torch.Tensor, baseline: torch.Tensor, samples: int, seed: int) -> torch.Tensor:
-    """The weights of a linear model of the score, by which tokens are there (Ribeiro et al. 2016).
-
-    Fitted to copies with few or many tokens neutral; the nearer to the whole text, the more a copy counts.
-    """
-    T, generator = x.size(1), torch.Generator().manual_seed(seed)
-    missing = torch.randint(0, T + 1, (samples, 1), generator=generator)
-    there = (torch.rand(samples, T, generator=generator).argsort(1).argsort(1) >= missing).double()  # (n, T)
-    shares = there.float().to(x.device).unsqueeze(-1)  # of each token's own vector, (n, T, 1)
-    mixed = (torch.lerp(baseline, x, part) for part in shares.split(BATCH))
-    scores = torch.cat([score_at(part) for part in mixed]).cpu().double()
-    weights = torch.exp(-(1 - there.mean(1).sqrt()) ** 2 / 0.25 ** 2)
-    columns = F.pad(there, (0, 1), value=1.0)  # and a constant
-    gram = columns.T @ (weights.unsqueeze(1) * columns) + 1e-6 * torch.eye(T + 1)  # a slight ridge
-    return torch.linalg.solve(gram, columns.T @ (weights * scores))[:-1]
-
-
-def attributions(model: Transformer, score: Score, idx: torch.Tensor, neutral: int, samples: int = 1000,
+def attributions(model: Transformer, score: Callable, idx: torch.Tensor, neutral: int, samples: int = 1000,
                  seed: int = 1337) -> tuple[dict[str, torch.Tensor], float]:
-    """Each method's answer, (T,), for any score of a text, idx (1, T), that a gradient goes through.
+    """What each token adds to the score of a text, idx (1, T): four methods' answers, (T,) each.
 
-    neutral: the token that stands for none. Also by how much it would change the score in all places.
+    neutral: the token that stands for none. Also returned: how much less a text of these alone would score.
+    The methods ask about what goes into the first block, not the embeddings: a norm may follow those, and
+    then no gradient points along them.
     """
-    def score_at(x):
-        handle = model.blocks[0].register_forward_pre_hook(lambda block, args: (x, *args[1:]))
-        try:
-            return score(idx.expand(len(x), -1))
-        finally:
-            handle.remove()
-
     with torch.no_grad(), watched(model) as states:
-        score(torch.cat((idx, torch.full_like(idx, neutral))))
-    x, baseline = states[0].split(1)
-    path, change = integrated_gradients(score_at, x, baseline)
-    found = {"gradient x input": ((x - baseline) * gradient(score_at, x)).sum(-1)[0],
-             "integrated gradients": path,
-             "Grad-CAM": grad_cam(model, score_at, x),
-             "LIME": lime(score_at, x, baseline, samples, seed)}
+        whole, nothing = score(torch.cat((idx, torch.full_like(idx, neutral)))).tolist()
+    x, baseline = states[0].split(1)  # (1, T, C) each
+    change = whole - nothing
+
+    def score_from(x, n=0):  # were x, (B, T, C), what goes into stage n: (B,)
+        with stages(model)[n].register_forward_pre_hook(lambda _, args: (x, *args[1:])):
+            return score(idx.expand(len(x), -1))
+
+    def slope(x, n=0):  # its gradient, (B, T, C)
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(score_from(x, n).sum(), x)[0]
+
+    def blends(shares):  # (n, T or 1) of the text, the rest neutral: (B, T, C), batch by batch
+        return (torch.lerp(baseline, x, part.unsqueeze(-1)) for part in shares.to(x).split(BATCH))
+
+    found = {"gradient x input": ((x - baseline) * slope(x)).sum(-1)[0]}
+
+    # The gradient on average over the way from neutral to the text, times the way: the sum is the change of
+    # the score (Sundararajan et al. 2017). More points where it is not yet: relu makes a way of many kinks.
+    for points in (32, 128, 512, 2048):
+        places, weights = torch.tensor(np.array(np.polynomial.legendre.leggauss(points)) / 2)
+        slopes = torch.cat([slope(part) for part in blends(places.unsqueeze(1) + 0.5)])  # (points, T, C)
+        average = torch.einsum("n,ntc->tc", weights.to(x), slopes)
+        found["integrated gradients"] = ((x - baseline)[0] * average).sum(-1)
+        if abs(found["integrated gradients"].sum().item() - change) <= 1e-3 * abs(change):
+            break
+
+    # How far each hidden state, half way up, points to where the score rises: the gradient there, on average
+    # over the tokens. Less than 0 is 0 (Selvaraju et al. 2017).
+    half = len(states) // 2
+    state = states[half][:1]
+    found["Grad-CAM"] = (state * slope(state, half).mean(1, keepdim=True)).sum(-1)[0].clamp(min=0)
+
+    # A linear model of the score by which tokens are there, fitted to copies with few or many of them
+    # neutral; the nearer to the whole text, the more a copy counts (Ribeiro et al. 2016).
+    rand = partial(torch.rand, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    there = (rand(samples, idx.size(1)) >= rand(samples, 1)).double()  # (n, T); any number of them as often
+    with torch.no_grad():
+        scores = torch.cat([score_from(part) for part in blends(there)]).cpu().double()
+    nearness = torch.exp(-(1 - there.mean(1, keepdim=True).sqrt()) ** 2 / 0.25 ** 2)  # (n, 1)
+    columns = F.pad(there, (0, 1), value=1.0)  # and a constant
+    fit = torch.linalg.lstsq(nearness.sqrt() * columns, nearness.sqrt() * scores.unsqueeze(1))
+    found["LIME"] = fit.solution[:-1, 0]
     return {method: values.cpu().double() for method, values in found.items()}, change
 
 
@@ -175,54 +137,50 @@ def rank_agreement(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def habit(weights: torch.Tensor, ids: torch.Tensor) -> str:
-    """Where most of a head's attention, (T, T), goes on this text, and how much; empty where that is unclear.
-    """
-    T, same = len(ids), (ids.unsqueeze(1) == ids).fill_diagonal_(False)
-    previous = torch.diag(torch.ones(T - 1), -1)
-    habits = {"itself": torch.eye(T), "previous token": previous, "next token": previous.T,
-              "first token": torch.eye(T)[:1].expand(T, T), "same token": same,
+    """Where most of a head's attention, (T, T), goes on this text, and how much; empty where unclear."""
+    T = len(ids)
+    itself, same = torch.eye(T), (ids.unsqueeze(1) == ids).float().fill_diagonal_(0)
+    habits = {"itself": itself, "first token": itself[:1].expand(T, T), "same token": same,
+              "previous token": itself.roll(1, 0).tril(), "next token": itself.roll(-1, 0).triu(),
               "after the same token": F.pad(same[:, :-1], (1, 0)).tril(-1)}  # an induction head
     seen = torch.ones(T, T) if weights.triu(1).any() else torch.ones(T, T).tril()
-    even = seen / seen.sum(1, keepdim=True)
-    shares = {}
+    even, best, most = F.normalize(seen, p=1), "", 0.3
     for name, places in habits.items():
-        rows = ((places * seen).sum(1) > 0) & (torch.arange(T) > 1)  # the first two have little choice
+        rows = (places * seen).any(1) & (torch.arange(T) > 1)  # the first two have little choice
         share, chance = ((one * places).sum(1)[rows].mean().item() for one in (weights, even))
-        if share > max(0.3, 2 * chance):  # never where there are no such places: NaN
-            shares[name] = share
-    best = max(shares, key=shares.get, default=None)
-    return f"{best} {shares[best]:.0%}" if best else ""
+        if share > max(most, 2 * chance):  # never where there are no such places: NaN
+            best, most = f"{name} {share:.0%}", share
+    return best
+
+
+def shown(tokenizer: Tokenizer | HubTokenizer, token: int) -> str:
+    """A token's text, in which line breaks and parts of characters can be seen."""
+    special = {i: name for name, i in tokenizer.specials.items()}.get(token)
+    pieces = tokenizer.token_bytes[token:token + 1]  # none for the rest of a padded vocabulary
+    text = special or b"".join(pieces).decode("utf-8", "backslashreplace")
+    text = text.replace("\n", "\u21b5").replace("\t", "\u21e5")
+    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 @torch.no_grad()
-def states_of_guesses(model, idx, segments, mask: Optional[int]) -> torch.Tensor:
-    """The hidden states in which the model guesses a token: (L + 1, T, C), into the first block, out of each.
+def guesses(model: Transformer, idx: torch.Tensor, mask: Optional[int], name: Callable) -> list[dict]:
+    """For each token of a text, (1, T): its probability, rank and surprisal in bits; the likeliest there; and
+    the likeliest by each layer, were it the last (the logit lens, nostalgebraist 2020).
 
-    A causal model guesses, at each place, the next token; a masked one that token itself, masked.
+    A causal model guesses what comes next, so nothing at first, and one token more in the end; a masked one
+    guesses each token, masked.
     """
-    places = torch.arange(idx.size(1), device=idx.device)
-    if model.config.causal:
-        with watched(model) as states:
-            model.hidden(idx)
-        return torch.cat(states)
-    copies = torch.where(places.unsqueeze(1) == places, mask, idx)  # (T, T), each with a gap of its own
-    found = []
-    for part in places.split(BATCH):
-        with watched(model) as states:
-            model.hidden(copies[part], segments=segments.expand(len(part), -1))
-        found.append(torch.stack(states)[:, torch.arange(len(part), device=part.device), part])
-    return torch.cat(found, dim=1)
-
-
-@torch.no_grad()
-def guesses(model, states: torch.Tensor, actual: list[Optional[int]], name: Callable) -> list[dict]:
-    """For each place: the actual token's probability, rank and surprisal in bits; the likeliest tokens; and
-    the likeliest by each layer, were it the last (the logit lens, nostalgebraist 2020)."""
-    found = []
-    for i, token in enumerate(actual):
-        probs = model.logits(model.norm_f(states[:, i])).softmax(-1)  # (L + 1, V)
+    causal, ids = model.config.causal, idx[0].tolist()
+    found = [{"token": name(ids[0]), "best": [], "lens": []}] if causal else []
+    for i, token in enumerate([*ids[1:], None] if causal else [None if t == mask else t for t in ids]):
+        if i == 0 or not causal:
+            with watched(model) as states:
+                model.hidden(idx if causal else idx.index_fill(1, torch.tensor([i]).to(idx.device), mask))
+        at_i = torch.stack([state[0, i] for state in states])  # (L + 1, C)
+        probs = model.logits(model.norm_f(at_i)).softmax(-1)  # (L + 1, V)
         row = {key: [[name(t), p] for p, t in zip(values.tolist(), tokens.tolist())]
                for key, (values, tokens) in (("best", probs[-1].topk(6)), ("lens", probs.max(-1)))}
+        row["token"] = "?" if token is None else name(token)
         if token is not None:
             p = probs[-1, token]
             row |= {"p": p.item(), "rank": int((probs[-1] > p).sum()) + 1, "bits": -p.log2().item()}
@@ -230,85 +188,70 @@ def guesses(model, states: torch.Tensor, actual: list[Optional[int]], name: Call
     return found
 
 
-def shown(tokenizer: Tokenizer | HubTokenizer, token: int) -> str:
-    """A token's text, in which line breaks and parts of characters can be seen."""
-    special = next((name for name, i in tokenizer.specials.items() if i == token), None)
-    if special or token >= len(tokenizer.token_bytes):
-        return special or f"<{token}>"
-    text = tokenizer.token_bytes[token].decode("utf-8", "backslashreplace")
-    text = text.replace("\n", "\u21b5").replace("\t", "\u21e5")
-    return text if text.isprintable() else ascii(text)[1:-1]
+# What is to be explained: a text's token ids, (1, T); a score of it; whose score that is, and more about it;
+# the token that stands for none.
 
-
-class Subject(NamedTuple):
-    """What is to be explained: a score of a text by a model."""
-    idx: torch.Tensor  # (1, T) token ids
-    segments: torch.Tensor  # (1, T), to which of two texts each belongs
-    score: Score
-    what: str  # has this score
-    facts: str  # more about it
-    neutral: int  # the token that stands for none
-    place: int  # where the page's reader looks first
-
-
-def next_or_masked_token(model, tokenizer, text: str, target: str) -> Subject:
+@torch.no_grad()
+def of_a_token(model: Transformer, tokenizer, text: str, target: str) -> tuple:
     """A language model's logit of a token behind the text, or in its gap: of target, else the likeliest."""
     ids, most = tokenizer.encode(text, specials=True), min(LONGEST, model.config.block_size)
     if model.config.causal:
         if len(ids) > most:
             print(f"(the last {most} of the text's {len(ids)} tokens)")
-        ids = ids[-most:] or [tokenizer.eot]
-        kinds, at, neutral = [0] * len(ids), len(ids) - 1, tokenizer.eot
+        ids, at, neutral = ids[-most:] or [tokenizer.eot], -1, tokenizer.eot
     else:
-        ids, kinds = tokenizer.wrap(ids)
+        ids, _ = tokenizer.wrap(ids)
         if tokenizer.mask not in ids or len(ids) > most:
             raise UserError("--start: a masked model fills a gap: write its mask token there, <|mask|> or "
                             f"[MASK] for instance, in {most} tokens at most (here are {len(ids)})")
         at, neutral = ids.index(tokenizer.mask), tokenizer.mask
-    idx, segments = (torch.tensor([row], device=model.wte.weight.device) for row in (ids, kinds))
+    idx = torch.tensor([ids], device=model.wte.weight.device)
 
     def logits(ids):  # (B, T) -> (B, V)
-        return model.logits(model.hidden(ids, segments=segments.expand(len(ids), -1))[:, at])
+        return model.logits(model.hidden(ids)[:, at])
 
-    with torch.no_grad():
-        probs = logits(idx)[0].softmax(-1)
-    wanted = tokenizer.encode(target, specials=True) or [probs[:tokenizer.vocab_size].argmax().item()]
-    names = [shown(tokenizer, token) for token in wanted]
-    if len(wanted) > 1:
-        raise SettingError(f"--target={target}: one token is wanted, not {len(wanted)}: {names}")
-    return Subject(idx, segments, lambda ids: logits(ids)[:, wanted[0]], names[0],
-                   f"probability {probs[wanted[0]].item():.1%}", neutral, at + model.config.causal)
+    probs = logits(idx)[0].softmax(-1)
+    k, *more = tokenizer.encode(target, specials=True) or [probs[:tokenizer.vocab_size].argmax().item()]
+    if more:
+        raise SettingError(f"--target={target}: one token is wanted; these are {1 + len(more)}, of which the "
+                           f"first is {shown(tokenizer, k)!r}")
+    facts = f"probability {probs[k].item():.1%}"
+    return idx, lambda ids: logits(ids)[:, k], shown(tokenizer, k), facts, neutral
 
 
-def task_s_answer(tuned: Tuned, task: Task, text: str, pair: str, target: str) -> Subject:
-    """A fine-tuned model's score of a class or a number, or of the answer's first and last token together."""
-    if task.head["task"] == "tag" or task.head["apart"]:
+@torch.no_grad()
+def of_a_task(tuned: Tuned, task: Task, text: str, pair: str, target: str) -> tuple:
+    """A fine-tuned model's score of a class or a number, or of an answer's first and last token together."""
+    kind, paired, tokenizer = task.head["task"], task.head["paired"], task.tokenizer
+    if kind == "tag" or task.head["apart"]:
         raise UserError("--out_dir: a model that tags words, or reads two texts apart, is not explained")
-    qa = task.head["task"] == "qa"
-    row = Row("--start", text, pair or ("" if qa else None), [("", 0)] if qa else None)
-    example = task.examples([row])[0]
-    idx, segments = (torch.tensor([row], device=tuned.head.weight.device) for row in example.parts[0])
+    if bool(pair) != paired:
+        raise SettingError(f"--pair={pair}: the model reads {'two texts' if paired else 'one text'}")
+    if target and (kind != "classify" or target not in task.number):
+        raise SettingError(f"--target={target}: must be a class, one of {', '.join(task.labels)}")
+    row, found = Row("--start", text, pair or None), []
+    for example in task.examples([row]):  # several are windows of a long context
+        idx, segments = (torch.tensor([part], device=tuned.head.weight.device) for part in example.parts[0])
+        out = tuned(idx, None, segments)[0]  # (K,); of an answer's ends (T, 2)
+        if kind == "qa":
+            firsts, lasts = out[example.places].cpu().T  # (n,) each, of the context's tokens
+            fine = torch.ones(len(firsts), len(firsts), dtype=torch.bool).triu().tril(task.longest - 1)
+            spans = (firsts.unsqueeze(1) + lasts).masked_fill(~fine, -math.inf)
+            first, last = example.places[list(divmod(spans.argmax().item(), len(firsts)))].tolist()
+            what, columns = tokenizer.decode(idx[0, first:last + 1].tolist()), [2 * first, 2 * last + 1]
+        else:
+            k = task.number[target] if target else out.argmax().item()
+            what, columns = task.labels[k], [k]
+        found.append((out.flatten()[columns].sum().item(), what, columns, idx, segments))
+    _, what, columns, idx, segments = max(found, key=lambda one: one[0])
 
-    def outputs(ids):  # (B, T) -> (B, K) of classes, or (B, T, 2) of an answer's ends
-        return tuned(ids, None, segments.expand(len(ids), -1))
+    def score(ids):
+        return tuned(ids, None, segments.expand(len(ids), -1)).flatten(1)[:, columns].sum(1)
 
-    with torch.no_grad():
-        out = outputs(idx)[0]
-    tokenizer = task.tokenizer
-    neutral = tokenizer.pad if tokenizer.mask is None else tokenizer.mask
-    if qa:
-        places = torch.tensor(example.places, device=idx.device)
-        first = places[out[places, 0].argmax()].item()
-        last = places[places >= first][out[places[places >= first], 1].argmax()].item()
-        answer = tokenizer.decode(idx[0, first:last + 1].tolist()).strip()
-        return Subject(idx, segments, lambda ids: outputs(ids)[:, [first, last], [0, 1]].sum(1), answer,
-                       "the answer", neutral, first)
-    if target and target not in task.number:
-        raise SettingError(f"--target={target}: the classes are {', '.join(task.labels)}")
-    k = task.number[target] if target else out.argmax().item()
-    answer = task.answers([None], [example], [out.cpu().numpy()])[0]  # probabilities, or a number
-    facts = f"probability {answer[k]:.1%}" if len(out) > 1 else f"that is {answer:.3f}"
-    return Subject(idx, segments, lambda ids: outputs(ids)[:, k], task.labels[k], facts, neutral, 0)
+    header, (cells,) = task.table([row], predict(tuned, task, [row]))
+    facts = ", ".join(f"{name} {cell}" for name, cell in zip(header, cells)
+                      if name in ("prediction", "score", f"prob_{what}"))
+    return idx, score, what.strip(), facts, tokenizer.pad if tokenizer.mask is None else tokenizer.mask
 
 
 def main():
@@ -320,47 +263,41 @@ def main():
         model, tokenizer = build(out_dir, checkpoint, where, torch.float32)
         if model.head is None:
             raise UserError(f"{out_dir}: an encoder without a head for tokens predicts nothing to explain")
-        subject = next_or_masked_token(model, tokenizer, text, target)
+        idx, score, what, facts, neutral = of_a_token(model, tokenizer, text, target)
     else:
         tuned, task = task_of(checkpoint, where)
         model, tokenizer = tuned.body, task.tokenizer
-        subject = task_s_answer(tuned, task, text, pair, target)
-    idx, segments, score, what, facts, neutral, place = subject
-    ids, causal, name = idx[0].tolist(), model.config.causal, partial(shown, tokenizer)
+        idx, score, what, facts, neutral = of_a_task(tuned, task, text, pair, target)
     methods, change = attributions(model, score, idx, neutral, samples, seed)
-    total = methods["integrated gradients"].sum().item()
     with torch.no_grad(), AttentionMaps() as maps:
         value = score(idx).item()
-
-    # What it says at each place. Before the first token, a causal model has said nothing.
-    said = [{"best": [], "lens": []}] if causal and speaks else []
-    actual = [*ids[1:], None] if causal else [None if i == tokenizer.mask else i for i in ids]
-    if speaks:
-        said += guesses(model, states_of_guesses(model, idx, segments, tokenizer.mask), actual, name)
-    heads = [[{"habit": habit(head, idx[0].cpu()),
-               "weights": base64.b64encode((head * 255).round().byte().numpy().tobytes()).decode()}
-              for head in layer[0].float().cpu()] for layer in maps.layers]
+    name, total = partial(shown, tokenizer), methods["integrated gradients"].sum().item()
+    tokens = [name(i) for i in idx[0].tolist()]
+    said = guesses(model, idx, tokenizer.mask, name) if speaks else []
     found = {
         "title": f"{out_dir}: {len(model.blocks)} layers, {model.config.n_head} heads",
-        "summary": f"logit {value:.3f}, {facts}; were all tokens {name(neutral)}, the logit would be "
-                   f"{change:.4f} less; integrated gradients add up to {total:.4f}, "
+        "summary": f"output {value:.3f}, {facts}; {change:+.4f} against a text of {name(neutral)} alone; "
+                   f"integrated gradients add up to {total:+.4f}, "
                    f"{abs(total - change) / max(abs(change), 1e-9):.2%} off",
-        "tokens": [name(i) for i in ids], "token": what, "place": place, "said": said,
-        "methods": {method: values.tolist() for method, values in methods.items()}, "heads": heads,
-        "agreement": [[rank_agreement(a, b) for b in methods.values()] for a in methods.values()]}
+        "token": what, "tokens": tokens, "said": said,
+        "methods": {method: values.tolist() for method, values in methods.items()},
+        "agreement": [[rank_agreement(a, b) for b in methods.values()] for a in methods.values()],
+        "heads": [[{"habit": habit(head, idx[0].cpu()),
+                    "weights": base64.b64encode((head * 255).round().byte().numpy().tobytes()).decode()}
+                   for head in layer[0].cpu()] for layer in maps.layers]}
 
     # The short form, and the page.
-    wide = max(map(len, found["tokens"]))
+    wide = max(map(len, tokens))
     print(f"{found['title']}\n\n{'token':>{wide}}     bits   rank  " + "  ".join(methods))
-    for i, (text, row) in enumerate(zip(found["tokens"], said or [{}] * len(ids))):
-        guess = f"{row['bits']:7.2f} {row['rank']:6}" if "bits" in row else " " * 14
-        print(f"{text:>{wide}}  {guess}  "
-              + "  ".join(f"{values[i].item():{len(method)}.3f}" for method, values in methods.items()))
+    for token, row, *values in zip(tokens, said or [{}] * len(tokens), *methods.values()):
+        cells = [f"{row['bits']:7.2f} {row['rank']:6}" if "bits" in row else " " * 14,
+                 *(f"{value:{len(method)}.3f}" for method, value in zip(methods, values))]
+        print(f"{token:>{wide}}", *cells, sep="  ")
     print(f"\nexplained: {what!r}, {found['summary']}\n\nrank agreement (Spearman)")
     for method, row in zip(methods, found["agreement"]):
         print(f"{method:>22}" + "".join(f"{value:7.2f}" for value in row))
     print("\nwhat heads do on this text")
-    for n, layer in enumerate(heads):
+    for n, layer in enumerate(found["heads"]):
         habits = [f"head {h}: {head['habit']}" for h, head in enumerate(layer) if head["habit"]]
         print(f"layer {n:2}  {',  '.join(habits) or '-'}")
     folder = newest_run(Path(out_dir))
@@ -374,24 +311,17 @@ PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>Look inside</title>
 <style>
-:root { color-scheme: light dark; --ink: #1d2129; --paper: #fff; --soft: #68707c; --line: #d9dde3;
-        --for: 20, 120, 210; --against: 215, 95, 20 }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e7ec; --paper: #15181d; --soft: #98a1ae;
-        --line: #343a44; --for: 70, 150, 240; --against: 230, 120, 50 } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 2rem auto;
-       max-width: 56rem; padding: 0 1rem }
-h1 { font-size: 1.4rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2rem 0 .3rem }
-h3 { font-size: 1rem; margin: .8rem 0 .2rem } p, figcaption { margin: 0 0 .6rem; color: var(--soft) }
+:root { color-scheme: light dark; --for: 45, 135, 225; --against: 225, 110, 40 }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 56rem; padding: 0 1rem }
+p, figcaption, td:first-child { opacity: .7 }
 .two { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 0 2rem }
-#heads { display: grid; gap: .3rem; overflow-x: auto }
-figure { margin: 3px; font-size: .75rem; cursor: pointer } figcaption { margin: 0 }
-canvas { width: 100%; image-rendering: pixelated; outline: 1px solid var(--line) }
-.on canvas { outline: 2px solid rgb(var(--for)) }
-button { all: unset; font: 14px/1.7 ui-monospace, Consolas, monospace; white-space: pre; padding: 0 1px;
-         margin: 0 1px 1px 0; border-radius: 3px; box-shadow: inset 0 0 0 1px var(--line); cursor: pointer }
-button.on, button:focus-visible { box-shadow: inset 0 0 0 2px var(--ink) }
-table { font-size: .85rem } td { padding-right: .7rem } td:first-child { color: var(--soft) }
-code { white-space: pre }
+#heads { display: grid; gap: .5rem; overflow-x: auto; padding: 2px }
+figure { margin: 0; font-size: .75rem; cursor: pointer }
+button { all: unset; font: 14px/1.7 ui-monospace, Consolas, monospace; white-space: pre; margin: 0 1px }
+canvas, button { outline: 1px solid #8886 }
+.on, button:focus-visible { outline: 2px solid }
+canvas { width: 100%; image-rendering: pixelated }
+td { padding-right: .7rem; white-space: pre }
 </style>
 <h1></h1><p id="title"></p>
 <h2>What the prediction rests on</h2>
@@ -406,73 +336,78 @@ layer would have said, were it the last.</p>
 <div id="tokens"></div><div class="two" id="said"></div></section>
 <script>
 const D = DATA
-const T = D.tokens.length, at = id => document.getElementById(id)
+const at = id => document.getElementById(id)
 const make = (tag, ...inside) => { const e = document.createElement(tag); e.append(...inside); return e }
 const table = rows => make('table', ...rows.map(row => make('tr', ...row.map(cell => make('td', cell)))))
-const colour = v => `rgba(var(--${v < 0 ? 'against' : 'for'}), ${Math.abs(v)})`
 const percent = p => (100 * p).toFixed(1) + '%'
 
-// the text as buttons: their shades from -1 to 1, their titles, and what to do when one is pointed at
-function text(box, tokens, shades, titles, point) {
-  box.replaceChildren(...tokens.flatMap((token, i) => {
-    const button = make('button', token || ' ')
-    button.style.background = colour(shades[i] ?? 0)
-    button.title = titles[i] ?? ''
-    if (point) button.onmouseenter = button.onfocus = button.onclick = () => {
-      for (const other of box.children) other.classList.toggle('on', other === button)
-      point(i)
-    }
-    return token.includes('\\u21b5') ? [make('br'), button] : [button]
-  }))
-  return [...box.querySelectorAll('button')]
+function choose(one) {
+  for (const other of one.parentNode.children) other.classList.toggle('on', other === one)
 }
 
-document.querySelector('h1').textContent = `Why \\u201c${D.token}\\u201d?`
-for (const id of ['title', 'summary']) at(id).textContent = D[id]
-for (const [method, values] of Object.entries(D.methods)) {
-  const most = Math.max(...values.map(Math.abs)) || 1, box = make('div')
-  text(box, D.tokens, values.map(v => Math.sign(v) * Math.sqrt(.8 * Math.abs(v) / most)), values)
-  at('methods').append(make('div', make('h3', method), box))
+function text(box, tokens, point) {  // as buttons, and what happens when one is pointed at
+  const buttons = tokens.map((token, i) => {
+    const button = make('button', token || ' ')
+    button.onmouseenter = button.onfocus = button.onclick = () => { choose(button); point?.(i) }
+    return button
+  })
+  box.replaceChildren(...buttons.flatMap((b, i) => tokens[i].includes('\u21b5') ? [make('br'), b] : [b]))
+  return buttons
 }
+
+function shade(buttons, values, titles) {  // from -1, against, to 1, for
+  buttons.forEach((button, i) => {
+    button.style.background = `rgba(var(--${values[i] < 0 ? 'against' : 'for'}), ${Math.abs(values[i])})`
+    button.title = titles[i]
+  })
+}
+
+document.querySelector('h1').textContent = `Why \u201c${D.token}\u201d?`
+for (const id of ['title', 'summary']) at(id).textContent = D[id]
 const names = Object.keys(D.methods)
+for (const name of names) {
+  const values = D.methods[name], most = Math.max(...values.map(Math.abs)) || 1, box = make('div')
+  shade(text(box, D.tokens), values.map(v => Math.sign(v) * Math.sqrt(.8 * Math.abs(v) / most)), values)
+  at('methods').append(make('div', make('h3', name), box))
+}
 at('agreement').append(table([['', ...names], ...D.agreement.map((row, i) =>
   [names[i], ...row.map(v => v.toFixed(2))])]))
 
+const T = D.tokens.length
 let row = T - 1  // whose attention is shown
 at('heads').style.gridTemplateColumns = `repeat(${D.heads[0].length}, minmax(5rem, 7rem))`
 D.heads.forEach((layer, l) => layer.forEach((head, h) => {
-  const weights = Uint8Array.from(atob(head.weights), c => c.charCodeAt(0))
+  const weights = Array.from(atob(head.weights), c => c.charCodeAt(0) / 255)
   const canvas = make('canvas'), pixels = new ImageData(T, T)
   canvas.width = canvas.height = T
-  weights.forEach((w, i) => pixels.data.set([45, 135, 225, 255 * Math.sqrt(w / 255)], 4 * i))
+  weights.forEach((w, i) => pixels.data.set([45, 135, 225, 255 * Math.sqrt(w)], 4 * i))
   canvas.getContext('2d').putImageData(pixels, 0, 0)
   const figure = make('figure', canvas, make('figcaption', `${l}.${h} ${head.habit}`))
   figure.onclick = () => {
-    for (const other of at('heads').children) other.classList.toggle('on', other === figure)
+    choose(figure)
     at('head').textContent = `Layer ${l}, head ${h}${head.habit && ': ' + head.habit}`
-    const buttons = text(at('looks'), D.tokens, [], [], i => buttons.forEach((button, j) => {
-      const w = weights[(row = i) * T + j] / 255
-      button.style.background = colour(w)
-      button.title = percent(w)
-    }))
+    const buttons = text(at('looks'), D.tokens, i => {
+      const seen = weights.slice(i * T, i * T + T)
+      shade(buttons, seen.map(Math.sqrt), seen.map(percent))
+      row = i
+    })
     buttons[row].onclick()
   }
   at('heads').append(figure)
 }))
 at('heads').firstChild.onclick()
 
-const bits = D.said.map(s => s.bits ?? 0), most = Math.max(...bits, 8)
-const titles = bits.map(b => b.toFixed(2) + ' bits')
-const places = D.said.length > T ? [...D.tokens, '?'] : D.tokens
-if (D.said.length === 0) at('guesses').remove()  // of a model that does not speak
-else text(at('tokens'), places, bits.map(b => b / most), titles, i => {
+const bits = D.said.map(s => s.bits ?? 0), titles = bits.map(b => b.toFixed(2) + ' bits')
+const places = text(at('tokens'), D.said.map(s => s.token), i => {
   const s = D.said[i], facts = s.bits == null ? '' : ` (this: rank ${s.rank}, ${percent(s.p)}, ${titles[i]})`
-  const guesses = table(s.best.map(([token, p]) => [make('code', token), percent(p)]))
-  const lens = table(s.lens.map(([token, p], l) =>
-    [l ? `block ${l - 1}` : 'embedding', make('code', token), percent(p)]))
-  at('said').replaceChildren(make('div', make('h3', 'The likeliest' + facts), guesses),
+  const likely = table(s.best.map(([token, p]) => [token, percent(p)]))
+  const lens = table(s.lens.map(([token, p], l) => [l ? `block ${l - 1}` : 'embedding', token, percent(p)]))
+  at('said').replaceChildren(make('div', make('h3', 'The likeliest' + facts), likely),
                              make('div', make('h3', 'Layer by layer'), lens))
-})[D.place].onclick()
+})
+shade(places, bits.map(b => b / Math.max(8, ...bits)), titles)
+places[D.said.findIndex(s => s.best.length && s.bits == null)]?.onclick()  // the gap, or the end
+if (!places.length) at('guesses').remove()  // of a model that does not speak
 </script>
 </html>
 """

@@ -2890,7 +2890,7 @@ def test_attributions_of_a_linear_model_are_its_weights():
 
     x, neutral = model.wte(idx)[0], model.wte.weight[3]
     found, _ = explain.attributions(model, score, idx, neutral=3, samples=300)
-    for method in ("integrated gradients", "LIME"):  # gradients alone are flat where the model is sure
+    for method in ("gradient x input", "integrated gradients", "LIME"):
         assert torch.allclose(found[method].float(), ((x - neutral) * weights).sum(1), atol=1e-3), method
     same = weights[:1].expand(10, 32)  # Grad-CAM knows one weight a channel
     found, _ = explain.attributions(model, lambda ids: score(ids, same), idx, neutral=3, samples=300)
@@ -2983,7 +2983,8 @@ def test_a_page_about_a_language_model(home):
         assert row["bits"] == pytest.approx(-math.log2(p), rel=1e-4)
         assert row["rank"] == (probs[i] > p * 1.00001).sum() + 1
         assert len(row["lens"]) == 3 and row["lens"][-1] == row["best"][0]  # embedding, two blocks
-    assert page["token"] == page["said"][-1]["best"][0][0] and page["place"] == len(ids)
+    assert page["token"] == page["said"][-1]["best"][0][0]
+    assert page["said"][0]["best"] == [] and page["said"][-1]["token"] == "?"
     assert len(page["heads"]) == 2 and len(page["heads"][0]) == model.config.n_head
     for word in ("integrated gradients add up to", "% off", "rank agreement", "layer  1", *page["methods"]):
         assert word in done.stdout
@@ -3002,7 +3003,8 @@ def test_a_page_about_a_masked_model(tmp_path):
     done = script("explain.py", f"--out_dir={tmp_path}", "--start=a <|mask|>c", "--samples=99", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     page = read_page(tmp_path / "explain.html")
-    assert page["tokens"] == ["a", " ", "<|mask|>", "c", "<|endoftext|>"] and page["place"] == 2
+    assert page["tokens"] == ["a", " ", "<|mask|>", "c", "<|endoftext|>"]
+    assert [row["token"] for row in page["said"]] == ["a", " ", "?", "c", "<|endoftext|>"]
     assert ["bits" in row for row in page["said"]] == [True, True, False, True, True]
     (name, p), *_ = sample.fill(model, tokenizer, "a <|mask|>c")[0]
     assert page["said"][2]["best"][0][1] == pytest.approx(p, rel=1e-4)
@@ -3018,7 +3020,7 @@ def test_a_page_about_a_classifier(tuned):
                   cwd=tuned)
     assert done.returncode == 0, done.stderr
     page = read_page(tuned / "out/explain.html")
-    assert page["token"] == label and page["said"] == [] and "probability" in done.stdout
+    assert page["token"] == label and page["said"] == [] and f"prob_{label} 0." in done.stdout
     for method in ("integrated gradients", "LIME"):  # gradients alone are flat where the model is sure
         values = page["methods"][method]
         assert word.startswith(page["tokens"][values.index(max(values))].strip()), method
@@ -3029,6 +3031,43 @@ def test_a_page_about_a_classifier(tuned):
     assert word.startswith(page["tokens"][values.index(min(values))].strip())
     wrong = script("explain.py", f"--out_dir={tuned / 'out'}", "--target=so-so", cwd=tuned)
     one_line(wrong, 2, "good", "bad")
+
+
+@pytest.mark.parametrize("kind", ["qa", "regress", "classify"])
+def test_what_a_task_predicts_is_what_is_explained(kind, tmp_path):
+    """In qa, wherever in a context of several windows the answer is."""
+    tokenizer = make_tokenizer("bytes", [], 0)
+    body = tiny("gpt2", causal=False, head="none", vocab_size=tokenizer.vocab_size, block_size=64)
+    head = {"task": kind, "labels": {"regress": ["number"]}.get(kind, ["a", "b"]), "apart": False,
+            "paired": kind == "qa", "pool": None if kind == "qa" else "mean", "max_length": 64,
+            "no_answer": False, "mean": 3.0, "std": 2.0}
+    task, starts = tasks.TASKS[kind](head, tokenizer), set()
+    tuned = finetune.Tuned(body, task.n_out, head["pool"], False).eval()
+    torch.nn.init.normal_(tuned.head.weight)
+    pair = " ".join(f"w{i}" for i in range(50)) if kind == "qa" else ""
+    for text in ("what?", "who is it?", "when was it?"):
+        idx, score, what, facts, neutral = explain.of_a_task(tuned, task, text, pair, "")
+        row, value = tasks.Row("", text, pair or None), score(idx).item()
+        header, (cells,) = task.table([row], finetune.predict(tuned, task, [row]))
+        said = dict(zip(header, cells))
+        if kind == "qa":
+            assert what == said["prediction"] and what in pair
+            starts.add(pair.index(what))
+        elif kind == "regress":
+            assert 2 * value + 3 == pytest.approx(float(said["prediction"]), abs=1e-4)
+        else:
+            other = explain.of_a_task(tuned, task, text, pair, "b" if what == "a" else "a")[1]
+            p = 1 / (1 + math.exp(other(idx).item() - value))
+            assert what == said["prediction"] and p == pytest.approx(float(said[f"prob_{what}"]), abs=1e-4)
+    assert kind != "qa" or max(starts) > 64  # not in the first window
+    save_checkpoint(tmp_path / "best.pt", {
+        "version": 1, "model": body.state_dict(), "model_args": asdict(body.config),
+        "tokenizer": tokenizer.to_dict(), "head": {**head, "weights": tuned.head.state_dict()}})
+    words = ("explain.py", f"--out_dir={tmp_path}", f"--start={text}", "--samples=99")
+    done = script(*words, f"--pair={pair}", cwd=tmp_path)
+    assert done.returncode == 0 and read_page(tmp_path / "explain.html")["token"] == what, done.stderr
+    assert facts in done.stdout
+    one_line(script(*words, f"--pair={'' if pair else 'x'}", cwd=tmp_path), 2, "--pair")
 
 
 # -----------------------------------------------------------------------------
