@@ -22,6 +22,7 @@ import threading
 import time
 from dataclasses import asdict
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -2796,6 +2797,8 @@ def test_a_search_is_a_table_with_a_winner(stub, tmp_path):
     again = [json.loads(line) for line in open(tmp_path / "out/search/best/log.jsonl", encoding="utf-8")]
     assert again[-1]["val_loss"] == 0.25
     assert "top_k = 7" in (tmp_path / "out/search/best.py").read_text(encoding="utf-8")
+    if find_spec("matplotlib"):
+        assert (tmp_path / "out/search/search.png").read_bytes()[1:4] == b"PNG"
     one_line(stub(*words[:-2], "--method=grid"), 2, "search.jsonl", "another search", "--out_dir")
 
 
@@ -2843,6 +2846,21 @@ def test_bayes_needs_fewer_trials_than_random():
     for method in ("bayes", "random"):  # the same rows, the same next trial: that is how a search resumes
         one, same, other = (search.propose(method, spaces, [], True, seed) for seed in (0, 0, 1))
         assert one == same != other
+
+
+@pytest.mark.parametrize("method", ["bayes", "random"])
+def test_a_search_that_was_stopped_goes_on_as_if_it_was_not(method, stub, tmp_path):
+    """By processes, with crashes among them, it tries what `propose` says by itself, of which see above."""
+    pytest.importorskip("optuna")
+    words = ("x=1e-5..1e-1", "n=4..6", "kind=a,b", f"--method={method}", "--prune_after=0")
+    for trials in (5, 9):
+        assert stub(*words, f"--trials={trials}").returncode == 0
+    rows = search_rows(tmp_path)
+    spaces = {"x": search.Space([], 1e-5, 1e-1, True), "n": search.Space([], 4, 6),
+              "kind": search.Space(["a", "b"])}
+    assert [row["trial"] for row in rows] == list(range(1, 10)) and "failed" in {row["state"] for row in rows}
+    for i, row in enumerate(rows):
+        assert row["settings"] == search.propose(method, spaces, rows[:i], True, 0)
 
 
 # -----------------------------------------------------------------------------

@@ -53,25 +53,23 @@ class Space(NamedTuple):
         """The value at this share, from 0 to 1, of the way."""
         if self.choices:
             return self.choices[min(int(share * len(self.choices)), len(self.choices) - 1)]
-        value = self.low + share * (self.high - self.low)
-        if self.log:
-            value = min(self.low * (self.high / self.low) ** share, self.high)
-        return round(value) if isinstance(self.low, int) else value
+        low, high = self.low, self.high
+        value = min(low * (high / low) ** share, high) if self.log else low + share * (high - low)
+        return round(value) if isinstance(low, int) else value
 
 
 def settings_of(script: str) -> dict[str, Setting]:
     """A script's settings with their types, as its --help has them. Raises UserError where it has none."""
     done = subprocess.run([sys.executable, script, "--help"], capture_output=True, encoding="utf-8")
-    kinds = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict, "None": None}
-    found = {}
-    for name, words in re.findall(rf"^  --(\w+)=.*? +((?:one of|{'|'.join(kinds)})\b[^;]*);", done.stdout,
-                                  re.MULTILINE):
-        alternatives = [Literal[tuple(word.removeprefix("one of ").split(", "))]
-                        if word.startswith("one of ") else kinds[word] for word in words.split(" or ")]
-        found[name] = Setting(Union[tuple(alternatives)], None, "")
+    kinds = {"None": None, **{kind.__name__: kind for kind in (int, float, str, bool, list, dict)}}
+    line, found = rf"^  --(\w+)=.*? +((?:one of|{'|'.join(kinds)})\b[^;]*);", {}
+    for name, words in re.findall(line, done.stdout, re.MULTILINE):
+        types = (kinds[word] if word in kinds else Literal[tuple(word.removeprefix("one of ").split(", "))]
+                 for word in words.split(" or "))
+        found[name] = Setting(Union[tuple(types)], None, "")
     if "out_dir" not in found:
-        reason = done.stderr.strip().splitlines()[-1:] or ["it has no setting out_dir"]
-        raise UserError(f"{script}: cannot be searched: {reason[0]}")
+        *_, reason = ["it has no setting out_dir", *done.stderr.strip().splitlines()]
+        raise UserError(f"{script}: cannot be searched: {reason}")
     return found
 
 
@@ -80,8 +78,8 @@ def read_words(words: list[str], settings: dict[str, Setting]) -> tuple[dict, di
     shared, spaces = {}, {}
     for word in words:
         name, equals, text = word.partition("=")
-        if word.startswith("-") or not (equals and name.isidentifier()):
-            shared.update((from_flag if word.startswith("-") else from_file)(word, settings))
+        if not (equals and name.isidentifier()):
+            shared |= (from_flag if word.startswith("-") else from_file)(word, settings)
             continue
         if name not in settings:
             raise unknown(word, name, settings)
@@ -139,21 +137,17 @@ def ask_optuna(spaces: dict[str, Space], rows: list[dict], low_is_best: bool, se
     return study.ask(kinds).params
 
 
-def read_curve(folder: Path, metric: str) -> list:
-    """The metric as it went, [[step, value], ...]; metrics.json has no step."""
-    rows = []
-    for file in (folder / "log.jsonl", folder / "metrics.json"):
-        if file.is_file():
-            text = file.read_text(encoding="utf-8")
-            rows += map(json.loads, text.split("\n")[:-1] if file.suffix == ".jsonl" else [text])
+def read_curve(file: Path, metric: str) -> list:
+    """The metric as it went by log.jsonl, or ended by metrics.json: [[step or None, value], ...]."""
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    rows = map(json.loads, text.split("\n")[:-1] if file.suffix == ".jsonl" else [text or "{}"])
     return [[row.get("iter"), row[metric]] for row in rows
             if isinstance(row.get(metric), (int, float)) and math.isfinite(row[metric])]
 
 
 def hopeless(curve: list, others: list[list], best) -> bool:
     """Is its best worse than what half of the others had by this step? (The median rule of Vizier.)"""
-    step, _ = curve[-1] if curve else (None, None)
-    then = [[v for s, v in other if s <= step] for other in others] if step is not None else []
+    then = [[v for s, v in other if s <= curve[-1][0]] for other in others] if curve else []
     then = [best(values) for values in then if values]
     if not then or 2 * len(then) < len(others):
         return False  # few of them looked so early
@@ -169,30 +163,29 @@ def try_out(command: list[str], folder: Path, metric: str, best, others: list[li
     if (folder / "output.txt").exists():  # of a trial that was interrupted
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
-    started, state, note = time.time(), None, ""
+    started, state, note = time.time(), "done", ""
     with open(folder / "output.txt", "w", encoding="utf-8") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     try:
-        while process.poll() is None and state is None:
-            try:
-                process.wait(timeout=1)
-            except subprocess.TimeoutExpired:
-                if time.time() - started > seconds:
-                    state, note = "done", "stopped: its time was over"
-                elif hopeless(read_curve(folder, metric), others, best):
-                    state, note = "pruned", "stopped: behind the others"
+        while process.poll() is None and not note:
+            if time.time() - started > seconds:
+                note = "stopped: its time was over"
+            elif hopeless(read_curve(folder / "log.jsonl", metric), others, best):
+                state, note = "pruned", "stopped: behind the others"
+            else:
+                time.sleep(0.2)
     finally:  # after Ctrl-C too
         process.terminate()
         process.wait()
-    curve = read_curve(folder, metric)
-    if state is None and process.returncode:
+    curve = read_curve(folder / "log.jsonl", metric)
+    values = [value for _, value in curve + read_curve(folder / "metrics.json", metric)]
+    if process.returncode and not note:
         text = (folder / "output.txt").read_text(encoding="utf-8", errors="replace").strip()
         state, note = "failed", (text or f"exit status {process.returncode}").splitlines()[-1]
-    elif not curve:
+    elif not values:
         state, note = "failed", f"no {metric} in log.jsonl or metrics.json"
-    return {"state": state or "done", "seconds": round(time.time() - started, 1), "note": note,
-            "value": best(value for _, value in curve) if state != "failed" else None,
-            "curve": [point for point in curve if point[0] is not None]}
+    return {"state": state, "value": None if state == "failed" else best(values), "note": note,
+            "seconds": round(time.time() - started, 1), "curve": curve}
 
 
 def ranked(rows: list[dict], best) -> list[dict]:
@@ -212,8 +205,7 @@ def table(rows: list[dict], spaces: dict[str, Space], metric: str) -> str:
                *(short(row["settings"][name]) for name in spaces), f"{row['seconds']:.0f}", row["note"]]
               for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    width = shutil.get_terminal_size((110, 0)).columns - 1
-    return "\n".join("  ".join([*map(str.rjust, line[:-1], widths), line[-1]])[:width] for line in cells)
+    return "\n".join("  ".join([*map(str.rjust, line[:-1], widths), line[-1]]) for line in cells)
 
 
 def write(path: Path, text: str) -> None:
@@ -225,21 +217,18 @@ def write(path: Path, text: str) -> None:
 def plot(rows: list[dict], spaces: dict[str, Space], metric: str, picture: Path) -> None:
     """The metric against each setting, where matplotlib is installed."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    figure, grid = plt.subplots(1, len(spaces), figsize=(3 * len(spaces) + 1, 3), sharey=True, squeeze=False)
+    figure = Figure(figsize=(3 * len(spaces) + 1, 3))
+    grid = figure.subplots(1, len(spaces), sharey=True, squeeze=False)
+    shown = [row for row in rows if row["value"] is not None]
     for axes, (name, space) in zip(grid[0], spaces.items()):
-        points = [(row["settings"][name], row["value"]) for row in rows if row["value"] is not None]
-        draw = axes.semilogx if space.log else axes.plot
-        draw([str(x) if space.choices else x for x, _ in points], [y for _, y in points], "o", alpha=0.6)
+        places = [str(row["settings"][name]) if space.choices else row["settings"][name] for row in shown]
+        (axes.semilogx if space.log else axes.plot)(places, [row["value"] for row in shown], "o", alpha=0.6)
         axes.set_xlabel(name)
-        axes.grid(alpha=0.3)
     grid[0][0].set_ylabel(metric)
     figure.savefig(picture, dpi=100, bbox_inches="tight")
-    plt.close(figure)
 
 
 def main(words: list[str]):
@@ -263,36 +252,31 @@ def main(words: list[str]):
         print(f"{log}: going on after {len(rows)} trials")
     folder.mkdir(parents=True, exist_ok=True)
 
-    started, lines = time.time(), 0
+    started = time.time()
     while len(rows) < trials and time.time() - started < 60 * (minutes or math.inf):
         point = propose(method, spaces, rows, best is min, search_seed)
         if point is None:
             print("every combination has been tried")
             break
-        home = folder / str(len(rows) + 1)
-        settings = (f"{name}={short(value)}" for name, value in point.items())
-        print(f"trial {len(rows) + 1} of {trials}:", *settings, flush=True)
-        flags = [f"--{name}={value}" for name, value in {**shared, **point, "out_dir": home}.items()]
+        number = len(rows) + 1
+        print(f"trial {number} of {trials}:", *(f"{k}={short(v)}" for k, v in point.items()), flush=True)
+        flags = {**shared, **point, "out_dir": folder / str(number)}
+        command = [sys.executable, script, *(f"--{k}={v}" for k, v in flags.items())]
         finished = [row["curve"] for row in rows if row["state"] == "done"]
-        row = try_out([sys.executable, script, *flags], home, metric, best,
+        row = try_out(command, folder / str(number), metric, best,
                       finished if 0 < prune_after <= len(finished) else [], 60 * (trial_minutes or math.inf))
-        rows.append({"trial": len(rows) + 1, "settings": point, **row})
+        rows.append({"trial": number, "settings": point, **row})
         write(log, "".join(json.dumps(line) + "\n" for line in (search, *rows)))
+        print(f"  {row['state']}: {metric} {short(row['value'])}  {row['note']}", flush=True)
         first, *rest = ranked(rows, best)
         for file in (file for row in rest for file in (folder / str(row["trial"])).rglob("*.pt")):
             file.unlink()  # a disk fills quickly
         if first["state"] == "done":
             made = {**shared, **first["settings"], "out_dir": (folder / "best").as_posix()}
             write(winner, f"# python {script} {winner.as_posix()}\n# {metric} {first['value']:.6g}, trial "
-                  f"{first['trial']} of {len(rows)}\n" + "".join(f"{k} = {v!r}\n" for k, v in made.items()))
+                  f"{first['trial']} of {number}\n" + "".join(f"{k} = {v!r}\n" for k, v in made.items()))
         plot(rows, spaces, metric, folder / "search.png")
-        if sys.stdout.isatty():  # the new table takes the place of the old one
-            print(f"\033[{lines + 1}A\033[J" + table([first, *rest], spaces, metric), flush=True)
-            lines = len(rows) + 1
-        else:
-            print(f"  {row['state']}: {metric} {short(row['value'])}  {row['note']}", flush=True)
-    if not sys.stdout.isatty():
-        print(table(ranked(rows, best), spaces, metric))
+    print(table(ranked(rows, best), spaces, metric))
     if not winner.exists():
         raise UserError(f"{log}: no trial has finished; {folder / '1' / 'output.txt'} may say why")
     print(f"the best of {len(rows)} trials: python {script} {winner.as_posix()}")
