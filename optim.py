@@ -212,13 +212,14 @@ class Pruning:
 
     The share grows from a fifth of the training on, ever more slowly (Zhu and Gupta 2017); the last three
     tenths mend what that did. What is 0 stays 0: a saved model carries no masks, and a resumed run finds them
-    in its weights.
+    in its weights, which must be there already.
     """
 
     def __init__(self, model, sparsity: float, steps: int):
         self.matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "blocks." in name]
         self.sparsity, self.begin, self.end = sparsity, steps // 5, max(1, steps * 7 // 10)
-        self.interval, self.masks = max(1, steps // 100), None
+        self.interval = max(1, steps // 100)
+        self.masks = [(p != 0).to(p.dtype) for p in self.matrices] if sparsity else []
 
     def is_done(self, step: int) -> bool:
         """From here on models compare: before, they had more weights left."""
@@ -233,15 +234,13 @@ class Pruning:
             left = 1 - (step - self.begin) / max(1, self.end - self.begin)
             smallest = prune.L1Unstructured(self.sparsity * (1 - left ** 3))
             self.masks = [smallest.compute_mask(p, torch.ones_like(p)) for p in self.matrices]
-        elif self.masks is None:
-            self.masks = [(p != 0).to(p.dtype) for p in self.matrices]
         torch._foreach_mul_(self.matrices, self.masks)
 
 
 def optimizer_state(optimizers, model) -> dict:
     """Parameter name -> that parameter's state."""
     names = {p: name for name, p in model.named_parameters()}
-    return {names[p]: dict(state) for one in optimizers for p, state in one.state.items()}
+    return {names[p]: dict(state) for one in optimizers for p, state in one.state.items() if state}
 
 
 def load_optimizer_state(optimizers, model, saved: dict) -> None:
