@@ -15,7 +15,6 @@ From Python, `load` is all it takes:
     from sample import load
     model, tokenizer = load("out/small")
 """
-import csv
 import io
 import itertools
 import sys
@@ -189,7 +188,7 @@ def judge(model: finetune.Tuned, task: tasks.Task, start: str) -> None:
         answers = finetune.predict(model, task, rows)
         each = (time.perf_counter() - began) / len(rows)
         header, lines = task.table(rows, answers)
-        csv.writer(sys.stdout, lineterminator="\n").writerows([header, *lines])
+        print(tasks.as_csv([header, *lines]), end="")
         weights = io.BytesIO()
         torch.save(model.state_dict(), weights)
         told = f"{len(rows):,} rows, {1000 * each:.2f} ms each, by {weights.tell() / 1e6:.2f} MB of weights"

@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import math
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,10 @@ USUAL = {"text": ("text", "sentence", "sentence1", "review", "content", "questio
          "label": ("label", "labels", "tags", "target", "class", "score", "output", "response", "completion")}
 
 
+# JSON's way to write half a character: one of a pair of surrogates, without the other
+HALF = re.compile(r"(?i)\\ud[89ab]..(?!\\ud[c-f])|(?<!\\ud[89ab]..)\\ud[c-f]")
+
+
 def read_rows(path: str, task: str, columns: dict, labelled: bool = True) -> list[Row]:
     """The examples in a file. columns: text, pair, label, group -> a name, a number or "".
 
@@ -53,13 +58,15 @@ def read_rows(path: str, task: str, columns: dict, labelled: bool = True) -> lis
         rows = read_squad(path, content)
     elif task == "lm" and kind == ".txt":  # paragraphs
         rows = [Row(path, text.strip()) for text in content.split("\n\n") if text.strip()]
-    elif task == "tag" and kind not in (".jsonl", ".json"):
+    elif task == "tag" and kind not in (".jsonl", ".json", ".csv"):
         rows = read_conll(path, content, labelled)
     else:
         read = read_json if kind in (".jsonl", ".json") else read_table
-        rows = list(to_rows(path, read(path, content, kind, columns), task, columns, labelled))
+        rows = list(to_rows(path, read(path, content, kind, columns, labelled), task, columns, labelled))
     if not rows:
         raise UserError(f"{path}: holds no examples")
+    if kind in (".jsonl", ".json") and HALF.search(content):
+        print(f"warning: {path}: half a character (\\ud83d alone, or the like) is read as ?", file=sys.stderr)
     return rows
 
 
@@ -78,11 +85,11 @@ def read_text(path: str) -> str:
     return text.replace("\0", "\ufffd")
 
 
-def read_table(path: str, content: str, kind: str, columns: dict):
+def read_table(path: str, content: str, kind: str, columns: dict, labelled: bool):
     """CSV, or TSV, where quotes are plain characters: (line, {column: cell}) of each row.
 
     The first row is a header where it has a column that is asked for, or usual, by name; else columns are
-    called by their numbers.
+    called by their numbers. Rows of empty cells teach nothing, but are answered like others.
     """
     tabs = kind == ".tsv" or kind != ".csv" and "\t" in content.partition("\n")[0]
     csv.field_size_limit(2**31 - 1)
@@ -95,26 +102,43 @@ def read_table(path: str, content: str, kind: str, columns: dict):
         for cells in reader:
             if header is None and names.intersection(cell.strip().lower() for cell in cells):
                 header = [cell.strip() for cell in cells]
-            elif any(cells):
+            elif any(cells) or cells and not labelled:
                 header = header or [str(i) for i in range(len(cells))]
+                if any(cells[len(header):]):
+                    remedy = ("a text cannot have a tab in it" if tabs else
+                              "a text with a comma in it wants quotes around it")
+                    raise UserError(f"{path}:{line}: {len(cells)} cells, but the columns are "
+                                    f"{', '.join(header)}: {remedy}")
                 yield line, {**dict.fromkeys(header), **dict(zip(header, cells))}
             line = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{path}:{line}: not a CSV row ({error})") from None
 
 
-def read_json(path: str, content: str, kind: str, columns: dict):
-    """A list of objects, or one a line: (line, object)."""
-    records, line = [], 1
+def parse_json(path: str, text: str, line: int = 1) -> Any:
+    """JSON can spell half a character (a lone surrogate) that no file can hold: a question mark instead."""
     try:
-        if kind == ".json":
-            records = list(enumerate(json.loads(content), 1))
-        else:
-            for line, text in enumerate(content.split("\n"), 1):
-                records += [(line, json.loads(text))] if text.strip() else []
-    except ValueError as error:
+        found = json.loads(text)
+        return json.loads(whole(json.dumps(found, ensure_ascii=False))) if "\\ud" in text.lower() else found
+    except (ValueError, RecursionError) as error:
         line += getattr(error, "lineno", 1) - 1
         raise UserError(f"{path}:{line}: not JSON ({getattr(error, 'msg', error)})") from None
+
+
+def whole(text: str) -> str:
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def read_json(path: str, content: str, kind: str, columns: dict, labelled: bool):
+    """A list of objects, or one a line: (line, object)."""
+    if kind == ".json":
+        found = parse_json(path, content)
+        if not isinstance(found, list):
+            raise UserError(f"{path}: wanted a list of objects with text and label, got {str(found)[:40]!r}")
+        records = enumerate(found, 1)
+    else:
+        records = ((line, parse_json(path, text, line))
+                   for line, text in enumerate(content.split("\n"), 1) if text.strip())
     for line, record in records:
         if not isinstance(record, dict):
             raise UserError(f"{path}:{line}: wanted an object with text and label, got {str(record)[:40]!r}")
@@ -138,11 +162,21 @@ def to_rows(path: str, records, task: str, columns: dict, labelled: bool):
                 if role == "pair" and task == "lm":  # an instruction need not have an input
                     continue
                 raise UserError(f"{where}: has no {name!r}: it reads {str(record)[:60]}")
-        label, pair, words = cell["label"], cell["pair"], cell["text"] if task == "tag" else None
-        if task == "tag" and not (isinstance(words, list) and isinstance(label or words, list)
-                                  and len(words) == len(label or words)):
-            raise UserError(f"{where}: wanted a list of words, and one of as many tags")
-        yield Row(where, " ".join(words) if words else str(cell["text"]), None if pair is None else str(pair),
+        lists = {"tag": ("text", "label"), "classify": ("label",)}.get(task, ())
+        for role in ("text", "pair", "label"):
+            if isinstance(cell[role], dict if role in lists or not labelled else (dict, list)):
+                raise UserError(f"{where}: {found[role]!r} is no text: {str(cell[role])[:60]}")
+        label, pair, words = cell["label"], cell["pair"], None
+        if task == "tag":
+            words, label = (x.split() if isinstance(x, str) else x for x in (cell["text"], label))
+            tags = words if label is None else label
+            if not (isinstance(words, list) and isinstance(tags, list) and len(words) == len(tags)
+                    and None not in words + tags):
+                raise UserError(f"{where}: wanted a list of words, and one of as many tags: it reads "
+                                f"{str(record)[:60]}")
+            words, label = list(map(str, words)), None if label is None else list(map(str, label))
+        yield Row(where, str(cell["text"]) if words is None else " ".join(words),
+                  None if pair is None else str(pair),
                   label if label is None or isinstance(label, list) else str(label).strip(),
                   str(cell.get("group") or ""), str(record.get("id", line)), words)
 
@@ -163,9 +197,12 @@ def read_conll(path: str, content: str, labelled: bool) -> list[Row]:
     """A word a line, its tag in the last column; an empty line between sentences."""
     rows, words, tags, first = [], [], [], 1
     for line, text in enumerate([*content.split("\n"), ""], 1):
+        text = text.strip("\ufeff")  # where files were joined
         cells = text.split("\t") if "\t" in text else text.split()
-        if cells and cells[0].strip():
-            if len(cells) < 2 and labelled:
+        if any(cell.strip() for cell in cells):
+            if not cells[0].strip():
+                raise UserError(f"{path}:{line}: a tag without a word: {text[:40]!r}")
+            if labelled and (len(cells) < 2 or not cells[-1].strip()):
                 raise UserError(f"{path}:{line}: a word without a tag: {text[:40]!r}")
             first = first if words else line
             words.append(cells[0].strip())
@@ -179,14 +216,18 @@ def read_conll(path: str, content: str, labelled: bool) -> list[Row]:
 
 def read_squad(path: str, content: str) -> list[Row]:
     """SQuAD's JSON. An answer that does not stand where it is said to is looked for nearby."""
+    found, rows, where = parse_json(path, content), [], "data"
     try:
-        articles, rows = json.loads(content)["data"], []
-        for a, article in enumerate(articles):
+        for a, article in enumerate(found["data"]):
+            where = f"article {a + 1}"
             for paragraph in article["paragraphs"]:
                 context = paragraph["context"]
                 for one in paragraph["qas"]:
-                    answers = []
-                    for answer in one.get("answers", ()):
+                    answers, where = [], f"article {a + 1}, question {one['id']}"
+                    for name, text in (("context", context), ("question", one["question"])):
+                        if not isinstance(text, str):
+                            raise TypeError(f"{name} is {text!r}")
+                    for answer in one.get("answers") or ():
                         text, begin = answer["text"], int(answer.get("answer_start", 0))
                         if context[begin:begin + len(text)] != text:
                             places = [i for i in range(len(context)) if context.startswith(text, i)]
@@ -195,11 +236,9 @@ def read_squad(path: str, content: str) -> list[Row]:
                             answers.append((text, begin))
                     rows.append(Row(f"{path}: {one['id']}", one["question"], context, answers,
                                     article.get("title") or f"article {a}", str(one["id"])))
-    except ValueError as error:
-        raise UserError(f"{path}:{getattr(error, 'lineno', 1)}: not JSON ({error})") from None
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: not in SQuAD's format: {type(error).__name__} {error}: wanted data, "
-                        "paragraphs, context, qas, question, answers, text, answer_start") from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: {where}: not in SQuAD's format: {type(error).__name__} {error}: wanted "
+                        "data, paragraphs, context, qas, id, question, answers, text, answer_start") from None
     return rows
 
 
@@ -236,16 +275,19 @@ class Task:
     """What the tasks share. head: the plain values that a checkpoint keeps of it."""
     metric = "accuracy"  # the best epoch has the highest
     by_token = False  # outputs are those of single tokens, at `places`
+    long = "cut there"  # what becomes of a text that is longer than the model
 
     def __init__(self, head: dict, tokenizer):
         self.head, self.tokenizer, self.labels = head, tokenizer, head["labels"]
         self.number, self.n_out = {label: k for k, label in enumerate(self.labels)}, len(self.labels)
-        self.cut = 0  # texts that were longer than the model
+        self.cut = self.cut_questions = 0  # texts that were longer than the model
 
     def label_number(self, row: Row, label: str) -> int:
         if label not in self.number:
+            header = " (is it a header? name its columns: --text_column=..., --label_column=...)"
             raise UserError(f"{row.where}: label {label!r} does not occur in the training data, which has "
-                            f"{', '.join(self.labels[:10])}")
+                            f"{', '.join(self.labels[:10])}: give more rows of it, or leave it out"
+                            + header * (row.where.endswith(":1") and not self.by_token))
         return self.number[label]
 
     def sequences(self, rows: list[Row]) -> list[list]:
@@ -295,11 +337,12 @@ class Classify(Task):
     @staticmethod
     def learn(rows: list[Row], s) -> dict:
         """What the head keeps of the training rows."""
-        split = split_labels if s.multi_label else lambda label: [label]
-        labels = {label for row in rows for label in split(row.label)}
+        labels = {label for row in rows
+                  for label in (split_labels(row.label) if s.multi_label else [one_label(row)])}
         if len(labels) < 2 - s.multi_label:
+            what = f"the label {labels.pop()!r}" if labels else "no label"
             raise UserError(f"{rows[0].where.rpartition(':')[0]}: all {len(rows)} examples to train on have "
-                            f"the label {labels.pop()!r}: there is nothing to tell apart")
+                            f"{what}: there is nothing to tell apart")
         return {"labels": sorted(labels, key=lambda x: (0, float(x), x) if is_number(x) else (1, 0, x)),
                 "several": s.multi_label}
 
@@ -313,7 +356,7 @@ class Classify(Task):
 
     def target(self, row: Row):
         if self.kind == "class":
-            return 0 if row.label is None else self.label_number(row, row.label)
+            return 0 if row.label is None else self.label_number(row, one_label(row))
         target = np.zeros(self.n_out, dtype=np.float32)
         target[[self.label_number(row, label) for label in split_labels(row.label or [])]] = 1
         return target
@@ -390,10 +433,17 @@ class Regress(Classify):
 
 class Tag(Task):
     metric, scores, by_token = "f1", staticmethod(evaluate.tag_scores), True
+    long = "read in windows"
 
     @staticmethod
     def learn(rows, s):
         return {"labels": sorted({tag for row in rows for tag in row.label})}
+
+    def target(self, row) -> np.ndarray:
+        """The number of each word's tag."""
+        numbers = [0 if row.label is None else self.label_number(row, row.label[w])
+                   for w in range(len(row.words))]
+        return np.array(numbers, dtype=np.int64)
 
     def examples(self, rows):
         """A word's tag is that of its first token. A long sentence is read in windows."""
@@ -402,6 +452,7 @@ class Tag(Task):
         for i, row in enumerate(rows):
             of_char = np.repeat(np.arange(len(row.words)), [len(word) + 1 for word in row.words])
             ids, spans = self.tokenizer.offsets(row.text)
+            tags = self.target(row)
             word = np.array([of_char[max(begin, end - 1)] for begin, end in spans], dtype=np.int64)
             first = np.diff(word, prepend=-1) > 0  # the token that begins a word, with the space before it
             windows = self.windows(len(ids), room)
@@ -411,9 +462,7 @@ class Tag(Task):
                 offset = wrap([-1] * (end - begin))[0].index(-1) if end > begin else 0
                 at = np.flatnonzero(first[begin:end])
                 words = word[begin:end][at]
-                target = np.array([self.label_number(row, row.label[w]) if row.label else 0 for w in words],
-                                  dtype=np.int64)
-                found.append(Example(i, [sequence], target, at + offset, words))
+                found.append(Example(i, [sequence], tags[words], at + offset, words))
         return found
 
     def answers(self, rows, examples, outputs):
@@ -456,6 +505,7 @@ class Tag(Task):
 
 class Answer(Task):
     metric, scores = "f1", staticmethod(evaluate.answer_scores)
+    long = "read in windows"
     longest = 40  # tokens of an answer
 
     @staticmethod
@@ -476,7 +526,9 @@ class Answer(Task):
         answer, position 0 twice where the window has none."""
         L, wrap, found, known = self.head["max_length"], self.tokenizer.wrap, [], {}
         for i, row in enumerate(rows):
-            question = self.tokenizer.encode(row.text)[:L // 3]
+            question = self.tokenizer.encode(row.text)
+            self.cut_questions += len(question) > L // 3
+            question = question[:L // 3]
             if row.pair not in known:  # many questions to one context
                 known[row.pair] = self.tokenizer.offsets(row.pair)
             ids, spans = known[row.pair]
@@ -543,6 +595,10 @@ class LM(Task):
     def learn(rows, s):
         return {"labels": [], "instruct": rows[0].label is not None}
 
+    @property
+    def long(self) -> str:
+        return "cut there" if self.head["instruct"] else "read in windows"
+
     def examples(self, rows):
         """A plain text in windows, or the prompt and its response, whose tokens alone count."""
         L, tokenizer, found = self.head["max_length"], self.tokenizer, []
@@ -580,9 +636,17 @@ class LM(Task):
 TASKS = {"classify": Classify, "regress": Regress, "tag": Tag, "qa": Answer, "lm": LM}
 
 
+def one_label(row: Row) -> str:
+    if isinstance(row.label, list):
+        raise UserError(f"{row.where}: a list of labels, {row.label}: that is for --multi_label")
+    if not row.label:
+        raise UserError(f"{row.where}: its label is empty: give it one, or leave the row out")
+    return row.label
+
+
 def split_labels(label) -> list[str]:
     labels = label if isinstance(label, list) else label.split("|")
-    return [str(one).strip() for one in labels if str(one).strip()]
+    return [str(one).strip() for one in labels if one is not None and str(one).strip()]
 
 
 def is_number(text: str) -> bool:
@@ -602,6 +666,16 @@ def to_number(row: Row) -> float:
 
 def as_cell(label) -> str:
     return "" if label is None else "|".join(map(str, label)) if isinstance(label, list) else label
+
+
+def as_csv(rows: list) -> str:
+    """A line each. A carriage return is quoted like a line break: to csv.reader it is one."""
+    lines = []
+    for row in rows:
+        line = io.StringIO(newline="")
+        csv.writer(line, lineterminator="\r\n").writerow(row)  # what is in it is quoted in a cell
+        lines.append(line.getvalue().removesuffix("\r\n") + "\n")
+    return "".join(lines)
 
 
 def prompt_of(row: Row) -> str:

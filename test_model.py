@@ -2144,7 +2144,7 @@ def test_a_killed_fine_tuning_resumes_bitwise(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         tune(tmp_path / "killed", *args)
     monkeypatch.undo()
-    with pytest.raises(UserError, match="other data"):
+    with pytest.raises(UserError, match="begun with seed=1337"):
         tune(tmp_path / "killed", *args, "--init_from=resume", "--seed=1")
     tune(tmp_path / "killed", *args, "--init_from=resume")
     for name in ("ckpt.pt", "best.pt"):
@@ -2375,6 +2375,9 @@ GOOD = "text,label\n" + "".join(f"a{i},x\nb{i},y\n" for i in range(30))
     ("a.csv", "text,other\na,b\n", [], ["a.csv", "label", "--label_column"]),
     ("a.csv", GOOD.replace("y", "x"), [], ["a.csv", "'x'", "nothing to tell apart"]),
     ("a.csv", GOOD + "lonely\n", [], ["a.csv:62", "'label'"]),
+    ("a.csv", GOOD + "a text, with a comma,x\n", [], ["a.csv:62", "3 cells", "quotes"]),
+    ("a.csv", GOOD + "none,\n", [], ["a.csv:62", "label is empty"]),
+    ("a.csv", GOOD.replace("label", "mood").replace("text", "it"), [], ["a.csv:1", "'mood'", "a header?"]),
     ("a.csv", GOOD + '"open,x\n', [], ["a.csv:62", "CSV"]),
     ("a.csv", "text,label\n", [], ["a.csv", "no examples"]),
     ("a.csv", b"text,label\na,x\n\xff,y\n", [], ["a.csv:3", "UTF-8", "0xff"]),
@@ -2383,8 +2386,23 @@ GOOD = "text,label\n" + "".join(f"a{i},x\nb{i},y\n" for i in range(30))
     ("a.jsonl", '{"text": "a", "label": "x"}\n{"text": \n', [], ["a.jsonl:2", "JSON"]),
     ("a.jsonl", '{"text": "a", "label": "x"}\n{"text": "b"}\n', [], ["a.jsonl:2", "label"]),
     ("a.json", "[1, 2]", [], ["a.json:1", "object"]),
-    ("a.json", '{"data": [{"paragraphs": [{"qas": []}]}]}', ["--task=qa"], ["a.json", "context"]),
+    ("a.json", "null", [], ["a.json", "list of objects"]),
+    ("a.json", "[" * 100_000, [], ["a.json:1", "recursion"]),
+    ("a.json", '[{"text": ["a"], "label": "x"}]', [], ["a.json:1", "'text' is no text"]),
+    ("a.json", '[{"text": "a", "label": ["x"]}]', ["--data_val=b.csv", "--data_test=b.csv"],
+     ["a.json:1", "--multi_label"]),
+    ("a.json", '[{"text": "a", "label": ["x"]}]', ["--task=regress"], ["a.json:1", "'label' is no text"]),
+    ("a.json", json.dumps([{"text": f"t{i}", "label": [None]} for i in range(30)]), ["--multi_label"],
+     ["a.json", "no label"]),
+    ("a.json", '[{"tokens": ["a"], "tags": [null]}]', ["--task=tag"], ["a.json:1", "list of words"]),
+    ("a.json", '[{"tokens": ["a", "b"], "tags": []}]', ["--task=tag"], ["a.json:1", "list of words"]),
+    ("a.json", '{"data": [{"paragraphs": [{"qas": []}]}]}', ["--task=qa"], ["a.json: article 1", "context"]),
+    ("a.json", '{"data": [{"paragraphs": [{"context": null, "qas": [{"id": 7, "question": "?"}]}]}]}',
+     ["--task=qa"], ["article 1, question 7", "context is None"]),
+    ("a.json", '{"data": [{"paragraphs": [{"context": "c", "qas": ["?"]}]}]}', ["--task=qa"], ["article 1"]),
     ("a.conll", "a\tO\nb\n", ["--task=tag"], ["a.conll:2", "'b'"]),
+    ("a.conll", "a\tO\nb\t\n", ["--task=tag"], ["a.conll:2", "without a tag"]),
+    ("a.conll", "a\tO\n\tO\n", ["--task=tag"], ["a.conll:2", "without a word"]),
     ("a.csv", GOOD, ["--data_test=b.csv"], ["b.csv:2", "'z'", "training"]),
     ("a.csv", GOOD, ["--data_test=c.csv"], ["c.csv", "cannot be read"]),
     ("a.csv", GOOD, ["--max_length=99"], ["max_length=99", "64"]),
@@ -2415,6 +2433,38 @@ def test_odd_files_lose_nothing(tmp_path, capsys):
     (tmp_path / "a.tsv").write_text('he said "no\t1\nyes\t0\n', encoding="utf-8")  # no header, a lone quote
     rows = tasks.read_rows(str(tmp_path / "a.tsv"), "classify", {"text": "", "pair": "", "label": ""})
     assert [(row.text, row.label) for row in rows] == [('he said "no', "1"), ("yes", "0")]
+
+
+def test_odd_texts_come_back_as_they_were(tmp_path, capsys):
+    columns = dict.fromkeys(("text", "pair", "label", "group"), "")
+    texts = ["carriage\rreturn", "half \ud83d", "whole \ud83d\ude00", ""]
+    data = tmp_path / "a.jsonl"
+    data.write_text("\n".join(json.dumps({"text": text, "label": "x"}) for text in texts), encoding="utf-8")
+    rows = tasks.read_rows(str(data), "classify", columns)
+    assert [row.text for row in rows] == ["carriage\rreturn", "half ?", "whole \U0001f600", ""]
+    assert capsys.readouterr().err.count("half a character") == 1
+    written = tasks.as_csv([["text", "n"], *([row.text, i] for i, row in enumerate(rows))])
+    assert "\r\n" not in written
+    assert [row[0] for row in csv.reader(written.splitlines(keepends=True))][1:] == [row.text for row in rows]
+    (tmp_path / "b.csv").write_text('text\na\n""\nb\n', encoding="utf-8")  # to be answered row by row
+    rows = tasks.read_rows(str(tmp_path / "b.csv"), "classify", columns, labelled=False)
+    assert [row.text for row in rows] == ["a", "", "b"]
+    (tmp_path / "c.csv").write_text("text,label\nRome is,B-x O\n,\n", encoding="utf-8")
+    row, = tasks.read_rows(str(tmp_path / "c.csv"), "tag", columns)
+    assert row.words == ["Rome", "is"] and row.label == ["B-x", "O"]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_empty_sentences_and_contexts_have_empty_answers(kind):
+    tokenizer = make_tokenizer(kind, ["a b"], 300)
+    assert tokenizer.offsets("") == ([], [])
+    head = {"labels": ["O", "B"], "max_length": 32, "no_answer": True}
+    body = tiny(vocab_size=300, block_size=32, head="none", tied=True)
+    model = finetune.Tuned(body, 2, None, False).eval()
+    rows = [tasks.Row("", " ".join(words), words=words) for words in ([], ["a", "b"])]
+    assert [len(tags) for tags, _ in finetune.predict(model, tasks.Tag(head, tokenizer), rows)] == [0, 2]
+    rows = [tasks.Row("", "?", context) for context in ("", "a b")]
+    assert finetune.predict(model, tasks.Answer(head, tokenizer), rows)[0] == ("", pytest.approx(0))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("finetune_*.py")), ids=lambda path: path.stem)

@@ -92,11 +92,11 @@ class Tokenizer:
     def offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids, and where each begins and ends in the text, in characters; a shared character is in both."""
         ids = self.encode(text)
-        sizes = [len(c.encode("utf-8", "replace")) for c in text]
+        sizes = np.array([len(c.encode("utf-8", "replace")) for c in text], dtype=np.int64)
         char = np.append(np.repeat(np.arange(len(text)), sizes), len(text))  # of each byte
-        ends = np.cumsum([len(self.token_bytes[i]) for i in ids], dtype=np.int64)
-        starts = ends - [len(self.token_bytes[i]) for i in ids]
-        return ids, list(zip(char[starts].tolist(), (char[ends - 1] + 1).tolist()))
+        lengths = np.array([len(self.token_bytes[i]) for i in ids], dtype=np.int64)
+        ends = lengths.cumsum()
+        return ids, list(zip(char[ends - lengths].tolist(), (char[ends - 1] + 1).tolist()))
 
     def wrap(self, a: list[int], b: list[int] | None = None) -> tuple[list[int], list[int]]:
         """One text or two as a model reads them, <|endoftext|> behind each: ids, and whose each is."""
