@@ -12,7 +12,6 @@ metric that is not defined on the rows (ROC-AUC where all are of one class) is n
 import json
 import logging
 import math
-import os
 import re
 import string
 import warnings
@@ -24,6 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn import functional as F
+
+from checkpoint import write_text
 
 # -----------------------------------------------------------------------------
 # Classes
@@ -101,7 +102,7 @@ def mean_areas(pairs: list[tuple[float, float]]) -> tuple[float, float]:
 
 def calibration(confidence: np.ndarray, right: np.ndarray, bins: int = 10) -> tuple[float, list]:
     """Expected calibration error (Naeini et al. 2015), and (confidence, accuracy, rows) of each bin."""
-    place = np.minimum((confidence * bins).astype(int), bins - 1)
+    place = np.minimum((np.nan_to_num(confidence) * bins).astype(int), bins - 1)
     rows = [(float(confidence[place == b].mean()), float(right[place == b].mean()), int((place == b).sum()))
             for b in np.unique(place)]
     return sum(n * abs(c - r) for c, r, n in rows) / len(right), rows
@@ -405,6 +406,4 @@ def write_json(path: Path, content) -> None:
         if isinstance(x, (list, tuple)):
             return [plain(value) for value in x]
         return None if isinstance(x, float) and not math.isfinite(x) else x
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(plain(content), indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(plain(content), indent=1, ensure_ascii=False))

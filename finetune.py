@@ -16,11 +16,10 @@ import time
 STARTED = time.time()  # before the imports, which take seconds
 
 import contextlib
-import csv
 import hashlib
-import io
 import json
 import math
+import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -33,12 +32,13 @@ from torch import nn
 from torch.nn import functional as F
 
 import evaluate
-from checkpoint import load_checkpoint, load_model, model_of, save_checkpoint, write_text
+from checkpoint import (cannot_write, find_checkpoint, load_checkpoint, load_model, model_of, save_checkpoint,
+                        write_text)
 from config import SettingError, UserError, run
 from model import Config, Transformer
 from optim import (BadSteps, Pruning, load_optimizer_state, lr_factor, make_optimizers, optimizer_state,
                    update)
-from tasks import TASKS, Classify, Example, Row, Task, deal, read_rows
+from tasks import TASKS, Classify, Example, Row, Task, as_csv, deal, read_rows
 from tokenizer import Tokenizer, make_tokenizer
 from train import Stop, clock, keep_memory, pick_device, pick_dtype, plot, random_states
 
@@ -309,8 +309,9 @@ def fine_tune(folder: Path, train: list[Row], val: list[Row], test: list[Row], r
     torch.manual_seed(s.seed)
 
     # The body, its tokenizer, the head: of the run under way, or new.
-    checkpoint = load_checkpoint(folder, ("ckpt.pt", "ckpt.prev.pt")) if resume else None
     if resume:
+        source, checkpoint = find_checkpoint(folder, ("ckpt.pt", "ckpt.prev.pt"))
+        same_run(folder, checkpoint["settings"], model_args, s)
         init_from, head = checkpoint["settings"]["init_from"], dict(checkpoint["head"])
         head_weights = head.pop("weights")
         tokenizer = Tokenizer.from_dict(checkpoint["tokenizer"])
@@ -344,7 +345,8 @@ def fine_tune(folder: Path, train: list[Row], val: list[Row], test: list[Row], r
     examples, val_examples, test_examples = (task.examples(rows) for rows in (train, val, test))
     examples = [example for example in examples if task.teaches(example, train[example.row])]
     if not examples:
-        raise UserError(f"{train[0].where}: nothing to learn in the training data")
+        raise UserError(f"{train[0].where}: nothing to learn in the training data: no answer is in its "
+                        f"context, or no prompt leaves room for a response in {head['max_length']} tokens")
     soft = teacher_probs(s.teacher, task, train, run_device) if s.teacher else None
     weight = class_weights(task, train, run_device) if s.class_weight == "balanced" else None
     lengths = np.array([length_of(example) for example in examples])
@@ -378,16 +380,23 @@ def fine_tune(folder: Path, train: list[Row], val: list[Row], test: list[Row], r
     print(f"machine   {run_device}, {str(run_dtype).removeprefix('torch.')}")
     print(f"data      {len(train):,} to train on, {len(val):,} to validate, {len(test):,} to test; "
           f"{lengths.mean():.0f} tokens each, {lengths.max()} at most")
+    if s.task in ("classify", "tag"):
+        print(f"labels    {', '.join(task.labels[:20])}" + ", ..." * (len(task.labels) > 20))
     seen = {(row.text, row.pair) for row in train}
     for count, what in (
-            (task.cut, f"are longer than {head['max_length']} tokens: "
-                       + ("read in windows" if s.task in ("tag", "qa") else "cut there")),
+            (task.cut, f"are longer than {head['max_length']} tokens: {task.long}"),
+            (task.cut_questions, f"are questions longer than {head['max_length'] // 3} tokens: cut there"),
             (sum(not row.text.strip() for row in train + val + test), "are empty"),
             (sum((row.text, row.pair) in seen for row in test), "of the test are in the training data too")):
         if count:
             print(f"          {count:,} texts {what}")
     print(f"training  {s.epochs} epochs, {len(plan):,} steps, into {folder}\n", flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingError(f"out_dir={s.out_dir}: cannot be made ({error.strerror})") from None
+    if resume and source.name == "ckpt.prev.pt" and (folder / "ckpt.pt").exists():
+        os.replace(folder / "ckpt.pt", folder / "ckpt.damaged.pt")  # it must not replace the good one
     settings = {**vars(s), "init_from": init_from, **asdict(body.config)}
     write_text(folder / "settings.json", json.dumps(settings, indent=1))
     log_file, kept = folder / "log.jsonl", []
@@ -400,8 +409,11 @@ def fine_tune(folder: Path, train: list[Row], val: list[Row], test: list[Row], r
         return elapsed_before + time.time() - STARTED
 
     def log(row):
-        with open(log_file, "a", encoding="utf-8") as f:
-            f.write(json.dumps({"iter": iter_num, "elapsed": elapsed(), **row}) + "\n")
+        try:
+            with open(log_file, "a", encoding="utf-8") as f:
+                f.write(json.dumps({"iter": iter_num, "elapsed": elapsed(), **row}) + "\n")
+        except OSError as error:
+            raise cannot_write(log_file, error) from None
 
     def save(name):
         """ckpt.pt: all that a resume needs; best.pt: a model like any other; lora.pt: what was added."""
@@ -488,7 +500,6 @@ def fine_tune(folder: Path, train: list[Row], val: list[Row], test: list[Row], r
         save("ckpt.pt")
         print(f"stopped after {iter_num} steps, saved: --init_from=resume goes on", flush=True)
         sys.exit(128 + stop.signal)
-    plot(log_file, folder / "loss.png")
     return judge(folder, train, test, test_examples, best, s, run_device, amp)
 
 
@@ -505,18 +516,33 @@ def new_body(train: list[Row], model_args: dict, s: SimpleNamespace) -> tuple[Tr
 
 def new_head(body: Transformer, tokenizer, train: list[Row], s: SimpleNamespace) -> dict:
     """What a checkpoint keeps of the task, besides the weights: plain values."""
-    if s.max_length > body.config.block_size:
-        raise SettingError(f"max_length={s.max_length}: the model reads {body.config.block_size} tokens")
+    length = s.max_length or body.config.block_size
+    if not 8 <= length <= body.config.block_size:
+        raise SettingError(f"max_length={length}: must be at least 8, and the model reads at most "
+                           f"{body.config.block_size} tokens")
     whole = s.task in ("classify", "regress")  # texts, not tokens
     begins = tokenizer.wrap([-1])[0][0] != -1  # with a special token, as BERT's [CLS]
     pool = ("mean" if says_mean(s.init_from) else "last" if body.config.causal else
             "first" if begins else "mean")
     paired = train[0].pair is not None
     return {"task": s.task, **TASKS[s.task].learn(train, s),
-            "max_length": s.max_length or body.config.block_size,
+            "max_length": length,
             "pool": (pool if s.pool == "auto" else s.pool) if whole else None, "paired": paired,
             "apart": whole and paired and s.pair == "apart",
             "columns": {"text": s.text_column, "pair": s.pair_column, "label": s.label_column}}
+
+
+def same_run(folder: Path, then: dict, model_args: dict, s: SimpleNamespace) -> None:
+    """Raises SettingError where what makes a run the one it is has changed. then: its settings."""
+    names = ("task", "multi_label", "folds", "max_length", "pool", "pair", "freeze", "lora_rank",
+             "lora_alpha", "sparsity", "seed")
+    scratch = then["init_from"] == "scratch"  # a pretrained body takes dropout alone
+    now = {name: value for name, value in model_args.items() if scratch or name == "dropout"}
+    now.pop("vocab_size", None)  # a tokenizer may have turned out smaller
+    for name, value in {**now, **{name: vars(s)[name] for name in names}}.items():
+        if value is not None and then.get(name, value) != value:
+            raise SettingError(f"{name}={value}: {folder} was begun with {name}={then[name]}: give the same, "
+                               "or --overwrite")
 
 
 def fingerprint(rows: list[Row]) -> str:
@@ -566,12 +592,14 @@ def judge(folder: Path, train, test, examples, best, s, device, amp) -> dict:
                "validation": {name: value for name, value in best.items() if name != "goal"}}
     if s.group_column != "":
         metrics["by_group"] = evaluate.by_group(task.scores, arrays, [row.group for row in test])
-    text = io.StringIO(newline="")
     header, lines = task.table(test, answers)
-    csv.writer(text, lineterminator="\n").writerows([header, *lines])
-    write_text(folder / "predictions.csv", text.getvalue())
-    written = evaluate.report(folder, *arrays, task.labels) if type(task) is Classify else []
+    write_text(folder / "predictions.csv", as_csv([header, *lines]))
     evaluate.write_json(folder / "metrics.json", metrics)
+    try:
+        plot(folder / "log.jsonl", folder / "loss.png")
+        written = evaluate.report(folder, *arrays, task.labels) if type(task) is Classify else []
+    except OSError as error:
+        raise cannot_write(folder, error) from None
 
     print(f"\nTest, {len(test):,} examples, by epoch {best['epoch']}, with 95% intervals, and baselines:\n")
     print(f"  {'':20} {'this model':>24}" + "".join(f" {name:>20}" for name in others))
@@ -613,7 +641,7 @@ def main(model_args: dict):
     if fixed:  # a recipe that says how a new body is made serves for a pretrained one too
         print(f"({', '.join(fixed)}: not used, the body from {init_from} is made already)")
     folder = Path(out_dir)
-    begun = [*folder.glob("ckpt.pt"), *folder.glob("fold*/ckpt.pt")]
+    begun = [*folder.glob("ckpt*.pt"), *folder.glob("fold*/ckpt*.pt")]
     if begun and init_from != "resume" and not overwrite:
         raise SettingError(f"{folder}: a run is here already: --init_from=resume goes on with it, "
                            "--overwrite starts anew, --out_dir=FOLDER writes elsewhere")
@@ -623,31 +651,46 @@ def main(model_args: dict):
     columns = {"text": text_column, "pair": pair_column, "label": label_column, "group": group_column}
     rows = read_rows(data, task, columns)
 
-    if not folds:
+    if folds:
+        part, splits = deal(rows, task, folds, seed), {}
+        for k in range(folds):
+            after = (k + 1) % folds
+            splits[folder / f"fold{k + 1}"] = [[row for row, p in zip(rows, part) if fits(p)] for fits in (
+                lambda p: p not in (k, after), lambda p: p == after, lambda p: p == k)]
+    else:
         val, test = (read_rows(path, task, columns) if path else None for path in (data_val, data_test))
         part = deal(rows, task, 10, seed)  # a tenth each for what is not given
         train = [row for row, p in zip(rows, part) if (test or p != 0) and (val or p != 1)]
         test = test or [row for row, p in zip(rows, part) if p == 0]
         val = val or [row for row, p in zip(rows, part) if p == 1]
+        splits = {folder: [train, val, test]}
+    for train, val, test in splits.values():  # what is wrong with the last fold is to be known now
         if not (train and val and test):
-            raise UserError(f"{data}: {len(rows)} examples are too few to train, validate and test on")
-        fine_tune(folder, train, val, test, init_from == "resume", model_args, s)
-        return
+            raise UserError(f"{data}: {len(rows)} examples are too few to train, validate and test on (equal "
+                            "texts stay together, and questions on one article)")
+        if task in ("classify", "tag"):
+            learned = TASKS[task](TASKS[task].learn(train, s), None)
+            for row in val + test:
+                learned.target(row)
+    for file in begun if overwrite else ():
+        file.unlink()  # else a later resume could go on with it
 
-    part, found = deal(rows, task, folds, seed), []
-    for k in range(folds):
-        place, after = folder / f"fold{k + 1}", (k + 1) % folds
-        print(f"\n--- fold {k + 1} of {folds} ---\n")
-        if init_from == "resume" and (place / "metrics.json").exists():
-            found.append(json.loads((place / "metrics.json").read_text(encoding="utf-8")))
-            continue
-        train, val, test = ([row for row, p in zip(rows, part) if fits(p)] for fits in (
-            lambda p: p not in (k, after), lambda p: p == after, lambda p: p == k))
-        begun = init_from == "resume" and (place / "ckpt.pt").exists()
-        if init_from == "resume" and not begun:  # as the first fold did
-            first = (folder / "fold1/settings.json").read_text(encoding="utf-8")
-            s.init_from = json.loads(first)["init_from"]
-        found.append(fine_tune(place, train, val, test, begun, model_args, s))
+    found = []
+    for place, split in splits.items():
+        if folds:
+            print(f"\n--- {place.name} of {folds} ---\n")
+        resumed = init_from == "resume" and any(place.glob("ckpt*.pt"))
+        if init_from == "resume" and not resumed:  # killed before its first checkpoint, it begins anew
+            files = [one / "settings.json" for one in (place, folder / "fold1")]
+            first = next((file for file in files if file.exists()), None)
+            if first is None:
+                raise UserError(f"{place}: no run to go on with: leave out --init_from=resume")
+            then = json.loads(first.read_text(encoding="utf-8"))
+            same_run(place, then, model_args, s)
+            s.init_from = then["init_from"]
+        found.append(fine_tune(place, *split, resumed, model_args, s))
+    if not folds:
+        return
     values = {name: np.array([one[name] for one in found], dtype=float)
               for name in found[0] if f"{name}_ci95" in found[0]}
     print(f"\n{folds} folds, mean and standard deviation:\n")

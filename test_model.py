@@ -2155,6 +2155,45 @@ def test_a_killed_fine_tuning_resumes_bitwise(tmp_path, monkeypatch):
     assert a == b
 
 
+def test_a_run_is_gone_on_with_as_it_was_begun(tmp_path, monkeypatch):
+    texts, labels = synthetic(90)
+    data = write_rows(tmp_path / "data.csv", ("text", "label"), texts, labels)
+    args = (f"--data={data}", "--folds=3", "--epochs=1", *QUICK)
+    tune(tmp_path / "out", *args)
+    for changed in ("--folds=5", "--lora_rank=2", "--multi_label", "--n_embd=64"):
+        with pytest.raises(SettingError, match=f"{changed[2:].partition('=')[0]}=.* was begun with"):
+            tune(tmp_path / "out", *args, changed, "--init_from=resume")
+
+    save = finetune.save_checkpoint
+
+    def killed(path, checkpoint):  # in the second fold, before it has saved anything
+        if path.parent.name == "fold2":
+            raise KeyboardInterrupt
+        save(path, checkpoint)
+    monkeypatch.setattr(finetune, "save_checkpoint", killed)
+    slower = (*args, "--learning_rate=1e-5")
+    with pytest.raises(KeyboardInterrupt):
+        tune(tmp_path / "out", *slower, "--overwrite")
+    monkeypatch.undo()
+    tune(tmp_path / "out", *slower, "--init_from=resume")
+    tune(tmp_path / "new", *slower)
+    for k in (1, 2, 3):  # nothing is left of what was overwritten
+        a, b = ((tmp_path / run / f"fold{k}/predictions.csv").read_bytes() for run in ("out", "new"))
+        assert a == b
+
+
+def test_a_full_disk_while_judging_leaves_metrics_and_a_line(tmp_path, monkeypatch):
+    texts, labels = synthetic(60)
+    data = write_rows(tmp_path / "data.csv", ("text", "label"), texts, labels)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(finetune, "plot", full)
+    with pytest.raises(UserError, match="No space left on device.*make room"):
+        tune(tmp_path / "out", f"--data={data}", "--epochs=1", *QUICK)
+    assert json.loads((tmp_path / "out/metrics.json").read_text(encoding="utf-8"))["test_rows"] == 6
+
+
 def test_the_best_epoch_is_judged_and_the_test_set_read_once(tmp_path, monkeypatch):
     """With a learning rate that ruins the model after its best moment."""
     texts, labels = synthetic(120)
@@ -2378,6 +2417,8 @@ GOOD = "text,label\n" + "".join(f"a{i},x\nb{i},y\n" for i in range(30))
     ("a.csv", GOOD + "a text, with a comma,x\n", [], ["a.csv:62", "3 cells", "quotes"]),
     ("a.csv", GOOD + "none,\n", [], ["a.csv:62", "label is empty"]),
     ("a.csv", GOOD.replace("label", "mood").replace("text", "it"), [], ["a.csv:1", "'mood'", "a header?"]),
+    ("a.csv", GOOD + "a,z\nb,z\n", ["--folds=5"], ["'z'", "give more"]),
+    ("a.csv", GOOD, ["--folds=70"], ["60 examples are too few"]),
     ("a.csv", GOOD + '"open,x\n', [], ["a.csv:62", "CSV"]),
     ("a.csv", "text,label\n", [], ["a.csv", "no examples"]),
     ("a.csv", b"text,label\na,x\n\xff,y\n", [], ["a.csv:3", "UTF-8", "0xff"]),
@@ -2406,6 +2447,9 @@ GOOD = "text,label\n" + "".join(f"a{i},x\nb{i},y\n" for i in range(30))
     ("a.csv", GOOD, ["--data_test=b.csv"], ["b.csv:2", "'z'", "training"]),
     ("a.csv", GOOD, ["--data_test=c.csv"], ["c.csv", "cannot be read"]),
     ("a.csv", GOOD, ["--max_length=99"], ["max_length=99", "64"]),
+    ("a.csv", GOOD, ["--max_length=1"], ["max_length=1", "at least 8"]),
+    ("a.csv", GOOD, ["--out_dir=a.csv/out"], ["out_dir=a.csv/out", "cannot be made"]),
+    ("a.csv", GOOD, ["--init_from=resume"], ["no run to go on with"]),
     ("a.csv", GOOD, ["--teacher=nowhere"], ["nowhere", "no checkpoint"]),
 ])
 def test_bad_files_are_one_line(tmp_path, monkeypatch, name, content, args, words):
