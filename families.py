@@ -173,7 +173,8 @@ def from_hf_config(theirs: dict) -> tuple[Family, dict]:
 
 def to_hf_config(config) -> tuple[Family, dict]:
     """The family whose column this is, and its config.json. Raises ValueError where there is none."""
-    free = ["dropout", "init"] + (["head", "head_bias", "tied"] if config.head == "none" else [])
+    free = ["dropout", "init", "n_gram_rows"]
+    free += ["head", "head_bias", "tied"] if config.head == "none" else []
     wanted = {name: value for name, value in asdict(config).items() if name not in free}
     nearest = None
     for kind, family in FAMILIES.items():

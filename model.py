@@ -62,6 +62,8 @@ class Config:
     pos: Literal["learned", "rope", "sinusoidal"] = "learned"  # how positions are told apart
     pos_offset: int = 0  # rows of the learned positions before the first in use (2 in RoBERTa)
     n_segment: int = 0  # kinds of token, each with a learned vector, as BERT's first and second text; 0: none
+    n_gram: int = 1  # runs of up to so many tokens have learned vectors of their own; 1: single tokens alone
+    n_gram_rows: int = 16384  # vectors for the runs of each length: many runs may share one
     rope_theta: float = 10000.0  # longest wavelength of the rotary positions, over 2 pi
     rope_scaling: Optional[dict] = None  # how Llama 3 stretches the longest wavelengths: see wave_angles
     norm: Literal["layer", "rms"] = "layer"  # rms: no mean subtracted
@@ -84,7 +86,8 @@ class Config:
             self.n_inner = 4 * self.n_embd
         if self.qkv_bias is None:
             self.qkv_bias = self.bias
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner"):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner",
+                     "n_gram", "n_gram_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         for name in ("pos_offset", "n_segment", "norm_eps"):
@@ -159,6 +162,29 @@ class Sinusoidal(nn.Module):
         return x * self.scale + waves.to(x.dtype)
 
 
+class NGrams(nn.Embedding):
+    """A vector for each run of 2, 3 ... n_gram tokens that ends here, added to the token's own.
+
+    A small model spends its first layers on learning which tokens stand next to each other; here it looks it
+    up. Runs are hashed into n_gram_rows vectors a length, as in BLT (Pagnoni et al. 2024).
+    """
+
+    def __init__(self, config: Config):
+        super().__init__((config.n_gram - 1) * config.n_gram_rows, config.n_embd)
+        self.n_gram, self.rows = config.n_gram, config.n_gram_rows
+
+    def forward(self, tokens, slots):  # (B, S) tokens + 1, 0 for none; (T,) of these S -> (B, T, C)
+        return sum(super(NGrams, self).forward(which) for which in self.rows_of(tokens, slots))
+
+    def rows_of(self, tokens, slots):
+        """Of each length, from 2 on, the row for the run that ends at each of the slots: (B, T)."""
+        run = tokens[:, slots]
+        for n in range(1, self.n_gram):  # each run is the one before and a token further back
+            earlier = tokens[:, (slots - n).clamp(min=0)] * (slots >= n)
+            run = run * 0x9E3779B1 + earlier  # int64, which wraps around
+            yield (run ^ run >> 29) % self.rows + (n - 1) * self.rows
+
+
 class NoPosition(nn.Module):
     """Nothing at the embedding: positions enter in the attention."""
 
@@ -222,6 +248,7 @@ class KVCache:
     def __init__(self, config: Config, batch_size: int, slots: int, like: torch.Tensor):
         shape = (batch_size, config.n_kv_head, slots, config.head_dim)
         self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)
+        self.tokens = torch.zeros(batch_size, slots, dtype=torch.long, device=like.device)  # for NGrams
 
     def put(self, k, v, slots, end):  # (B, K, T, D) into slots (T,) -> those before `end`, (B, K, S, D)
         return self.k.index_copy_(2, slots, k)[:, :, :end], self.v.index_copy_(2, slots, v)[:, :, :end]
@@ -328,6 +355,7 @@ class Transformer(nn.Module):
         embed_positions, rotary = POSITIONS[config.pos]
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wse = nn.Embedding(config.n_segment, config.n_embd) if config.n_segment else None
+        self.wge = NGrams(config) if config.n_gram > 1 else None
         self.positions = embed_positions(config)
         self.rope = Rope(config) if rotary else None
         self.norm_embd = NORMS[config.norm](config) if config.norm_embd else nn.Identity()
@@ -350,6 +378,7 @@ class Transformer(nn.Module):
                         normal (GPT-2)             zero_out (NanoChat)      uniform (2017, torch's example)
             wte         normal 0.02                normal 1                 +-0.1
             wpe wse     normal 0.02                normal 0.02              normal 0.02
+            wge         0                          0                        0
             q k v       normal 0.02                +-sqrt(3 / n_embd)       Xavier, the three as one
             up gate     normal 0.02                +-sqrt(3 / n_embd)       torch's own
             o down      normal 0.02 / sqrt(2 L)    0: a block changes       torch's own
@@ -358,7 +387,7 @@ class Transformer(nn.Module):
         """
         INITS[self.config.init](self)
         for name, p in self.named_parameters():
-            if name.endswith("bias"):
+            if name.endswith("bias") or name == "wge.weight":
                 nn.init.zeros_(p)
 
     def hidden(self, idx, pad_mask=None, segments=None, cache=None, past=0):
@@ -380,7 +409,11 @@ class Transformer(nn.Module):
             positions = slots.unsqueeze(0)  # (1, T)
         else:
             positions = (pad_mask.cumsum(1) - 1).clamp(min=0)[:, slots]  # (B, T)
-        x = self.positions(self.wte(idx), positions)  # (B, T, C)
+        x = self.wte(idx)  # (B, T, C)
+        if self.wge is not None:
+            tokens = idx + 1 if pad_mask is None else (idx + 1) * pad_mask[:, slots]  # 0: no token
+            x = x + self.wge(cache[0].tokens.index_copy_(1, slots, tokens) if cache else tokens, slots)
+        x = self.positions(x, positions)
         if self.wse is not None:
             x = x + self.wse(torch.zeros_like(idx) if segments is None else segments)
         x = self.dropout(self.norm_embd(x))
@@ -451,7 +484,7 @@ class Transformer(nn.Module):
                     if use_cache:
                         cache = [KVCache(self.config, len(idx), room, self.wte.weight) for _ in self.blocks]
                     if cache and compile:  # CUDA graphs may write to these: they stay where they are
-                        for tensor in (tensor for one in cache for tensor in (one.k, one.v)):
+                        for tensor in (tensor for one in cache for tensor in (one.k, one.v, one.tokens)):
                             torch._dynamo.mark_static_address(tensor, guard=False)
                     x = self.hidden(idx, pad_mask, cache=cache)  # (B, T, C)
                 elif not compile:
@@ -563,7 +596,7 @@ class Transformer(nn.Module):
         """Of a training step at full context: 6 for each weight in a matrix product, and 12 L C T for the
         scores and mixes of the attention, causal or not (Chowdhery et al. 2022, appendix B)."""
         matrices = sum(p.numel() for name, p in self.named_parameters()
-                       if p.ndim == 2 and not name.startswith(("wte", "wse", "positions")))  # look-ups
+                       if p.ndim == 2 and not name.startswith(("wte", "wse", "wge", "positions")))  # look-ups
         c = self.config
         if c.tied and self.head is not None:
             matrices += self.wte.weight.numel()

@@ -138,13 +138,13 @@ def make_optimizers(model, optimizer, learning_rate, muon_lr, weight_decay, beta
                     embd_lr=None) -> list:
     """adamw, sgd or lars for all parameters; or muon for the matrices of the blocks, and AdamW for the rest.
 
-    Only matrices decay. momentum: of sgd and lars. embd_lr: of the token embedding, where it has its own.
+    Only matrices decay. momentum: of sgd and lars. embd_lr: of the embedding, where it has its own.
     """
     params = dict(model.named_parameters())
     in_muon = [name for name, p in params.items()
-               if optimizer == "muon" and p.ndim == 2 and name.startswith("blocks.")]
+               if optimizer == "muon" and p.ndim == 2 and "blocks." in name]
     rest = [name for name in params if name not in in_muon]
-    apart = [name for name in rest if name == "wte.weight" and embd_lr is not None]
+    apart = [name for name in rest if name.endswith(("wte.weight", "wge.weight")) and embd_lr is not None]
     matrices = [params[name] for name in rest if params[name].ndim == 2 and name not in apart]
     vectors = [params[name] for name in rest if params[name].ndim < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0},
