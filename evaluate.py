@@ -254,6 +254,35 @@ def words_of(text: str, pair: str | None) -> list[str]:
             + [f"= {word}" for word in set(a) & set(b)] + [f"! {word}" for word in set(a) ^ set(b)])
 
 
+def weighted_sums(features, weight, bias):  # (n_features, K), (K,) -> (N, K)
+    """features: as F.embedding_bag takes them: their numbers, where each text begins, their values."""
+    numbers, starts, values = features
+    return F.embedding_bag(numbers, weight, starts, mode="sum", per_sample_weights=values) + bias
+
+
+@torch.enable_grad()
+def fit_linear(features, y, kind: str, n_features: int, n_out: int, penalty: float):
+    """The best linear model of these features: weight (n_features, n_out) and bias (n_out,).
+
+    kind: class (y: (N,) numbers; logistic regression), labels (y: (N, K) of 0 and 1) or number (y: (N,);
+    least squares). penalty: of the squared weights; 1 / (2 C) of scikit-learn's C.
+    """
+    weight, bias = torch.zeros(n_features, n_out, requires_grad=True), torch.zeros(n_out, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=60, line_search_fn="strong_wolfe")
+
+    def objective():
+        optimizer.zero_grad()
+        out = weighted_sums(features, weight, bias)
+        loss = (F.cross_entropy(out, y, reduction="sum") if kind == "class" else
+                F.binary_cross_entropy_with_logits(out, y, reduction="sum") if kind == "labels" else
+                F.mse_loss(out[:, 0], y, reduction="sum"))
+        loss = (loss + penalty * weight.square().sum()) / len(y)
+        loss.backward()
+        return loss
+    optimizer.step(objective)
+    return weight.detach(), bias.detach()
+
+
 class BagOfWords:
     """Logistic regression (least squares for numbers) on TF-IDF of words and word pairs.
 
@@ -264,7 +293,7 @@ class BagOfWords:
         self.kind, self.n_out = kind, n_out  # kind: class, labels or number
 
     def features(self, texts):
-        """As F.embedding_bag takes them: word numbers, where each text begins, weights of length 1 a text."""
+        """For weighted_sums: the words' numbers, where each text begins, values of length 1 a text."""
         numbers, starts, weights = [], [], []
         for text, pair in texts:
             starts.append(len(numbers))
@@ -278,38 +307,20 @@ class BagOfWords:
                 torch.tensor(weights))
 
     def fit(self, texts, targets, penalty: float = 0.2):
-        """penalty: of the squared weights; 1 / (2 C) of scikit-learn's C."""
+        """penalty: see fit_linear."""
         count = Counter(word for text, pair in texts for word in set(words_of(text, pair)))
         known = sorted(word for word, n in count.items() if n > 1) or sorted(count) or [""]
         self.vocabulary = {word: i for i, word in enumerate(known)}
         self.idf = [math.log((1 + len(texts)) / (1 + count[word])) + 1 for word in known]
         features = self.features(texts)
         y = torch.as_tensor(targets, dtype=torch.long if self.kind == "class" else torch.float32)
-        self.weight = torch.zeros(len(known), self.n_out, requires_grad=True)
-        self.bias = torch.zeros(self.n_out, requires_grad=True)
-        optimizer = torch.optim.LBFGS([self.weight, self.bias], max_iter=60, line_search_fn="strong_wolfe")
-
-        def objective():
-            optimizer.zero_grad()
-            out = self.scores(features)
-            loss = (F.cross_entropy(out, y, reduction="sum") if self.kind == "class" else
-                    F.binary_cross_entropy_with_logits(out, y, reduction="sum") if self.kind == "labels" else
-                    F.mse_loss(out[:, 0], y, reduction="sum"))
-            loss = (loss + penalty * self.weight.square().sum()) / len(y)
-            loss.backward()
-            return loss
-        optimizer.step(objective)
+        self.weight, self.bias = fit_linear(features, y, self.kind, len(known), self.n_out, penalty)
         return self
-
-    def scores(self, features):
-        numbers, starts, weights = features
-        out = F.embedding_bag(numbers, self.weight, starts, mode="sum", per_sample_weights=weights)
-        return out + self.bias
 
     @torch.no_grad()
     def predict(self, texts) -> np.ndarray:
         """Probabilities (N, K), or numbers (N,)."""
-        out = self.scores(self.features(texts))
+        out = weighted_sums(self.features(texts), self.weight, self.bias)
         return (out.softmax(1) if self.kind == "class" else out.sigmoid() if self.kind == "labels" else
                 out[:, 0]).double().numpy()
 

@@ -63,6 +63,7 @@ tokenizer: str = "bpe"  # from scratch: bpe of the training texts (with vocab_si
 max_length: int = 0  # tokens of an input; longer ones are cut, or read in windows (tag, qa); 0: block_size
 pool: Literal["auto", "first", "last", "mean"] = "auto"  # a text's vector: of which tokens
 pair: Literal["together", "apart"] = "together"  # two texts: read as one, or each for itself and compared
+linear_start: bool = False  # from scratch: set out from the best linear model, see start_linear
 freeze: bool = False  # train the head alone
 lora_rank: int = 0  # train low-rank additions to the matrices instead of the matrices; 0: not
 lora_alpha: float = 16.0  # their size: they count alpha / rank times
@@ -70,7 +71,10 @@ lora_alpha: float = 16.0  # their size: they count alpha / rank times
 epochs: int = 3  # times that each example is seen
 batch_size: int = 32  # examples in a step
 batch_size_end: int = 0  # the batch doubles, at even distances, up to this; 0: it stays
-learning_rate: float = 5e-5  # highest
+optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, where they start from nothing
+learning_rate: float = 5e-5  # highest, of all but Muon
+muon_lr: float = 0.02  # highest, of Muon
+embd_lr: Optional[float] = None  # highest, of the token embedding; None: as learning_rate
 schedule: Literal["linear", "cosine", "constant"] = "linear"  # its fall
 warmup: float = 0.1  # share of the steps that it rises in
 min_lr: float = 0.0  # lowest
@@ -175,6 +179,42 @@ class Tuned(nn.Module):
         if self.pool is None and places is None:  # answers are not in the padding
             out = out.masked_fill(~real.unsqueeze(-1), -1e9)
         return out
+
+
+@torch.no_grad()
+def start_linear(model: Tuned, task: Task, examples: list[Example], penalty: float = 0.05) -> None:
+    """First weights by which the whole model is the best linear one of its tokens and runs of tokens.
+
+    What each of them says for a class lies in the embeddings along an axis of that class; the blocks add
+    nothing yet (init="zero_out"), the tokens' mean is taken, and the head reads it off the axes. Of few texts
+    a Transformer learns no better, and from there it goes on. penalty: of evaluate.fit_linear.
+    """
+    body, C = model.body, model.body.config.n_embd
+    tables = [table for table in (body.wte, body.wge) if table is not None]
+    sizes = [len(table.weight) for table in tables]
+    features, counts = [], []
+    for example in examples:
+        ids = torch.tensor([list(example.parts[0][0])])  # (1, T)
+        runs = body.wge.rows_of(ids + 1, torch.arange(ids.size(1))) if body.wge is not None else ()
+        which, count = torch.cat([ids, *(rows + sizes[0] for rows in runs)], 1).unique(return_counts=True)
+        features.append(which)
+        counts.append(count / ids.size(1))  # of a mean over the tokens
+    starts = torch.tensor([0, *map(len, features)]).cumsum(0)[:-1]
+    features, counts = torch.cat(features), torch.cat(counts)
+    idf = ((1 + len(examples)) / (1 + features.bincount(minlength=sum(sizes)))).log() + 1
+    values = counts * idf[features]
+    scale = idf / (values.square().sum() / len(examples)).sqrt()  # a text's values have length 1
+    y = torch.from_numpy(np.array([example.target for example in examples]))
+    weight, bias = evaluate.fit_linear((features, starts, counts * scale[features]), y, task.kind, sum(sizes),
+                                       task.n_out, penalty)
+    weight = weight * scale.unsqueeze(1)  # (tokens and runs, K)
+    axes = torch.linalg.qr(torch.randn(C, task.n_out)).Q.T * math.sqrt(C)  # (K, C), of numbers about 1
+    unit = 0.1 / weight[features].std()  # small, or the norms would squash what says much
+    for table, part in zip(tables, weight.split(sizes)):
+        rest = table.weight - table.weight @ axes.T @ axes / C  # no part of it along the axes
+        table.weight.copy_(rest / rest.square().mean().sqrt().clamp(min=1e-6) + unit * part @ axes)
+    model.head.weight.copy_(axes / C / unit)
+    model.head.bias.copy_(bias)
 
 
 def says_mean(folder: str) -> bool:
@@ -335,7 +375,6 @@ def fine_tune(folder: Path, train: list[Row], val: list[Row], test: list[Row], r
         body.load_state_dict(checkpoint["model"])
         if model.head is not None:
             model.head.load_state_dict(head_weights)
-    model.to(run_device)
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise SettingError("freeze=True: --task=lm has no head of its own to train: use --lora_rank")
@@ -347,6 +386,9 @@ def fine_tune(folder: Path, train: list[Row], val: list[Row], test: list[Row], r
     if not examples:
         raise UserError(f"{train[0].where}: nothing to learn in the training data: no answer is in its "
                         f"context, or no prompt leaves room for a response in {head['max_length']} tokens")
+    if s.linear_start and not resume:
+        start_linear(model, task, examples)
+    model.to(run_device)
     soft = teacher_probs(s.teacher, task, train, run_device) if s.teacher else None
     weight = class_weights(task, train, run_device) if s.class_weight == "balanced" else None
     lengths = np.array([length_of(example) for example in examples])
@@ -354,7 +396,8 @@ def fine_tune(folder: Path, train: list[Row], val: list[Row], test: list[Row], r
     epochs = [batches(lengths, size_at, s.seed, epoch, s.epochs) for epoch in range(s.epochs)]
     plan = [batch for epoch in epochs for batch in epoch]  # the whole training
     epoch_ends = np.cumsum([len(epoch) for epoch in epochs])
-    optimizers = make_optimizers(model, "adamw", s.learning_rate, 0.0, s.weight_decay, (s.beta1, s.beta2))
+    optimizers = make_optimizers(model, s.optimizer, s.learning_rate, s.muon_lr, s.weight_decay,
+                                 (s.beta1, s.beta2), embd_lr=s.embd_lr)
     pruning = Pruning(body, s.sparsity, len(plan))
 
     # Where we are.
@@ -432,7 +475,28 @@ def fine_tune(folder: Path, train: list[Row], val: list[Row], test: list[Row], r
             "best_val_loss": best.get("loss", math.inf), "settings": settings,
             "tokenizer": tokenizer.to_dict(), "head": {**head, "weights": weights}})
 
+    def validate():
+        """Evaluate, and save: is it the best so far?"""
+        nonlocal best, waited
+        answers = predict(model, task, val, 2 * s.batch_size, amp, val_examples)
+        scores = {name: float(value) for name, value in task.scores(*task.arrays(val, answers)).items()}
+        goal = scores[task.metric] * (-1 if task.metric == "loss" else 1)
+        goal = [-math.inf if math.isnan(goal) else goal, -scores.get("loss", 0.0)]  # or the lower loss
+        better = pruning.is_done(iter_num) and (not best or goal > best["goal"])
+        waited = 0 if better else waited + pruning.is_done(iter_num)
+        if better:
+            epoch = int(np.searchsorted(epoch_ends, iter_num)) + (iter_num > 0)
+            best = {**scores, "goal": goal, "epoch": epoch, "iter": iter_num}
+            for name in ["best.pt"] + ["lora.pt"] * bool(s.lora_rank):
+                save(name)
+        save("ckpt.pt")
+        log({f"val_{name}": value for name, value in scores.items()})
+        print(f"iter {iter_num}: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+              + ", best so far" * better, flush=True)
+
     stop, bad_steps = Stop(), BadSteps(10, s.log_interval)
+    if s.linear_start and not resume:
+        validate()
     started = logged = time.time()
     started_iter, losses, warmup_iters = iter_num, [], int(s.warmup * len(plan))
     model.train()
@@ -478,23 +542,8 @@ def fine_tune(folder: Path, train: list[Row], val: list[Row], test: list[Row], r
                   f"lr {row['lr']:.2e}  norm {row['grad_norm']:6.2f}  {dt * 1e3:6.0f} ms a step  "
                   f"{clock(left)} left", flush=True)
 
-        # evaluate and save
         if iter_num % s.eval_interval == 0 or last if s.eval_interval else iter_num in epoch_ends:
-            answers = predict(model, task, val, 2 * s.batch_size, amp, val_examples)
-            scores = {name: float(value) for name, value in task.scores(*task.arrays(val, answers)).items()}
-            goal = scores[task.metric] * (-1 if task.metric == "loss" else 1)
-            goal = [-math.inf if math.isnan(goal) else goal, -scores.get("loss", 0.0)]  # or the lower loss
-            better = pruning.is_done(iter_num) and (not best or goal > best["goal"])
-            waited = 0 if better else waited + pruning.is_done(iter_num)
-            if better:
-                epoch = int(np.searchsorted(epoch_ends, iter_num)) + 1
-                best = {**scores, "goal": goal, "epoch": epoch, "iter": iter_num}
-                for name in ["best.pt"] + ["lora.pt"] * bool(s.lora_rank):
-                    save(name)
-            save("ckpt.pt")
-            log({f"val_{name}": value for name, value in scores.items()})
-            print(f"iter {iter_num}: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
-                  + ", best so far" * better, flush=True)
+            validate()
 
     if stop.signal and iter_num < len(plan):
         save("ckpt.pt")
@@ -507,11 +556,17 @@ def new_body(train: list[Row], model_args: dict, s: SimpleNamespace) -> tuple[Tr
     """From scratch: the tokenizer is made of the training texts."""
     texts = [text[:10**6] for row in train
              for text in (row.text, row.pair, row.label if s.task == "lm" else None) if text]
+    texts = [" " * in_words(train) + text for text in texts]
     tokenizer = make_tokenizer(s.tokenizer, texts, model_args.get("vocab_size", 8192))
     try:
         return Transformer(Config(**{**model_args, "vocab_size": tokenizer.vocab_size})), tokenizer
     except ValueError as error:  # it names the field
         raise SettingError(str(error)) from None
+
+
+def in_words(rows: list[Row]) -> bool:
+    """Are they texts with spaces? Then one in front makes a first word the same token as elsewhere."""
+    return 2 * sum(" " in row.text for row in rows) > len(rows)
 
 
 def new_head(body: Transformer, tokenizer, train: list[Row], s: SimpleNamespace) -> dict:
@@ -526,7 +581,7 @@ def new_head(body: Transformer, tokenizer, train: list[Row], s: SimpleNamespace)
             "first" if begins else "mean")
     paired = train[0].pair is not None
     return {"task": s.task, **TASKS[s.task].learn(train, s),
-            "max_length": length,
+            "max_length": length, "space": s.init_from == "scratch" and in_words(train),
             "pool": (pool if s.pool == "auto" else s.pool) if whole else None, "paired": paired,
             "apart": whole and paired and s.pair == "apart",
             "columns": {"text": s.text_column, "pair": s.pair_column, "label": s.label_column}}
@@ -627,10 +682,15 @@ def main(model_args: dict):
            "batch_size_end", lambda x: x >= 0, "at least 0")
     refuse("label_smoothing sparsity token_dropout warmup beta1 beta2", lambda x: 0 <= x < 1,
            "at least 0 and below 1")
-    refuse("learning_rate teacher_temperature lora_alpha", lambda x: 0 < x < math.inf, "above 0")
+    refuse("learning_rate muon_lr teacher_temperature lora_alpha", lambda x: 0 < x < math.inf, "above 0")
     refuse("teacher_weight", lambda x: 0 <= x <= 1, "from 0 to 1")
     refuse("folds", lambda x: x == 0 or x >= 3, "at least 3: one to test, one to validate, one to train on")
     refuse("data", bool, "a file of labelled examples: .csv, .tsv, .jsonl, .json, CoNLL")
+    linear_can = (init_from in ("scratch", "resume") and task in ("classify", "regress") and pool == "mean"
+                  and pair == "together" and model_args.get("init") == "zero_out")
+    if linear_start and not linear_can:
+        raise SettingError("linear_start=True: for --task=classify or regress from scratch, with pool=mean, "
+                           "pair=together and init=zero_out")
     if sparsity and (freeze or lora_rank):
         raise SettingError(f"sparsity={sparsity}: prunes what is trained: leave out freeze and lora_rank")
     if freeze and lora_rank:

@@ -293,9 +293,11 @@ class Task:
     def sequences(self, rows: list[Row]) -> list[list]:
         """(ids, segments) of each row, cut to max_length; two of them for pairs read apart."""
         L, wrap, found = self.head["max_length"], self.tokenizer.wrap, []
+        space = " " * self.head.get("space", False)
         most = 100 * L  # characters: a text of megabytes costs no more than what is read of it
-        a, b = ([ids.tolist() for ids in self.tokenizer.encode_batch([(text or "")[:most] for text in texts])]
-                for texts in ([row.text for row in rows], [row.pair for row in rows]))
+        a, b = ([ids.tolist() for ids in self.tokenizer.encode_batch(
+            [space + (text or "")[:most] for text in texts])]
+            for texts in ([row.text for row in rows], [row.pair for row in rows]))
         together = self.head["paired"] and not self.head["apart"]
         for row in rows:
             if (row.pair is not None) != self.head["paired"]:
