@@ -7,7 +7,7 @@ from config.small import *
 
 out_dir = "out/shakespeare_char"
 dataset = "shakespeare_char"
-n_gram, n_gram_rows = 5, 8192  # what two bytes, three ... say together is looked up; no family elsewhere has this
+n_gram, n_gram_rows = 5, 8192  # what two to five bytes say together is looked up; no family elsewhere has it
 weight_decay = 0.1  # the vectors of rare runs would learn the text by heart
 learning_rate, embd_lr = 3e-3, 0.03  # a byte comes often
 max_iters = 1000
