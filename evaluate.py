@@ -25,6 +25,7 @@ import torch
 from torch.nn import functional as F
 
 from checkpoint import write_text
+from tokenizer import Tokenizer, make_tokenizer
 
 # -----------------------------------------------------------------------------
 # Classes
@@ -288,6 +289,7 @@ class BagOfWords:
 
     fit on texts [(text, pair or None), ...] and targets: class numbers (N,), 0 and 1 (N, K), or numbers (N,).
     """
+    words_of = staticmethod(words_of)  # what is counted
 
     def __init__(self, kind: str, n_out: int):
         self.kind, self.n_out = kind, n_out  # kind: class, labels or number
@@ -297,7 +299,7 @@ class BagOfWords:
         numbers, starts, weights = [], [], []
         for text, pair in texts:
             starts.append(len(numbers))
-            counts = [(self.vocabulary[word], n) for word, n in Counter(words_of(text, pair)).items()
+            counts = [(self.vocabulary[word], n) for word, n in Counter(self.words_of(text, pair)).items()
                       if word in self.vocabulary]
             row = [(1 + math.log(n)) * self.idf[i] for i, n in counts]
             length = math.sqrt(sum(w * w for w in row)) or 1.0
@@ -308,8 +310,8 @@ class BagOfWords:
 
     def fit(self, texts, targets, penalty: float = 0.2):
         """penalty: see fit_linear."""
-        count = Counter(word for text, pair in texts for word in set(words_of(text, pair)))
-        known = sorted(word for word, n in count.items() if n > 1) or sorted(count) or [""]
+        count = Counter(word for text, pair in texts for word in set(self.words_of(text, pair)))
+        known = sorted(word for word, n in count.items() if n > 1) or sorted(count) or [0]
         self.vocabulary = {word: i for i, word in enumerate(known)}
         self.idf = [math.log((1 + len(texts)) / (1 + count[word])) + 1 for word in known]
         features = self.features(texts)
@@ -318,11 +320,56 @@ class BagOfWords:
         return self
 
     @torch.no_grad()
+    def outputs(self, texts) -> torch.Tensor:
+        """(N, K) as a model's head gives them: before the softmax or sigmoid."""
+        return weighted_sums(self.features(texts), self.weight, self.bias)
+
     def predict(self, texts) -> np.ndarray:
         """Probabilities (N, K), or numbers (N,)."""
-        out = weighted_sums(self.features(texts), self.weight, self.bias)
+        out = self.outputs(texts)
         return (out.softmax(1) if self.kind == "class" else out.sigmoid() if self.kind == "labels" else
                 out[:, 0]).double().numpy()
+
+
+class BagOfRuns(BagOfWords):
+    """The same of runs of up to `longest` tokens, at most 5, of a small vocabulary: pieces of words, words,
+    phrases. Hard to beat where data are few (Wang and Manning 2012)."""
+
+    def __init__(self, kind: str, n_out: int, longest: int):
+        super().__init__(kind, n_out)
+        self.longest = longest
+
+    def fit(self, texts, targets, penalty: float = 0.05):
+        every = [self.start_of(text) for both in texts for text in both if text]
+        self.tokenizer = make_tokenizer("bpe", every, 1024)
+        return super().fit(texts, targets, penalty)
+
+    @staticmethod
+    def start_of(text: str) -> str:
+        return " " + text[:20000]  # a first word is like others; megabytes cost no more than pages
+
+    def words_of(self, text: str, pair: str | None) -> list[int]:
+        """A number for each run, negative in the second text: its tokens' ids are the digits."""
+        end = self.tokenizer.eot + 1
+        ids = [end, *(i + 1 for i in self.tokenizer.encode(self.start_of(text))), end]
+        runs, found = ids, list(ids)
+        for n in range(1, self.longest):
+            runs = [run * 2048 + i for run, i in zip(runs, ids[n:])]  # below 2**63 for up to 5 tokens
+            found += runs
+        return found + ([-run for run in self.words_of(pair, None)] if pair else [])
+
+    def to_dict(self) -> dict:
+        return {"kind": self.kind, "n_out": self.n_out, "longest": self.longest,
+                "tokenizer": self.tokenizer.to_dict(), "runs": torch.tensor(list(self.vocabulary)),
+                "idf": torch.tensor(self.idf, dtype=torch.float64), "weight": self.weight, "bias": self.bias}
+
+    @classmethod
+    def from_dict(cls, stored: dict) -> "BagOfRuns":
+        bag = cls(stored["kind"], stored["n_out"], stored["longest"])
+        bag.tokenizer = Tokenizer.from_dict(stored["tokenizer"])
+        bag.vocabulary = {run: i for i, run in enumerate(stored["runs"].tolist())}
+        bag.idf, bag.weight, bag.bias = stored["idf"].tolist(), stored["weight"], stored["bias"]
+        return bag
 
 
 def sentences(text: str) -> list[tuple[int, int]]:

@@ -251,6 +251,8 @@ def of_a_task(tuned: Tuned, task: Task, text: str, pair: str, target: str) -> tu
     header, (cells,) = task.table([row], predict(tuned, task, [row]))
     facts = ", ".join(f"{name} {cell}" for name, cell in zip(header, cells)
                       if name in ("prediction", "score", f"prob_{what}"))
+    if "linear" in task.head:
+        facts += f" with the linear model; explained is the Transformer, {task.head['share']:.0%} of it"
     return idx, score, what.strip(), facts, tokenizer.pad if tokenizer.mask is None else tokenizer.mask
 
 

@@ -22,6 +22,7 @@ import math
 import os
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, Optional, Union
@@ -63,7 +64,7 @@ tokenizer: str = "bpe"  # from scratch: bpe of the training texts (with vocab_si
 max_length: int = 0  # tokens of an input; longer ones are cut, or read in windows (tag, qa); 0: block_size
 pool: Literal["auto", "first", "last", "mean"] = "auto"  # a text's vector: of which tokens
 pair: Literal["together", "apart"] = "together"  # two texts: read as one, or each for itself and compared
-linear_start: bool = False  # from scratch: set out from the best linear model, see start_linear
+linear: int = 0  # mix in what a linear model of runs of up to so many tokens says; 4: for small data; 0: not
 freeze: bool = False  # train the head alone
 lora_rank: int = 0  # train low-rank additions to the matrices instead of the matrices; 0: not
 lora_alpha: float = 16.0  # their size: they count alpha / rank times
@@ -88,6 +89,7 @@ sparsity: float = 0.0  # share of the blocks' weights that are 0 in the end, the
 label_smoothing: float = 0.0  # share of the truth that is given to all classes alike
 class_weight: Literal["none", "balanced"] = "none"  # balanced: rare classes count as much as frequent ones
 token_dropout: float = 0.0  # share of the tokens hidden while training; 0.1 and up for small data
+cut_rate: float = 0.0  # share of the places in a text where it is cut, anew each time, before tokens are made
 patience: int = 0  # stop after so many evaluations without a better one; 0: never
 eval_interval: int = 0  # steps from one evaluation to the next; 0: at the end of each epoch
 log_interval: int = 50  # steps from one log line to the next
@@ -181,42 +183,6 @@ class Tuned(nn.Module):
         return out
 
 
-@torch.no_grad()
-def start_linear(model: Tuned, task: Task, examples: list[Example], penalty: float = 0.05) -> None:
-    """First weights by which the whole model is the best linear one of its tokens and runs of tokens.
-
-    What each of them says for a class lies in the embeddings along an axis of that class; the blocks add
-    nothing yet (init="zero_out"), the tokens' mean is taken, and the head reads it off the axes. Of few texts
-    a Transformer learns no better, and from there it goes on. penalty: of evaluate.fit_linear.
-    """
-    body, C = model.body, model.body.config.n_embd
-    tables = [table for table in (body.wte, body.wge) if table is not None]
-    sizes = [len(table.weight) for table in tables]
-    features, counts = [], []
-    for example in examples:
-        ids = torch.tensor([list(example.parts[0][0])])  # (1, T)
-        runs = body.wge.rows_of(ids + 1, torch.arange(ids.size(1))) if body.wge is not None else ()
-        which, count = torch.cat([ids, *(rows + sizes[0] for rows in runs)], 1).unique(return_counts=True)
-        features.append(which)
-        counts.append(count / ids.size(1))  # of a mean over the tokens
-    starts = torch.tensor([0, *map(len, features)]).cumsum(0)[:-1]
-    features, counts = torch.cat(features), torch.cat(counts)
-    idf = ((1 + len(examples)) / (1 + features.bincount(minlength=sum(sizes)))).log() + 1
-    values = counts * idf[features]
-    scale = idf / (values.square().sum() / len(examples)).sqrt()  # a text's values have length 1
-    y = torch.from_numpy(np.array([example.target for example in examples]))
-    weight, bias = evaluate.fit_linear((features, starts, counts * scale[features]), y, task.kind, sum(sizes),
-                                       task.n_out, penalty)
-    weight = weight * scale.unsqueeze(1)  # (tokens and runs, K)
-    axes = torch.linalg.qr(torch.randn(C, task.n_out)).Q.T * math.sqrt(C)  # (K, C), of numbers about 1
-    unit = 0.1 / weight[features].std()  # small, or the norms would squash what says much
-    for table, part in zip(tables, weight.split(sizes)):
-        rest = table.weight - table.weight @ axes.T @ axes / C  # no part of it along the axes
-        table.weight.copy_(rest / rest.square().mean().sqrt().clamp(min=1e-6) + unit * part @ axes)
-    model.head.weight.copy_(axes / C / unit)
-    model.head.bias.copy_(bias)
-
-
 def says_mean(folder: str) -> bool:
     """Is it a sentence encoder that says it is to be pooled so? (A file of sentence-transformers.)"""
     file = Path(folder) / "1_Pooling" / "config.json"
@@ -306,8 +272,11 @@ def collate(examples: list[Example], task: Task, device) -> dict:
 
 @torch.no_grad()
 def predict(model: Tuned, task: Task, rows: list[Row], batch_size: int = 64, amp=contextlib.nullcontext(),
-            examples: Optional[list[Example]] = None) -> list:
-    """The task's answer for each row, in the order of the rows. examples: the rows', where they are made."""
+            examples: Optional[list[Example]] = None, choose: bool = False) -> list:
+    """The task's answer for each row, in the order of the rows. examples: the rows', where they are made.
+
+    choose: the share of a linear model beside the Transformer, by these rows.
+    """
     examples = task.examples(rows) if examples is None else examples
     lengths = np.array([length_of(example) for example in examples])
     order, outputs = np.argsort(lengths, kind="stable"), [None] * len(examples)
@@ -325,6 +294,8 @@ def predict(model: Tuned, task: Task, rows: list[Row], batch_size: int = 64, amp
         for j, one in zip(chosen, out):
             outputs[j] = one
     model.train(training)
+    if choose:
+        task.choose_share(rows, examples, outputs)
     return task.answers(rows, examples, outputs)
 
 
@@ -366,6 +337,13 @@ def fine_tune(folder: Path, train: list[Row], val: list[Row], test: list[Row], r
         prepare_body(body, s.task)
         head = new_head(body, tokenizer, train, s)
     task = TASKS[head["task"]](head, tokenizer)
+    if s.cut_rate and not isinstance(tokenizer, Tokenizer):
+        raise SettingError(f"cut_rate={s.cut_rate}: not with the tokenizer of {init_from}: --cut_rate=0")
+    if s.linear and not resume:
+        print(f"linear    of runs of up to {s.linear} tokens: fitting", end="", flush=True)
+        begun = time.time()
+        task.add_linear(train, s.linear)
+        print(f" took {time.time() - begun:.0f} s, {len(task.linear.idf):,} of them")
     model = Tuned(body, task.n_out, head["pool"], head["apart"])
     if s.lora_rank:
         add_lora(body, s.lora_rank, s.lora_alpha)
@@ -386,8 +364,6 @@ def fine_tune(folder: Path, train: list[Row], val: list[Row], test: list[Row], r
     if not examples:
         raise UserError(f"{train[0].where}: nothing to learn in the training data: no answer is in its "
                         f"context, or no prompt leaves room for a response in {head['max_length']} tokens")
-    if s.linear_start and not resume:
-        start_linear(model, task, examples)
     model.to(run_device)
     soft = teacher_probs(s.teacher, task, train, run_device) if s.teacher else None
     weight = class_weights(task, train, run_device) if s.class_weight == "balanced" else None
@@ -478,8 +454,10 @@ def fine_tune(folder: Path, train: list[Row], val: list[Row], test: list[Row], r
     def validate():
         """Evaluate, and save: is it the best so far?"""
         nonlocal best, waited
-        answers = predict(model, task, val, 2 * s.batch_size, amp, val_examples)
+        answers = predict(model, task, val, 2 * s.batch_size, amp, val_examples, choose="linear" in head)
         scores = {name: float(value) for name, value in task.scores(*task.arrays(val, answers)).items()}
+        if "linear" in head:
+            scores["transformer_share"] = head["share"]
         goal = scores[task.metric] * (-1 if task.metric == "loss" else 1)
         goal = [-math.inf if math.isnan(goal) else goal, -scores.get("loss", 0.0)]  # or the lower loss
         better = pruning.is_done(iter_num) and (not best or goal > best["goal"])
@@ -495,8 +473,6 @@ def fine_tune(folder: Path, train: list[Row], val: list[Row], test: list[Row], r
               + ", best so far" * better, flush=True)
 
     stop, bad_steps = Stop(), BadSteps(10, s.log_interval)
-    if s.linear_start and not resume:
-        validate()
     started = logged = time.time()
     started_iter, losses, warmup_iters = iter_num, [], int(s.warmup * len(plan))
     model.train()
@@ -505,6 +481,12 @@ def fine_tune(folder: Path, train: list[Row], val: list[Row], test: list[Row], r
         for group in (group for one in optimizers for group in one.param_groups):
             group["lr"] = group["highest_lr"] * factor
         chosen = [examples[i] for i in plan[iter_num]]
+        if s.cut_rate:
+            encode = partial(tokenizer.encode_cut, rate=s.cut_rate,
+                             rng=np.random.default_rng((s.seed, iter_num)))
+            parts = task.sequences([train[example.row] for example in chosen],
+                                   lambda texts: [encode(text) for text in texts])
+            chosen = [example._replace(parts=new) for example, new in zip(chosen, parts)]
         batch = collate(chosen, task, run_device)
         target = batch.pop("target")
         if s.token_dropout:
@@ -556,8 +538,8 @@ def new_body(train: list[Row], model_args: dict, s: SimpleNamespace) -> tuple[Tr
     """From scratch: the tokenizer is made of the training texts."""
     texts = [text[:10**6] for row in train
              for text in (row.text, row.pair, row.label if s.task == "lm" else None) if text]
-    texts = [" " * in_words(train) + text for text in texts]
-    tokenizer = make_tokenizer(s.tokenizer, texts, model_args.get("vocab_size", 8192))
+    space, size = " " * in_words(train), model_args.get("vocab_size", 8192)
+    tokenizer = make_tokenizer(s.tokenizer, [space + text for text in texts], size)
     try:
         return Transformer(Config(**{**model_args, "vocab_size": tokenizer.vocab_size})), tokenizer
     except ValueError as error:  # it names the field
@@ -589,7 +571,7 @@ def new_head(body: Transformer, tokenizer, train: list[Row], s: SimpleNamespace)
 
 def same_run(folder: Path, then: dict, model_args: dict, s: SimpleNamespace) -> None:
     """Raises SettingError where what makes a run the one it is has changed. then: its settings."""
-    names = ("task", "multi_label", "folds", "max_length", "pool", "pair", "freeze", "lora_rank",
+    names = ("task", "multi_label", "folds", "max_length", "pool", "pair", "linear", "freeze", "lora_rank",
              "lora_alpha", "sparsity", "seed")
     scratch = then["init_from"] == "scratch"  # a pretrained body takes dropout alone
     now = {name: value for name, value in model_args.items() if scratch or name == "dropout"}
@@ -640,8 +622,12 @@ def judge(folder: Path, train, test, examples, best, s, device, amp) -> dict:
     model, task = load_task(folder, device)
     answers = predict(model, task, test, 2 * s.batch_size, amp, examples)
     arrays = task.arrays(test, answers)
+    guesses = task.baselines(train, test)
+    for name, share in (("transformer", 1.0), ("linear", 0.0)) if "linear" in task.head else ():
+        alone = TASKS[s.task]({**task.head, "share": share}, task.tokenizer)  # what each of the two says
+        guesses[name] = predict(model, alone, test, 2 * s.batch_size, amp, examples)
     others = {name: {metric: float(value) for metric, value in task.scores(*task.arrays(test, guess)).items()}
-              for name, guess in task.baselines(train, test).items()}
+              for name, guess in guesses.items()}
     metrics = {**evaluate.with_intervals(task.scores, arrays), "task": s.task, "test_rows": len(test),
                "best_epoch": best["epoch"], "baselines": others,
                "validation": {name: value for name, value in best.items() if name != "goal"}}
@@ -680,17 +666,16 @@ def main(model_args: dict):
     refuse("epochs batch_size log_interval", lambda x: x >= 1, "at least 1")
     refuse("max_length lora_rank weight_decay grad_clip l1 l2 min_lr patience eval_interval seed "
            "batch_size_end", lambda x: x >= 0, "at least 0")
-    refuse("label_smoothing sparsity token_dropout warmup beta1 beta2", lambda x: 0 <= x < 1,
+    refuse("label_smoothing sparsity token_dropout cut_rate warmup beta1 beta2", lambda x: 0 <= x < 1,
            "at least 0 and below 1")
     refuse("learning_rate muon_lr teacher_temperature lora_alpha", lambda x: 0 < x < math.inf, "above 0")
     refuse("teacher_weight", lambda x: 0 <= x <= 1, "from 0 to 1")
     refuse("folds", lambda x: x == 0 or x >= 3, "at least 3: one to test, one to validate, one to train on")
     refuse("data", bool, "a file of labelled examples: .csv, .tsv, .jsonl, .json, CoNLL")
-    linear_can = (init_from in ("scratch", "resume") and task in ("classify", "regress") and pool == "mean"
-                  and pair == "together" and model_args.get("init") == "zero_out")
-    if linear_start and not linear_can:
-        raise SettingError("linear_start=True: for --task=classify or regress from scratch, with pool=mean, "
-                           "pair=together and init=zero_out")
+    refuse("linear", lambda x: 0 <= x <= 5, "from 0 to 5")
+    for name in ("linear", "cut_rate"):
+        if globals()[name] and task not in ("classify", "regress"):
+            raise SettingError(f"{name}={globals()[name]}: only for --task=classify or regress")
     if sparsity and (freeze or lora_rank):
         raise SettingError(f"sparsity={sparsity}: prunes what is trained: leave out freeze and lora_rank")
     if freeze and lora_rank:

@@ -290,12 +290,15 @@ class Task:
                             + header * (row.where.endswith(":1") and not self.by_token))
         return self.number[label]
 
-    def sequences(self, rows: list[Row]) -> list[list]:
-        """(ids, segments) of each row, cut to max_length; two of them for pairs read apart."""
+    def sequences(self, rows: list[Row], encode=None) -> list[list]:
+        """(ids, segments) of each row, cut to max_length; two of them for pairs read apart.
+
+        encode: texts to arrays of ids, in place of the tokenizer's way.
+        """
         L, wrap, found = self.head["max_length"], self.tokenizer.wrap, []
         space = " " * self.head.get("space", False)
         most = 100 * L  # characters: a text of megabytes costs no more than what is read of it
-        a, b = ([ids.tolist() for ids in self.tokenizer.encode_batch(
+        a, b = ([ids.tolist() for ids in (encode or self.tokenizer.encode_batch)(
             [space + (text or "")[:most] for text in texts])]
             for texts in ([row.text for row in rows], [row.pair for row in rows]))
         together = self.head["paired"] and not self.head["apart"]
@@ -333,6 +336,10 @@ class Task:
         return [(i, i + room) for i in starts]
 
 
+def texts_of(rows: list[Row]) -> list[tuple]:
+    return [(row.text, row.pair) for row in rows]
+
+
 class Classify(Task):
     kind = "class"
 
@@ -352,6 +359,26 @@ class Classify(Task):
         super().__init__(head, tokenizer)
         if head.get("several"):
             self.kind, self.metric, self.scores = "labels", "f1_macro", evaluate.label_scores
+        self.linear = evaluate.BagOfRuns.from_dict(head["linear"]) if "linear" in head else None
+
+    def add_linear(self, rows: list[Row], longest: int) -> None:
+        """A linear model beside the Transformer, whose outputs are mixed into the answers."""
+        y = np.array([self.target(row) for row in rows])
+        self.linear = evaluate.BagOfRuns(self.kind, self.n_out, longest).fit(texts_of(rows), y)
+        self.head.update(linear=self.linear.to_dict(), share=0.5)  # the Transformer's share
+
+    def choose_share(self, rows, examples, outputs) -> None:
+        """The one with which these rows' loss is lowest; they must not be what was trained on."""
+        out, linear = torch.from_numpy(np.stack(outputs)), self.linear.outputs(texts_of(rows))
+        target = torch.from_numpy(np.array([example.target for example in examples]))
+        self.head["share"] = min((i / 20 for i in range(21)), key=lambda share: self.loss(
+            share * out + (1 - share) * linear, target, None, 0.0).item())
+
+    def mixed(self, rows, outputs) -> torch.Tensor:  # (N, n_out)
+        out = torch.from_numpy(np.stack(outputs)).double()
+        if self.linear is None:
+            return out
+        return self.head["share"] * out + (1 - self.head["share"]) * self.linear.outputs(texts_of(rows))
 
     def scores(self, y, probs):
         return evaluate.class_scores(y, probs)
@@ -375,7 +402,7 @@ class Classify(Task):
 
     def answers(self, rows, examples, outputs) -> list[np.ndarray]:
         """Probabilities of the classes, (K,) a row."""
-        out = torch.from_numpy(np.stack(outputs)).double()
+        out = self.mixed(rows, outputs)
         return list((out.softmax(-1) if self.kind == "class" else out.sigmoid()).numpy())
 
     def arrays(self, rows, answers):
@@ -393,11 +420,11 @@ class Classify(Task):
                          *(f"{p:.6f}" for p in probs)] for row, probs in zip(rows, answers)]
 
     def baselines(self, train, test):
-        y, texts = np.array([self.target(row) for row in train]), [(row.text, row.pair) for row in train]
-        bag = evaluate.BagOfWords(self.kind, self.n_out).fit(texts, y)
+        y = np.array([self.target(row) for row in train])
+        bag = evaluate.BagOfWords(self.kind, self.n_out).fit(texts_of(train), y)
         share = (np.bincount(y, minlength=self.n_out) / len(y)) if self.kind == "class" else y.mean(0)
         return {"mean" if self.kind == "number" else "majority": [share] * len(test),
-                "bag_of_words": list(bag.predict([(row.text, row.pair) for row in test]))}
+                "bag_of_words": list(bag.predict(texts_of(test)))}
 
 
 class Regress(Classify):
@@ -422,7 +449,7 @@ class Regress(Classify):
         return F.mse_loss(out[:, 0], target)
 
     def answers(self, rows, examples, outputs) -> list[float]:
-        return [out[0] for out in outputs]
+        return self.mixed(rows, outputs)[:, 0].tolist()
 
     def arrays(self, rows, answers):
         return (np.array([to_number(row) for row in rows]),

@@ -2064,30 +2064,87 @@ def tuned(tmp_path_factory):
     return folder
 
 
-def test_a_linear_start_is_the_linear_model_of_tokens_and_their_runs(tmp_path):
+def test_the_bag_of_runs_is_scikit_learns_on_the_same_counts():
     linear = pytest.importorskip("sklearn.linear_model")
     from sklearn.feature_extraction.text import TfidfVectorizer
     texts, labels = synthetic(240)
-    texts = [text.replace(" w1", " w1 w2") for text in texts]
-    data = write_rows(tmp_path / "data.csv", ("text", "label"), texts, labels)
-    start = ("--linear_start", "--pool=mean", "--init=zero_out", "--norm_embd=True", "--n_gram=2", *QUICK)
-    tune(tmp_path / "out", f"--data={data}", *start, "--learning_rate=1e-12", "--epochs=1")
-    log = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text("utf-8").splitlines()]
-    assert log[0]["iter"] == 0 and log[0]["val_accuracy"] > 0.9  # before the first step
-    model, task = finetune.load_task(tmp_path / "out")
-    rows = [tasks.Row("", text) for text in texts]
-
-    def runs(text):  # tokens, and each with the one before
-        ids = task.tokenizer.wrap(task.tokenizer.encode(" " + text))[0]
-        return [*map(str, ids), *map(str, zip([-1, *ids], ids))]
-    x = TfidfVectorizer(analyzer=runs).fit_transform(texts)
     y = np.array([label == "good" for label in labels])
-    theirs = linear.LogisticRegression(C=20).fit(x[:200], y[:200]).decision_function(x)
-    probs = np.stack(finetune.predict(model, task, rows))
-    ours = np.log(probs[:, 1] / probs[:, 0])
-    assert np.corrcoef(ours, theirs)[0, 1] > 0.95
-    one_line(script("finetune.py", f"--data={data}", f"--out_dir={tmp_path / 'bad'}", "--linear_start",
-                    cwd=tmp_path), 2, "linear_start=True", "pool=mean")
+    pairs = [(text, texts[-i] if i % 2 else None) for i, text in enumerate(texts)]
+
+    def runs(pair):
+        found = []
+        for side, text in enumerate(pair):
+            ids = [-1, *bag.tokenizer.encode(" " + text), -1] if text else []
+            found += [str((side, ids[i:i + n])) for n in (1, 2, 3) for i in range(len(ids) - n + 1)]
+        return found
+    bag = evaluate.BagOfRuns("class", 2, 3).fit(pairs[:200], y[:200].astype(int), penalty=0.2)
+    counts = TfidfVectorizer(analyzer=runs, min_df=2, sublinear_tf=True)
+    model = linear.LogisticRegression(C=5, tol=1e-9, max_iter=10**4).fit(  # two classes: half the penalty
+        counts.fit_transform(pairs[:200]), y[:200])
+    theirs = model.predict_proba(counts.transform(pairs[200:]))
+    assert np.abs(bag.predict(pairs[200:]) - theirs).max() < 2e-3 and np.ptp(theirs) > 0.5
+    again = evaluate.BagOfRuns.from_dict(bag.to_dict())
+    assert np.array_equal(bag.predict(pairs[200:]), again.predict(pairs[200:]))
+
+
+@pytest.mark.parametrize("kind", ["class", "labels", "number"])
+def test_a_linear_models_answers_are_mixed_in_by_the_share_that_validates_best(tmp_path, kind):
+    texts, labels = synthetic(300)
+    extra = {"class": (), "labels": ("--multi_label",), "number": ("--task=regress",)}[kind]
+    if kind == "labels":
+        labels = [f"{label}|w1" if "w1 " in text else label for text, label in zip(texts, labels)]
+    elif kind == "number":
+        labels = [(label == "good") + 0.01 * len(text) for text, label in zip(texts, labels)]
+    data = [write_rows(tmp_path / f"{i}.csv", ("text", "label"), texts[i:i + 100], labels[i:i + 100])
+            for i in (0, 100, 200)]
+    metrics = tune(tmp_path / "out", f"--data={data[0]}", f"--data_val={data[1]}", f"--data_test={data[2]}",
+                   "--linear=1", "--epochs=6", *QUICK, *extra)
+    model, task = finetune.load_task(tmp_path / "out")
+    share = task.head["share"]
+    assert share == metrics["validation"]["transformer_share"]
+    val, test = (tasks.read_rows(str(path), task.head["task"], dict.fromkeys(
+        ("text", "pair", "label", "group"), "")) for path in data[1:])
+
+    def loss(at):
+        task.head["share"] = at
+        return float(task.scores(*task.arrays(val, finetune.predict(model, task, val)))["loss"])
+    losses = {at: loss(at) for at in {share, max(0, share - 0.05), min(1, share + 0.05), 0, 0.5, 1}}
+    assert losses[share] == min(losses.values()) < max(losses.values())
+
+    # a file has what each of the two says alone, and the mixture of them
+    task.head["share"] = 0.0
+    alone = task.scores(*task.arrays(test, finetune.predict(model, task, test)))
+    assert abs(alone["loss"] - metrics["baselines"]["linear"]["loss"]) < 1e-9
+    task.head["share"] = share
+    assert abs(task.scores(*task.arrays(test, finetune.predict(model, task, test)))["loss"]
+               - metrics["loss"]) < 1e-9
+    out = script("sample.py", f"--out_dir={tmp_path / 'out'}", f"--start={texts[200]}", cwd=tmp_path)
+    first = read_csv(tmp_path / "out/predictions.csv")[0]
+    said = first["prediction"] if kind != "number" else f"{float(first['prediction']):.3f}"[:4]
+    assert out.returncode == 0 and said in out.stdout
+
+
+@pytest.mark.parametrize("args, words", [
+    (("--linear=6",), ("linear=6", "from 0 to 5")),
+    (("--linear=2", "--task=tag"), ("linear=2", "--task=classify")),
+    (("--cut_rate=0.1", "--task=lm"), ("cut_rate=0.1", "--task=classify")),
+    (("--cut_rate=1",), ("cut_rate=1", "below 1"))])
+def test_what_cannot_be_mixed_in_or_cut_is_said(tmp_path, args, words):
+    one_line(script("finetune.py", "--data=x.csv", f"--out_dir={tmp_path}", *args, cwd=tmp_path), 2, *words)
+
+
+def test_words_are_cut_into_other_tokens_each_time():
+    texts = ["the thermometer, 1984\n", "", "a", "温度计 x"]
+    tokenizer = make_tokenizer("bpe", ["the thermometer thermometer 温度计 温度计 "] * 9, 290)
+    for text in texts:
+        rng = np.random.default_rng(0)
+        found = [tokenizer.encode_cut(text, 0.3, rng).tolist() for _ in range(8)]
+        assert all(tokenizer.decode(ids) == text for ids in found)
+        assert len(text) < 3 or len(set(map(tuple, found))) > 2
+        assert found == [tokenizer.encode_cut(text, 0.3, again).tolist() for again in [np.random.default_rng(0)]
+                         for _ in range(8)]
+        assert tokenizer.encode_cut(text, 0.0, rng).tolist() == tokenizer.encode(text)
+        assert tokenizer.encode_cut(text, 1.0, rng).tolist() == [i for c in text for i in tokenizer.encode(c)]
 
 
 def test_a_classifier_learns_and_leaves_what_it_promised(tuned):
@@ -2159,7 +2216,7 @@ def test_a_killed_fine_tuning_resumes_bitwise(tmp_path, monkeypatch):
     texts, labels = synthetic(120)
     data = write_rows(tmp_path / "data.csv", ("text", "label"), texts, labels)
     args = (f"--data={data}", "--epochs=3", "--dropout=0.2", "--token_dropout=0.1", "--eval_interval=4",
-            "--batch_size_end=32", *QUICK)
+            "--batch_size_end=32", "--linear=2", "--cut_rate=0.2", *QUICK)
     tune(tmp_path / "whole", *args)
     save = finetune.save_checkpoint
 
