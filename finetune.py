@@ -643,11 +643,12 @@ def judge(folder: Path, train, test, examples, best, s, device, amp) -> dict:
         raise cannot_write(folder, error) from None
 
     print(f"\nTest, {len(test):,} examples, by epoch {best['epoch']}, with 95% intervals, and baselines:\n")
-    print(f"  {'':20} {'this model':>24}" + "".join(f" {name:>20}" for name in others))
+    w = max(map(len, others), default=0) + 2
+    print(f"  {'':20} {'this model':>24}" + "".join(f"{name:>{w}}" for name in others))
     for name in [name for name in metrics if f"{name}_ci95" in metrics]:
         low, high = metrics[f"{name}_ci95"]
         print(f"  {name:20} {metrics[name]:8.4f} [{low:6.4f}, {high:6.4f}]"
-              + "".join(f" {scores[name]:20.4f}" for scores in others.values()))
+              + "".join(f"{scores[name]:{w}.4f}" for scores in others.values()))
     for name, gap in metrics.get("by_group", {}).get("gaps", {}).items():
         low, high = gap["gap_ci95"]
         print(f"  {name}: {gap['lowest']} lowest, {gap['highest']} highest, {gap['gap']:.4f} apart "

@@ -174,15 +174,12 @@ class NGrams(nn.Embedding):
         self.n_gram, self.rows = config.n_gram, config.n_gram_rows
 
     def forward(self, tokens, slots):  # (B, S) tokens + 1, 0 for none; (T,) of these S -> (B, T, C)
-        return sum(super(NGrams, self).forward(which) for which in self.rows_of(tokens, slots))
-
-    def rows_of(self, tokens, slots):
-        """Of each length, from 2 on, the row for the run that ends at each of the slots: (B, T)."""
-        run = tokens[:, slots]
+        run, x = tokens[:, slots], 0
         for n in range(1, self.n_gram):  # each run is the one before and a token further back
             earlier = tokens[:, (slots - n).clamp(min=0)] * (slots >= n)
             run = run * 0x9E3779B1 + earlier  # int64, which wraps around
-            yield (run ^ run >> 29) % self.rows + (n - 1) * self.rows
+            x = x + super().forward((run ^ run >> 29) % self.rows + (n - 1) * self.rows)
+        return x
 
 
 class NoPosition(nn.Module):
