@@ -2284,9 +2284,9 @@ def test_the_best_epoch_is_judged_and_the_test_set_read_once(tmp_path, monkeypat
     data = write_rows(tmp_path / "data.csv", ("text", "label"), texts, labels)
     asked, ask = [], finetune.predict
 
-    def counted(model, task, rows, *args):
+    def counted(model, task, rows, *args, **kwargs):
         asked.append([row.text for row in rows])
-        return ask(model, task, rows, *args)
+        return ask(model, task, rows, *args, **kwargs)
     monkeypatch.setattr(finetune, "predict", counted)
     factors = iter([1.0] * 10 + [40.0] * 100)
     monkeypatch.setattr(finetune, "lr_factor", lambda *args: next(factors))
