@@ -41,7 +41,7 @@ from optim import (BadSteps, Pruning, load_optimizer_state, lr_factor, make_opti
                    update)
 from tasks import TASKS, Classify, Example, Row, Task, as_csv, deal, read_rows
 from tokenizer import Tokenizer, make_tokenizer
-from train import Stop, clock, keep_memory, pick_device, pick_dtype, plot, random_states
+from train import Stop, clock, give_back_memory, keep_memory, pick_device, pick_dtype, plot, random_states
 
 # -----------------------------------------------------------------------------
 # Settings. A model from scratch takes the fields of Config in model.py too, a pretrained one only dropout.
@@ -506,6 +506,7 @@ def fine_tune(folder: Path, train: list[Row], val: list[Row], test: list[Row], r
             loss = loss + sum(s.l1 * p.abs().sum() + s.l2 * p.square().sum() for p in trained)
         (scaler.scale(loss) if scaler else loss).backward()
         grad_norm = update(model, optimizers, losses[-1], s.grad_clip, scaler)
+        give_back_memory()
         iter_num += 1
         pruning.after(iter_num)
         bad_steps.add(iter_num, s.learning_rate * factor, losses[-1], grad_norm)

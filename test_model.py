@@ -1610,6 +1610,27 @@ before("update", look)
     assert late < early + 4e6
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is kept")
+def test_memory_that_is_kept_can_be_given_back():
+    code = """
+import torch, train
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+train.keep_memory()
+blocks = [torch.ones(250_000) for _ in range(400)]  # 400 MB
+left = blocks[::40]  # the free memory is in pieces
+del blocks
+for share in (1.0, 0.0):
+    before = resident()
+    train.give_back_memory(share)
+    print((before - resident()) // 10**6)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kept, given = map(int, done.stdout.split())
+    assert kept < 10 and given > 300  # MB
+
+
 def test_masks_are_a_function_of_the_window_alone():
     idx = tokens(6, 40)
     how = dict(seed=3, rate=0.3, mask=60, vocab_size=60)
@@ -2288,9 +2309,11 @@ def test_the_best_epoch_is_judged_and_the_test_set_read_once(tmp_path, monkeypat
         asked.append([row.text for row in rows])
         return ask(model, task, rows, *args, **kwargs)
     monkeypatch.setattr(finetune, "predict", counted)
-    factors = iter([1.0] * 10 + [40.0] * 100)
-    monkeypatch.setattr(finetune, "lr_factor", lambda *args: next(factors))
+    factors, steps = iter([1.0] * 10 + [40.0] * 100), []
+    monkeypatch.setattr(finetune, "lr_factor", lambda *args: steps.append(1) or next(factors))
+    monkeypatch.setattr(finetune, "give_back_memory", steps.pop)
     metrics = tune(tmp_path / "out", f"--data={data}", "--epochs=12", "--patience=2", *QUICK)
+    assert not steps  # once a step
     assert len(asked) == metrics["best_epoch"] + 2 + 1  # two in vain, and the test
     held_out = [row["text"] for row in read_csv(tmp_path / "out/predictions.csv")]
     assert asked[-1] == held_out and not any(set(held_out) & set(rows) for rows in asked[:-1])

@@ -476,6 +476,19 @@ def keep_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
+def give_back_memory(share: float = 1 / 3) -> None:
+    """Once the process holds more than this share of the machine's memory, what is free of it goes back.
+
+    For keep_memory where lengths vary from step to step: what is kept is then cut into pieces that the next
+    step does not fit, and grows to twice the need.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "malloc_trim"):
+        resident = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])  # pages
+        if resident > share * os.sysconf("SC_PHYS_PAGES"):
+            libc.malloc_trim(0)
+
+
 @contextlib.contextmanager
 def memory_advice(batch_size: int, gradient_accumulation_steps: int, remat: bool):
     """Out of memory becomes one line that says what to lower, and what keeps the run equal."""
