@@ -13,6 +13,7 @@ Fine-tune: a task's head on a body, trained on labelled examples and judged on o
 metrics.json and predictions.csv, beside what simple baselines say.
 """
 import time
+
 STARTED = time.time()  # before the imports, which take seconds
 
 import contextlib
@@ -32,15 +33,29 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import evaluate
-from checkpoint import (cannot_write, find_checkpoint, load_checkpoint, load_model, model_of, save_checkpoint,
-                        write_text)
-from config import SettingError, UserError, run
+from config import SettingError, UserError, launch
+from lib import metrics as scoring
+from lib.optim import (
+    BadSteps,
+    Pruning,
+    load_optimizer_state,
+    lr_factor,
+    make_optimizers,
+    optimizer_state,
+    update,
+)
+from lib.run import (
+    cannot_write,
+    find_checkpoint,
+    load_checkpoint,
+    load_model,
+    model_of,
+    save_checkpoint,
+    write_text,
+)
+from lib.tasks import TASKS, Classify, Example, Row, Task, as_csv, deal, read_rows
+from lib.tokenizer import Tokenizer, make_tokenizer
 from model import Config, Transformer
-from optim import (BadSteps, Pruning, load_optimizer_state, lr_factor, make_optimizers, optimizer_state,
-                   update)
-from tasks import TASKS, Classify, Example, Row, Task, as_csv, deal, read_rows
-from tokenizer import Tokenizer, make_tokenizer
 from train import Stop, clock, give_back_memory, keep_memory, pick_device, pick_dtype, plot, random_states
 
 # -----------------------------------------------------------------------------
@@ -629,17 +644,17 @@ def judge(folder: Path, train, test, examples, best, s, device, amp) -> dict:
         guesses[name] = predict(model, alone, test, 2 * s.batch_size, amp, examples)
     others = {name: {metric: float(value) for metric, value in task.scores(*task.arrays(test, guess)).items()}
               for name, guess in guesses.items()}
-    metrics = {**evaluate.with_intervals(task.scores, arrays), "task": s.task, "test_rows": len(test),
+    metrics = {**scoring.with_intervals(task.scores, arrays), "task": s.task, "test_rows": len(test),
                "best_epoch": best["epoch"], "baselines": others,
                "validation": {name: value for name, value in best.items() if name != "goal"}}
     if s.group_column != "":
-        metrics["by_group"] = evaluate.by_group(task.scores, arrays, [row.group for row in test])
+        metrics["by_group"] = scoring.by_group(task.scores, arrays, [row.group for row in test])
     header, lines = task.table(test, answers)
     write_text(folder / "predictions.csv", as_csv([header, *lines]))
-    evaluate.write_json(folder / "metrics.json", metrics)
+    scoring.write_json(folder / "metrics.json", metrics)
     try:
         plot(folder / "log.jsonl", folder / "loss.png")
-        written = evaluate.report(folder, *arrays, task.labels) if type(task) is Classify else []
+        written = scoring.report(folder, *arrays, task.labels) if type(task) is Classify else []
     except OSError as error:
         raise cannot_write(folder, error) from None
 
@@ -743,11 +758,11 @@ def main(model_args: dict):
     print(f"\n{folds} folds, mean and standard deviation:\n")
     for name, v in values.items():
         print(f"  {name:20} {v.mean():8.4f} +- {v.std(ddof=1):.4f}")
-    evaluate.write_json(folder / "metrics.json", {
+    scoring.write_json(folder / "metrics.json", {
         "task": task, "folds": folds, **{name: float(v.mean()) for name, v in values.items()},
         **{f"{name}_std": float(v.std(ddof=1)) for name, v in values.items()},
         **{f"{name}_folds": v.tolist() for name, v in values.items()}})
 
 
 if __name__ == "__main__":
-    run(main, globals(), Config)
+    launch(main, globals(), Config)

@@ -27,7 +27,7 @@ head        tied        either     either               untied, soft cap    tied
 causal      yes         yes        yes                  yes                 no               either
 
 A family is a column of settings: no name is tested below. Config is read where modules are built, so that
-forward is straight. families.py says what each column is called in Hugging Face's checkpoints.
+forward is straight. lib/pretrained.py says what each column is called in Hugging Face's checkpoints.
 """
 import json
 import math
@@ -506,7 +506,7 @@ class Transformer(nn.Module):
         return torch.cat([idx, *new], dim=1)
 
     # -------------------------------------------------------------------------
-    # Checkpoints of others. Their names for things are in families.py, which the rest of this file does
+    # Checkpoints of others. Their names for things are in lib/pretrained.py, which the rest of this file does
     # without.
 
     @classmethod
@@ -518,7 +518,7 @@ class Transformer(nn.Module):
         precision, into `dtype`. Raises ValueError naming the setting or weight that does not fit, and
         FileNotFoundError; ImportError where a package is missing.
         """
-        from families import grouped_names, open_weights, turned
+        from lib.pretrained import grouped_names, open_weights, turned
         family, settings, read = open_weights(path)
         prefix = family.prefix if any(name.startswith(family.prefix) for name in read) else ""
         head = [name for name in family.names.values() if not name.startswith(family.prefix)]
@@ -560,7 +560,7 @@ class Transformer(nn.Module):
         Raises ValueError where no family of transformers has this combination of settings, naming what
         differs; ImportError without safetensors.
         """
-        from families import grouped_names, to_hf_config, turned
+        from lib.pretrained import grouped_names, to_hf_config, turned
         try:
             from safetensors.torch import save_file
         except ImportError:

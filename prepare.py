@@ -27,9 +27,9 @@ from typing import Literal
 
 import numpy as np
 
-from collect import BLOCK, BUILT_IN, RULES, UNPACK, Progress, collect, documents, near_ones, note
-from config import SettingError, UserError, run
-from tokenizer import Tokenizer, encode_stream, make_tokenizer, read_texts, sample
+from config import SettingError, UserError, launch
+from lib.text import BLOCK, BUILT_IN, RULES, UNPACK, Progress, collect, documents, near_ones, note
+from lib.tokenizer import Tokenizer, encode_stream, make_tokenizer, read_texts, sample
 
 # -----------------------------------------------------------------------------
 # Settings
@@ -374,4 +374,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main, globals())
+    launch(main, globals())

@@ -27,11 +27,11 @@ from typing import Literal, Optional, Union
 import torch
 
 import finetune
-import tasks
-from checkpoint import load_checkpoint, load_model, model_of
-from config import SettingError, UserError, run
+from config import SettingError, UserError, launch
+from lib import tasks
+from lib.run import load_checkpoint, load_model, model_of
+from lib.tokenizer import HubTokenizer, Tokenizer
 from model import Transformer
-from tokenizer import HubTokenizer, Tokenizer
 from train import pick_device, pick_dtype
 
 # -----------------------------------------------------------------------------
@@ -267,4 +267,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main, globals())
+    launch(main, globals())

@@ -11,6 +11,7 @@ Pretrain a Transformer: one loop, from a prepared text to a checkpoint.
 Without a config file the settings are nanoGPT's: GPT-2 124M, AdamW, cosine schedule.
 """
 import time
+
 STARTED = time.time()  # before the imports, which take seconds: `elapsed` counts what the user waits
 
 import contextlib
@@ -38,13 +39,27 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recomputed
 
 import prepare
-from checkpoint import (cannot_write, find_checkpoint, load_model, main_process, model_of, save_checkpoint,
-                        write_text)
-from config import SettingError, UserError, run
+from config import SettingError, UserError, launch
+from lib.optim import (
+    BadSteps,
+    Pruning,
+    load_optimizer_state,
+    lr_factor,
+    make_optimizers,
+    optimizer_state,
+    update,
+)
+from lib.run import (
+    cannot_write,
+    find_checkpoint,
+    load_model,
+    main_process,
+    model_of,
+    save_checkpoint,
+    write_text,
+)
+from lib.tokenizer import Tokenizer
 from model import Config, Transformer
-from optim import (BadSteps, Pruning, load_optimizer_state, lr_factor, make_optimizers, optimizer_state,
-                   update)
-from tokenizer import Tokenizer
 
 # -----------------------------------------------------------------------------
 # Settings. The model's are the fields of Config in model.py: --n_layer=6 works as well.
@@ -942,4 +957,4 @@ def start_wandb(project: str, name: str, settings: dict):
 
 
 if __name__ == "__main__":
-    run(main, globals(), Config)
+    launch(main, globals(), Config)

@@ -38,7 +38,7 @@ class Setting(NamedTuple):
     help: str
 
 
-def run(main: Callable, script: dict, model_config: type | None = None) -> None:
+def launch(main: Callable, script: dict, model_config: type | None = None) -> None:
     """Be a script: read the command line, then call main(), or main(the model's settings that were given).
 
     script: the script's globals(), whose settings are overridden. model_config: the dataclass of the model's.
@@ -71,7 +71,7 @@ def configure(script: dict, model_config: type | None, argv: list[str]) -> dict:
     settings, given = {**fields, **own}, {}
     for arg in argv:
         if arg in ("-h", "--help"):
-            print_help(script["__doc__"], path.name, own, fields)
+            print_help(script["__doc__"], command_of(script), own, fields)
             sys.exit(0)
         given.update(from_flag(arg, settings) if arg.startswith("-") else from_file(arg, settings))
     script.update({name: value for name, value in given.items() if name in own})
@@ -179,9 +179,15 @@ def wanted(kind: Any) -> str:
                        else "None" if one is type(None) else one.__name__ for one in alternatives(kind))
 
 
-def print_help(doc: str, script: str, own: dict[str, Setting], fields: dict[str, Setting]) -> None:
-    print(f"{doc.strip()}\n\nusage: python {script} [config/FILE.py ...] [--key=value ...]")
-    for title, settings in ((f"settings of {script}", own), ("the model's (Config in model.py)", fields)):
+def command_of(script: dict) -> str:
+    """How one starts it: python train.py, python -m tools.search."""
+    module = script.get("__spec__")
+    return f"python -m {module.name}" if module else f"python {Path(script['__file__']).name}"
+
+
+def print_help(doc: str, command: str, own: dict[str, Setting], fields: dict[str, Setting]) -> None:
+    print(f"{doc.strip()}\n\nusage: {command} [config/FILE.py ...] [--key=value ...]")
+    for title, settings in ((f"settings of {command.split()[-1]}", own), ("the model's (Config in model.py)", fields)):
         if settings:
             print(f"\n{title}:")
         for name, setting in settings.items():

@@ -2,8 +2,8 @@
 from json import dumps as _dumps
 from pathlib import Path as _Path
 
-from collect import standard_library as _library
 from config.finetune_sentiment import *
+from lib.text import standard_library as _library
 
 out_dir = "out/python_packages"
 data, data_val, data_test = (f"data/packages_{_split}.jsonl" for _split in ("train", "val", "test"))

@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 
 from config import UserError
+from lib.tokenizer import HubTokenizer, Tokenizer
 from model import Config, Transformer
-from tokenizer import HubTokenizer, Tokenizer
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name
 

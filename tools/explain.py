@@ -1,10 +1,10 @@
 """
 Look inside a checkpoint: on what a prediction rests, where each head looks, what each layer would have said.
 
-    python explain.py                                              the newest run under out/
-    python explain.py --out_dir=out/small --start="import os, sys" a text of your own
-    python explain.py --start="x = [1, 2" --target="]"             why this token, or why not
-    python explain.py --out_dir=out/bert --start="import <|mask|>" a masked model: what it puts into the gap
+    python -m tools.explain                                              the newest run under out/
+    python -m tools.explain --out_dir=out/small --start="import os, sys" a text of your own
+    python -m tools.explain --start="x = [1, 2" --target="]"             why this token, or why not
+    python -m tools.explain --out_dir=out/bert --start="import <|mask|>" a masked model: what it puts into the gap
 
 The answer is one page, explain.html in the run's folder, that any browser reads, without network; and a short
 form of it in the terminal.
@@ -23,12 +23,12 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from checkpoint import write_text
-from config import SettingError, UserError, run
+from config import SettingError, UserError, launch
 from finetune import Row, Task, Tuned, predict, task_of
+from lib.run import write_text
+from lib.tokenizer import HubTokenizer, Tokenizer
 from model import Transformer
 from sample import build, newest_run, read_prompt, read_run
-from tokenizer import HubTokenizer, Tokenizer
 from train import pick_device
 
 # -----------------------------------------------------------------------------
@@ -415,4 +415,4 @@ if (!places.length) at('guesses').remove()  // of a model that does not speak
 """
 
 if __name__ == "__main__":
-    run(main, globals())
+    launch(main, globals())

@@ -5,7 +5,7 @@ What there is to learn: files to rows, rows to examples, and what a model's outp
     task = Classify({**Classify.learn(rows, settings), ...}, tokenizer)
     examples = task.examples(rows)
 
-A task knows neither the model nor the loop: finetune.py has these, evaluate.py the metrics.
+A task knows neither the model nor the loop: finetune.py has these, lib/metrics.py the metrics.
 """
 import csv
 import io
@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-import evaluate
 from config import UserError
+from lib import metrics
 
 # -----------------------------------------------------------------------------
 # Reading: every format to rows
@@ -358,13 +358,13 @@ class Classify(Task):
     def __init__(self, head, tokenizer):
         super().__init__(head, tokenizer)
         if head.get("several"):
-            self.kind, self.metric, self.scores = "labels", "f1_macro", evaluate.label_scores
-        self.linear = evaluate.BagOfRuns.from_dict(head["linear"]) if "linear" in head else None
+            self.kind, self.metric, self.scores = "labels", "f1_macro", metrics.label_scores
+        self.linear = metrics.BagOfRuns.from_dict(head["linear"]) if "linear" in head else None
 
     def add_linear(self, rows: list[Row], longest: int) -> None:
         """A linear model beside the Transformer, whose outputs are mixed into the answers."""
         y = np.array([self.target(row) for row in rows])
-        self.linear = evaluate.BagOfRuns(self.kind, self.n_out, longest).fit(texts_of(rows), y)
+        self.linear = metrics.BagOfRuns(self.kind, self.n_out, longest).fit(texts_of(rows), y)
         self.head.update(linear=self.linear.to_dict(), share=0.5)  # the Transformer's share
 
     def choose_share(self, rows, examples, outputs) -> None:
@@ -381,7 +381,7 @@ class Classify(Task):
         return self.head["share"] * out + (1 - self.head["share"]) * self.linear.outputs(texts_of(rows))
 
     def scores(self, y, probs):
-        return evaluate.class_scores(y, probs)
+        return metrics.class_scores(y, probs)
 
     def target(self, row: Row):
         if self.kind == "class":
@@ -421,7 +421,7 @@ class Classify(Task):
 
     def baselines(self, train, test):
         y = np.array([self.target(row) for row in train])
-        bag = evaluate.BagOfWords(self.kind, self.n_out).fit(texts_of(train), y)
+        bag = metrics.BagOfWords(self.kind, self.n_out).fit(texts_of(train), y)
         share = (np.bincount(y, minlength=self.n_out) / len(y)) if self.kind == "class" else y.mean(0)
         return {"mean" if self.kind == "number" else "majority": [share] * len(test),
                 "bag_of_words": list(bag.predict(texts_of(test)))}
@@ -440,7 +440,7 @@ class Regress(Classify):
         return {"labels": ["number"], "mean": float(y.mean()), "std": float(y.std())}
 
     def scores(self, y, p):
-        return evaluate.number_scores(y, p)
+        return metrics.number_scores(y, p)
 
     def target(self, row):
         return np.float32((to_number(row) - self.head["mean"]) / self.head["std"])
@@ -461,7 +461,7 @@ class Regress(Classify):
 
 
 class Tag(Task):
-    metric, scores, by_token = "f1", staticmethod(evaluate.tag_scores), True
+    metric, scores, by_token = "f1", staticmethod(metrics.tag_scores), True
     long = "read in windows"
 
     @staticmethod
@@ -508,7 +508,7 @@ class Tag(Task):
         return found
 
     def arrays(self, rows, answers):
-        counts = [evaluate.tag_counts(row.label, tags) for row, (tags, _) in zip(rows, answers)]
+        counts = [metrics.tag_counts(row.label, tags) for row, (tags, _) in zip(rows, answers)]
         nats = [-sum(logp[w, self.label_number(row, tag)] for w, tag in enumerate(row.label))
                 if logp is not None else math.nan for row, (_, logp) in zip(rows, answers)]
         return np.array(counts), np.array(nats)
@@ -533,7 +533,7 @@ class Tag(Task):
 
 
 class Answer(Task):
-    metric, scores = "f1", staticmethod(evaluate.answer_scores)
+    metric, scores = "f1", staticmethod(metrics.answer_scores)
     long = "read in windows"
     longest = 40  # tokens of an answer
 
@@ -596,7 +596,7 @@ class Answer(Task):
         return found
 
     def arrays(self, rows, answers):
-        return (np.array([evaluate.answer_match(text, [gold for gold, _ in row.label])
+        return (np.array([metrics.answer_match(text, [gold for gold, _ in row.label])
                           for row, (text, _) in zip(rows, answers)]),)
 
     def table(self, rows, answers):
@@ -609,7 +609,7 @@ class Answer(Task):
         rng, first, spans = np.random.default_rng(0), [], []
         lengths = [len(row.label[0][0]) for row in train if row.label] or [1]
         for row in test:
-            begin, end = (evaluate.sentences(row.pair) or [(0, 0)])[0]
+            begin, end = (metrics.sentences(row.pair) or [(0, 0)])[0]
             first.append((row.pair[begin:end].strip(), 1.0))
             length = lengths[rng.integers(len(lengths))]
             begin = rng.integers(max(1, len(row.pair) - length + 1))
@@ -618,7 +618,7 @@ class Answer(Task):
 
 
 class LM(Task):
-    metric, scores, by_token = "loss", staticmethod(evaluate.token_scores), True
+    metric, scores, by_token = "loss", staticmethod(metrics.token_scores), True
 
     @staticmethod
     def learn(rows, s):

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from checkpoint import write_text
-from tokenizer import Tokenizer, make_tokenizer
+from lib.run import write_text
+from lib.tokenizer import Tokenizer, make_tokenizer
 
 # -----------------------------------------------------------------------------
 # Classes

@@ -1,8 +1,8 @@
 """
 Search for good settings of a script. Each trial is a process of its own: a crash is one row of the table.
 
-    python -m config.search train.py config/small.py learning_rate=1e-4..1e-2 dropout=0,0.1,0.2
-    python -m config.search train.py config/small.py --max_iters=300 n_layer=2..8 --method=random --trials=30
+    python -m tools.search train.py config/small.py learning_rate=1e-4..1e-2 dropout=0,0.1,0.2
+    python -m tools.search train.py config/small.py --max_iters=300 n_layer=2..8 --method=random --trials=30
 
 First comes the script, with the config files and --key=value that all trials share; then, without dashes,
 what is searched: name=low..high, in factors where it spans ten times or more, and name=a,b,c. The same
@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Optional, Union
 
-from config import Setting, SettingError, UserError, checked, from_file, from_flag, parse, run, unknown
+from config import Setting, SettingError, UserError, checked, from_file, from_flag, launch, parse, unknown
 
 # -----------------------------------------------------------------------------
 # Settings
@@ -238,7 +238,7 @@ def main(words: list[str]):
     script = words[0] if words else ""
     if not Path(script).is_file():
         raise SettingError(f"{script!r}: no script to run; first comes one, then what is searched: "
-                           "python -m config.search train.py learning_rate=1e-4..1e-2")
+                           "python -m tools.search train.py learning_rate=1e-4..1e-2")
     shared, spaces = read_words(words[1:], settings_of(script))
     best = min if LOW_IS_BEST & set(metric.split("_")) else max
     folder, rows = Path(out_dir), []
@@ -287,4 +287,4 @@ if __name__ == "__main__":
     mine = ["-h", "--help", *(f"--{name}" for name in __annotations__)]
     others = [word for word in sys.argv[1:] if word.partition("=")[0] not in mine]
     sys.argv[1:] = [word for word in sys.argv[1:] if word not in others]
-    run(lambda: main(others), globals())
+    launch(lambda: main(others), globals())

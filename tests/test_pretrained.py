@@ -1,0 +1,268 @@
+"""Checkpoints of other libraries, in and out."""
+import json
+import re
+import time
+from dataclasses import asdict
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import sample
+from config import UserError
+from lib.run import save_checkpoint
+from lib.tokenizer import Tokenizer, make_tokenizer
+from model import Config, Transformer
+from tests.helpers import FAMILIES, MIXED, MODERN, ROOT, TINY, columns, script, theirs, timed, tiny, tokens
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_equal_transformers_in_and_out(name, tmp_path):
+    their = theirs(name)
+    their.save_pretrained(tmp_path / "in")
+    model = Transformer.from_pretrained(tmp_path / "in")
+    idx = tokens(3, 20, vocab_size=97).clamp(min=3)
+    pad_mask = torch.ones_like(idx, dtype=torch.bool)
+    pad_mask[0, 12:], pad_mask[1, 5:] = False, False
+    idx[~pad_mask] = 1
+    more = {"segments": idx % 2} if model.config.n_segment > 1 else {}
+    with torch.no_grad():
+        wanted = their(idx, attention_mask=pad_mask.long(),
+                       **({"token_type_ids": idx % 2} if more else {}))[0]
+        found = model.hidden(idx, pad_mask, **more)
+        found = found if name == "encoder" else model.logits(found)
+    torch.testing.assert_close(found[pad_mask], wanted[pad_mask], atol=1e-4, rtol=1e-4)
+    if model.config.causal:
+        prompt = tokens(2, 5, vocab_size=97)
+        for penalty in (1.0, 1.4):
+            text = their.generate(prompt, max_new_tokens=64, do_sample=False, repetition_penalty=penalty)
+            assert torch.equal(
+                model.generate(prompt, 64, temperature=0, repetition_penalty=penalty), text), penalty
+
+    model.save_pretrained(tmp_path / "out")
+    again, info = type(their).from_pretrained(tmp_path / "out", output_loading_info=True)
+    pooler = {f"pooler.dense.{kind}" for kind in ("weight", "bias")} if name == "encoder" else set()
+    assert set(info["missing_keys"]) <= pooler and not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
+    state = again.state_dict()
+    kept = {key: value for key, value in their.state_dict().items() if key not in pooler}
+    assert all(torch.equal(value, state[key]) for key, value in kept.items())
+
+
+def test_real_world_files_of_one_model(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    their = theirs("llama 3")
+    their.save_pretrained(tmp_path / "whole")
+    config = json.loads((tmp_path / "whole/config.json").read_text())
+    wanted = Transformer.from_pretrained(tmp_path / "whole").state_dict()
+
+    their.save_pretrained(tmp_path / "sharded", max_shard_size="30KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    rope = config.pop("rope_parameters")
+    config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}  # as before transformers 5
+    (tmp_path / "sharded/config.json").write_text(json.dumps(config))
+    sharded = Transformer.from_pretrained(tmp_path / "sharded")
+    assert all(torch.equal(value, wanted[name]) for name, value in sharded.state_dict().items())
+    assert sharded.config.rope_scaling["factor"] == 4.0 and sharded.config.rope_theta == 500.0
+
+    for dtype in (torch.bfloat16, torch.float16):
+        their.to(dtype).save_pretrained(tmp_path / "half")
+        half = Transformer.from_pretrained(tmp_path / "half")
+        assert half.wte.weight.dtype == torch.float32
+        assert torch.equal(half.wte.weight, their.model.embed_tokens.weight.float())
+        assert Transformer.from_pretrained(tmp_path / "half", dtype=dtype).head.weight.dtype == dtype
+    short = Transformer.from_pretrained(tmp_path / "whole", dropout=0.1, block_size=24)
+    assert short.config.block_size == 24 and short.blocks[0].attn.dropout == 0.1
+
+    weights = safetensors.load_file(tmp_path / "whole/model.safetensors")
+    for change, words in (({"lm_head.bias": torch.zeros(97)}, "lm_head.bias"),
+                          ({"model.norm.weight": torch.ones(33)}, r"model.norm.weight has shape \(33,\)"),
+                          ({"model.norm.weight": None}, "no weight model.norm.weight")):
+        changed = {name: value for name, value in {**weights, **change}.items() if value is not None}
+        safetensors.save_file(changed, tmp_path / "sharded/model.safetensors")
+        (tmp_path / "sharded/model.safetensors.index.json").unlink(missing_ok=True)
+        with pytest.raises(ValueError, match=words):
+            Transformer.from_pretrained(tmp_path / "sharded")
+    for change, words in (({"attention_bias": True}, "attention_bias=True"),
+                          ({"hidden_act": "gelu"}, "hidden_act='gelu'"), ({"model_type": "t5"}, "'t5'"),
+                          ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+                          ({"quantization_config": {"bits": 4}}, "quantization_config"),
+                          ({"layer_types": ["sliding_attention"]}, "layer_types"),
+                          ({"hidden_size": None}, "hidden_size")):
+        changed = {name: value for name, value in {**config, **change}.items() if value is not None}
+        (tmp_path / "sharded/config.json").write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=words):
+            Transformer.from_pretrained(tmp_path / "sharded")
+    (tmp_path / "whole/model.safetensors").write_bytes(b"\x10" * 99)
+    with pytest.raises(ValueError, match="damaged"):
+        Transformer.from_pretrained(tmp_path / "whole")
+    with pytest.raises(FileNotFoundError, match="config.json"):
+        Transformer.from_pretrained(tmp_path)
+
+
+def test_gpt2_files_of_all_ages(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    their = theirs("gpt2")
+    idx = tokens(2, 20, vocab_size=97)
+    wanted = their(idx).logits
+    their.save_pretrained(tmp_path)
+    # as on the hub: no prefix, and the causal mask among the weights
+    state = {name.removeprefix("transformer."): value.clone() for name, value in their.state_dict().items()
+             if name != "lm_head.weight"}
+    safetensors.save_file(
+        {**state, "h.0.attn.bias": torch.ones(1, 1, 96, 96)}, tmp_path / "model.safetensors")
+    torch.testing.assert_close(Transformer.from_pretrained(tmp_path)(idx)[0], wanted)
+    # as nanoGPT saves it: compiled, matrices the other way round
+    state = {"_orig_mod." + name: value.T if value.ndim == 2 and ".h." in name else value
+             for name, value in their.state_dict().items()}
+    torch.save({"model": state, "model_args": dict(n_layer=2, n_head=4, n_embd=32, block_size=96, bias=True,
+                                                   vocab_size=97, dropout=0.0),
+                "config": {"dataset": "x"}, "best_val_loss": torch.tensor(1.0)}, tmp_path / "ckpt.pt")
+    torch.testing.assert_close(Transformer.from_pretrained(tmp_path / "ckpt.pt")(idx)[0], wanted)
+
+
+@timed
+def test_decoding_comes_near_the_memory_bound(tmp_path):
+    """One token reads every weight once: at best it takes as long as that. Prints the README's figures."""
+    theirs = pytest.importorskip("transformers").GPT2LMHeadModel(
+        pytest.importorskip("transformers").GPT2Config()).eval()
+    theirs.save_pretrained(tmp_path)
+    model, prompt, n = Transformer.from_pretrained(tmp_path), tokens(1, 16, vocab_size=50257), 32
+    in_bytes = sample.to_int8(model)
+
+    def seconds(work, times):
+        found = []
+        for _ in range(times):
+            start = time.perf_counter()
+            work()
+            found.append(time.perf_counter() - start)
+        return min(found)
+
+    @torch.no_grad()
+    def bound():  # each matrix times a vector, weights as they are or transposed, whichever is faster here
+        total, known = 0.0, {}
+        for name, p in model.named_parameters():
+            if p.ndim == 2 and "wpe" not in name:
+                if p.shape not in known:
+                    weights = [torch.randn(p.shape) for _ in range(1 + 2**26 // p.numel())]  # past the caches
+                    turned, x = [w.t().contiguous() for w in weights], torch.randn(1, p.size(1))
+                    known[p.shape] = min(seconds(lambda: [F.linear(x, w) for w in weights], 3),
+                                         seconds(lambda: [x @ w for w in turned], 3)) / len(weights)
+                total += known[p.shape]
+        return total
+
+    rounds = []
+    for _ in range(6):  # in turns, for a machine is not always equally fast
+        a = seconds(lambda: theirs.generate(prompt, max_new_tokens=n, min_new_tokens=n, do_sample=False,
+                                            pad_token_id=0), 1) / n
+        b, c = seconds(lambda: model.generate(prompt, n, temperature=0), 1) / n, bound()
+        d = seconds(lambda: in_bytes.generate(prompt, n, temperature=0), 1) / n
+        rounds.append((a / b, c / b, a / d))
+        print(f"\ntokens/s: transformers {1 / a:.1f}, ours {1 / b:.1f}, bound {1 / c:.1f}, int8 {1 / d:.1f}")
+    times, share, times_int8 = (sorted(column)[2] for column in zip(*rounds[1:]))  # the first warms up
+    print(f"{times:.2f} times transformers, {share:.0%} of the bound, int8 {times_int8:.2f} times")
+    assert times > 1.2 and share > 0.7 and times_int8 > 2.5
+
+
+def test_what_no_family_has_is_not_exported(tmp_path):
+    pytest.importorskip("safetensors")
+    with pytest.raises(ValueError, match="nanochat, differs in act=gelu"):
+        Transformer(Config(**TINY | MODERN | {"act": "gelu"})).save_pretrained(tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+@columns
+def test_a_step_of_fixed_shapes_gives_the_same_text(column):
+    model = tiny(column)
+    batch, pad_mask = tokens(2, 6), torch.tensor([[False, False, True, True, True, True], [True] * 6])
+    with torch.compiler.set_stance("force_eager"):  # the shapes that compiled code would have
+        for mask in (None, pad_mask):
+            assert torch.equal(model.generate(batch, 30, temperature=0, pad_mask=mask, compile=True),
+                               model.generate(batch, 30, temperature=0, pad_mask=mask))
+
+
+def test_a_masked_model_fills_gaps():
+    model = tiny("gpt2", causal=False, head="mlm", head_bias=True, vocab_size=258)
+    tokenizer = make_tokenizer("bytes", [], 258)
+    found = sample.fill(model, tokenizer, "a<|mask|>b<|mask|>", best=3)
+    idx = torch.tensor([[ord("a"), tokenizer.mask, ord("b"), tokenizer.mask, tokenizer.eot]])
+    for row, at in zip(found, (1, 3), strict=True):
+        probs = model(idx)[0][0, at].softmax(-1)
+        assert [p for _, p in row] == pytest.approx(probs.topk(3).values.tolist())
+    for text, words in (("no gap", "<|mask|>"), ("x" * 20 + "<|mask|>", "22 tokens")):
+        with pytest.raises(UserError, match=re.escape(words)):
+            sample.fill(model, tokenizer, text)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_our_tokenizers_go_to_transformers_and_back(kind, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    source = (ROOT / "model.py").read_text(encoding="utf-8")
+    ours = make_tokenizer(kind, [source, MIXED], 600)
+    ours.save_pretrained(tmp_path, context=10**6)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    back = Tokenizer.from_pretrained(tmp_path)
+    stored = Tokenizer.from_dict(json.loads(json.dumps(back.to_dict())))
+    assert (theirs.eos_token_id, theirs.mask_token_id) == (ours.eot, ours.mask) == (back.eot, back.mask)
+    for text in (MIXED, source, "\0 unseen: żółć 漢字 🚀\r\n\t ", "a<|endoftext|>"):
+        ids = ours.encode(text, specials=True)
+        assert theirs(text)["input_ids"] == ids and theirs.decode(ids) == text
+        assert stored.encode(text, specials=True) == ids and back.decode(ids) == text
+        assert "".join(back.pieces(ids)) == "".join(ours.pieces(ids)) == text
+        ids, offsets = ours.offsets(text)
+        assert back.offsets(text) == (ids, offsets) == back.offsets(text)
+        if kind == "bpe":
+            assert back.encode_batch([text, ""])[0].tolist() == ids
+            assert ours.encode_batch([text, ""])[0].tolist() == ids
+            assert [text[a:b] for a, b in ours.offsets("def f(x):")[1]] != []
+    assert [bytes(b) for b in back.token_bytes] == ours.token_bytes
+
+
+def test_a_tokenizer_wraps_texts_as_its_model_reads_them(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    vocab = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4, "a": 5, "b": 6, "##b": 7}
+    fast = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token="[UNK]"))
+    fast.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    fast.decoder = tokenizers.decoders.WordPiece()
+    fast.add_special_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
+    fast.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    fast.enable_padding(length=16)
+    fast.enable_truncation(4)  # what a file says of lengths is no concern of ours
+    fast.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match="sep_token"):
+        Tokenizer.from_pretrained(tmp_path)
+    roles = {"sep_token": "[SEP]", "pad_token": {"content": "[PAD]"}, "mask_token": "[MASK]"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(roles))
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    assert (tokenizer.eot, tokenizer.pad, tokenizer.mask, tokenizer.vocab_size) == (3, 0, 4, 8)
+    assert tokenizer.encode("a b ab a b a") == [5, 6, 5, 7, 5, 6, 5]
+    assert tokenizer.wrap([5, 6]) == ([2, 5, 6, 3], [0] * 4)
+    assert tokenizer.wrap([5, 6], [7]) == ([2, 5, 6, 3, 7, 3], [0, 0, 0, 0, 1, 1])
+    assert tokenizer.encode("[MASK]") != [4] == tokenizer.encode("[MASK]", specials=True)
+    assert tokenizer.token_bytes[7] == b"b" and tokenizer.token_bytes[3] == b""
+    ours = make_tokenizer("bytes", [], 258)
+    assert ours.wrap([1, 2], [3]) == ([1, 2, 256, 3, 256], [0, 0, 0, 1, 1])
+
+
+@pytest.mark.parametrize("column", ["modern", "gpt2 without biases"])
+def test_a_run_is_exported_whole(column, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = tiny(**({"column": "modern"} if column == "modern" else {"column": "gpt2", "bias": False}),
+                 vocab_size=258, block_size=32)
+    tokenizer = make_tokenizer("bytes", [], 258)
+    (tmp_path / "run").mkdir()
+    save_checkpoint(tmp_path / "run/ckpt.pt", {
+        "version": 1, "model": model.state_dict(), "model_args": asdict(model.config), "iter_num": 1,
+        "tokenizer": tokenizer.to_dict()})
+    done = script("sample.py", "--out_dir=run", "--export=hf", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    prompt = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")("class A:", return_tensors="pt")
+    assert prompt["input_ids"][0].tolist() == tokenizer.encode("class A:")
+    text = theirs.generate(**prompt, max_new_tokens=20, do_sample=False, eos_token_id=None)
+    assert torch.equal(text, model.generate(prompt["input_ids"], 20, temperature=0))
+    again = script("sample.py", "--out_dir=hf", "--start=class A:", "--temperature=0", "--max_new_tokens=20",
+                   cwd=tmp_path, PYTHONUTF8="1")
+    ids = text[0].tolist()
+    ids = ids[:ids.index(tokenizer.eot)] if tokenizer.eot in ids else ids
+    assert again.stdout.startswith(tokenizer.decode(ids).rstrip("\ufffd")), again.stderr

@@ -1,0 +1,140 @@
+"""The search for settings."""
+import json
+import math
+import re
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+from tests.helpers import one_line, script
+from tools import search
+
+STUB = '''
+"""A script of which the best settings are known: x = 1e-3, n = 4, kind = a."""
+import json
+import math
+import time
+from pathlib import Path
+from typing import Literal, Optional
+from config import UserError, launch
+out_dir: str = "out"  # where to
+x: float = 0.1  # by factors
+n: int = 3  # whole
+kind: Literal["a", "b"] = "a"  # one of two
+top_k: Optional[int] = None  # unused
+wait: float = 0.0  # seconds a step
+
+def main():
+    if n == 5:
+        raise UserError("n=5: it fails, as promised")
+    loss = (math.log10(x) + 3) ** 2 + 0.1 * (n - 4) ** 2 + (kind == "b")
+    Path(out_dir).mkdir(parents=True, exist_ok=True)
+    (Path(out_dir) / "ckpt.pt").write_text("large")
+    with open(Path(out_dir) / "log.jsonl", "w", encoding="utf-8") as f:
+        for i in range(1, 5):
+            print(json.dumps({"iter": i, "val_loss": loss + 1 / i, "accuracy": -loss}), file=f, flush=True)
+            time.sleep(wait if loss > 1 else 0)
+
+if __name__ == "__main__":
+    launch(main, globals())
+'''
+
+
+@pytest.fixture
+def stub(tmp_path):
+    (tmp_path / "stub.py").write_text(STUB, encoding="utf-8")
+    return lambda *words: script(sys.executable, "-m", "tools.search", "stub.py", *words, cwd=tmp_path)
+
+
+def search_rows(folder) -> list[dict]:
+    lines = (folder / "out/search/search.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines[1:]]  # the first says which search it is
+
+
+def test_a_search_is_a_table_with_a_winner(stub, tmp_path):
+    words = ("base.py", "x=1e-5,1e-3", "n=4..6", "kind=a,b", "--method=grid")
+    (tmp_path / "base.py").write_text("top_k = 7\nkind = 'b'\n")
+    assert stub(*words, "--trials=3").returncode == 0
+    assert len(search_rows(tmp_path)) == 3
+    done = stub(*words, "--trials=50")  # goes on, to the end of the grid
+    assert done.returncode == 0 and "going on after 3" in done.stdout and "every combination" in done.stdout
+    rows = search_rows(tmp_path)
+    points = [tuple(row["settings"].values()) for row in rows]
+    assert sorted(points) == [(x, n, kind) for x in (1e-5, 1e-3) for n in (4, 5, 6) for kind in "ab"]
+    for row in rows:  # a crash is a row, and ends nothing
+        x, n, kind = row["settings"].values()
+        assert type(n) is int and (row["state"] == "failed") == (n == 5)
+        assert "as promised" in row["note"] if n == 5 else row["curve"][-1] == [4, row["value"]]
+    shown = [line.split() for line in done.stdout.splitlines() if re.match(r" +\d+ ", line)]
+    assert len(shown) == 12 and shown[0][1:5] == ["0.2500", "0.001", "4", "a"] and shown[-1][1] == "failed"
+    # the winner runs as it is, with what the others shared, and is the only one whose checkpoint is kept
+    assert [path.parent.name for path in tmp_path.glob("out/search/*/ckpt.pt")] == [shown[0][0]]
+    assert script(sys.executable, "stub.py", "out/search/best.py", cwd=tmp_path).returncode == 0
+    again = [json.loads(line) for line in open(tmp_path / "out/search/best/log.jsonl", encoding="utf-8")]
+    assert again[-1]["val_loss"] == 0.25
+    assert "top_k = 7" in (tmp_path / "out/search/best.py").read_text(encoding="utf-8")
+    if find_spec("matplotlib"):
+        assert (tmp_path / "out/search/search.png").read_bytes()[1:4] == b"PNG"
+    one_line(stub(*words[:-2], "--method=grid"), 2, "search.jsonl", "another search", "--out_dir")
+
+
+def test_a_hopeless_trial_is_stopped(stub, tmp_path):
+    done = stub("x=1e-3,2e-3,3e-3,1e-1", "--method=grid", "--prune_after=3", "--wait=5")
+    assert done.returncode == 0, done.stderr
+    rows = search_rows(tmp_path)
+    assert [row["state"] for row in rows] == ["done"] * 3 + ["pruned"] and rows[3]["seconds"] < 10
+    assert search.hopeless([[1, 3.0]], [[[1, 2.0], [2, 1.0]]], min)
+    assert not search.hopeless([[1, 3.0]], [[[1, 2.0], [2, 1.0]]], max)
+    assert not search.hopeless([[1, 2.0]], [[[1, 2.0], [2, 1.0]]], min)
+    assert not search.hopeless([[1, 3.0]], [[[2, 1.0]]], min)  # the other looked later
+
+
+@pytest.mark.parametrize(
+    "words, status, named",
+    [((), 2, ["nothing to search"]), (("y=1,2",), 2, ["y=1,2", "'y'"]), (("n=1,2.5",), 2, ["int", "2.5"]),
+     (("kind=a..b",), 2, ["low..high"]), (("x=3..1",), 2, ["x=3..1"]),
+     (("x=1,2", "--trails=3"), 2, ["--trails"]),
+     (("x=1,2", "--metric=f1", "--trials=1", "--method=random"), 1, ["no trial", "output.txt"])],
+)
+def test_what_a_search_refuses(stub, words, status, named):
+    one_line(stub(*words), status, *named)
+
+
+def test_bayes_needs_fewer_trials_than_random():
+    """To come near the best of three settings, in at least 9 of 10 searches."""
+    pytest.importorskip("optuna")
+    spaces = {"lr": search.Space([], 1e-5, 1e-1, True), "dropout": search.Space([], 0.0, 0.5),
+              "n_layer": search.Space([], 1, 12)}
+
+    def needed(method, seed, at_most):
+        rows = []
+        while len(rows) < at_most:
+            lr, dropout, n_layer = search.propose(method, spaces, rows, True, seed).values()
+            loss = (math.log10(lr) + 3) ** 2 / 4 + (4 * dropout - 0.4) ** 2 + (n_layer - 8) ** 2 / 25
+            rows.append({"settings": {"lr": lr, "dropout": dropout, "n_layer": n_layer}, "state": "done",
+                         "value": loss, "curve": []})
+            if loss < 0.03:
+                return len(rows)
+        return at_most
+
+    bayes = [needed("bayes", seed, 80) for seed in range(10)]
+    assert sum(n < needed("random", seed, n + 1) for seed, n in enumerate(bayes)) >= 9 and max(bayes) < 80
+    for method in ("bayes", "random"):  # the same rows, the same next trial: that is how a search resumes
+        one, same, other = (search.propose(method, spaces, [], True, seed) for seed in (0, 0, 1))
+        assert one == same != other
+
+
+@pytest.mark.parametrize("method", ["bayes", "random"])
+def test_a_search_that_was_stopped_goes_on_as_if_it_was_not(method, stub, tmp_path):
+    """By processes, with crashes among them, it tries what `propose` says by itself, of which see above."""
+    pytest.importorskip("optuna")
+    words = ("x=1e-5..1e-1", "n=4..6", "kind=a,b", f"--method={method}", "--prune_after=0")
+    for trials in (5, 9):
+        assert stub(*words, f"--trials={trials}").returncode == 0
+    rows = search_rows(tmp_path)
+    spaces = {"x": search.Space([], 1e-5, 1e-1, True), "n": search.Space([], 4, 6),
+              "kind": search.Space(["a", "b"])}
+    assert [row["trial"] for row in rows] == list(range(1, 10)) and "failed" in {row["state"] for row in rows}
+    for i, row in enumerate(rows):
+        assert row["settings"] == search.propose(method, spaces, rows[:i], True, 0)
