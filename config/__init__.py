@@ -3,15 +3,16 @@ The one rule for settings, the same for every script:
 
     python train.py config/small.py --batch_size=32 --compile
 
-A script's settings are the annotated globals at its top: the annotation is the type, the trailing comment the
-help. Config files (plain Python, they may compute) and --key=value override them, left to right. A script
-that builds a model takes the fields of its Config too. Whatever is wrong is one line on stderr, exit status
-2.
+A script's settings are the annotated globals at its top: the annotation is the type and the range, the
+comment behind it the help. Config files (plain Python, they may compute) and --key=value override them, left
+to right. A script may take the fields of a dataclass as settings too, as train.py does those of the model's
+Config. Whatever is wrong with a setting is one line on stderr, exit status 2.
 """
 import ast
 import difflib
 import inspect
 import io
+import math
 import os
 import sys
 import tokenize
@@ -32,21 +33,71 @@ class SettingError(UserError):
     status = 2
 
 
+# What was a setting once, and what to type now.
+GONE = {
+    "profile": "python -m tools.bench takes the same config files and settings",
+    "teacher_weight": "it is called teacher_share now",
+    "linear": "the mixture with a linear model is gone; the report still compares with a bag of words",
+    "cut_rate": "it is gone: token_dropout does as much",
+}
+
+GONE_RECIPES = {
+    "bench": "python -m tools.bench times a training step",
+    "search": "python -m tools.search searches for settings",
+}
+
+
+# -----------------------------------------------------------------------------
+# Types with a range, for the annotations
+
+class Number(NamedTuple):
+    """An int or a float between two bounds, which are allowed themselves unless they are exclusive."""
+    kind: type
+    low: float = -math.inf
+    high: float = math.inf
+    above_low: bool = False  # low itself is too small
+    below_high: bool = False  # high itself is too large
+
+    def holds(self, value: float) -> bool:
+        enough = value > self.low if self.above_low else value >= self.low
+        return enough and (value < self.high if self.below_high else value <= self.high)
+
+    def __str__(self) -> str:
+        words = []
+        if self.low != -math.inf:
+            words.append(f"{'above' if self.above_low else 'at least'} {self.low:g}")
+        if self.high != math.inf:
+            words.append(f"{'below' if self.below_high else 'at most'} {self.high:g}")
+        return f"{self.kind.__name__} {' and '.join(words)}"
+
+
+def at_least(low, below: float = math.inf, at_most: float = math.inf) -> Number:
+    """The type of the bound is the setting's: at_least(1) is an int, at_least(0.0) a float."""
+    return Number(type(low), low, min(below, at_most), below_high=below != math.inf)
+
+
+def above(low, below: float = math.inf, at_most: float = math.inf) -> Number:
+    return at_least(low, below, at_most)._replace(above_low=True)
+
+
+# -----------------------------------------------------------------------------
+# From the command line into a script's globals
+
 class Setting(NamedTuple):
-    kind: Any  # int, str | None, Literal["a", "b"]...
+    kind: Any  # int, str | None, Literal["a", "b"], at_least(1)...
     default: Any
     help: str
 
 
-def launch(main: Callable, script: dict, model_config: type | None = None) -> None:
-    """Be a script: read the command line, then call main(), or main(the model's settings that were given).
+def launch(main: Callable, script: dict, fields: type | None = None, stored: Callable | None = None) -> None:
+    """Be a script: read the command line, then call main(), or main(the fields that were given).
 
-    script: the script's globals(), whose settings are overridden. model_config: the dataclass of the model's.
-    A user's error becomes one line and an exit status, without a traceback.
+    script: the script's globals(), whose settings are overridden. fields, stored: see configure. A user's
+    error becomes one line and an exit status, without a traceback.
     """
     try:
-        given = configure(script, model_config, sys.argv[1:])
-        main() if model_config is None else main(given)
+        given = configure(script, fields, sys.argv[1:], stored)
+        main() if fields is None else main(given)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":  # under torchrun all processes fail alike, and one says so
             print(f"error: {error}", file=sys.stderr)
@@ -57,25 +108,58 @@ def launch(main: Callable, script: dict, model_config: type | None = None) -> No
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def configure(script: dict, model_config: type | None, argv: list[str]) -> dict:
+def configure(script: dict, fields: type | None, argv: list[str], stored: Callable | None = None) -> dict:
     """Override the settings in `script` by the words of a command line.
 
-    Returns the fields of `model_config` that were given, and only those: the script decides on the others.
-    Raises SettingError for whatever is wrong with a setting.
+    fields: a dataclass whose fields are settings too; those that were given, and only those, are returned.
+    stored: folder -> (settings, defaults) of the run there. With --init_from=resume they come before all that
+    is given: a run remembers its settings. Raises SettingError for whatever is wrong with one.
     """
-    path = Path(script["__file__"])
-    own, fields = declared(path.read_text(encoding="utf-8"), script), {}
-    if model_config is not None:
-        its_module = vars(sys.modules[model_config.__module__])
-        fields = declared(inspect.getsource(model_config), {**its_module, **vars(model_config)})
-    settings, given = {**fields, **own}, {}
+    own, others = settings_of(script), fields_of(fields)
+    settings, given = {**others, **own}, {}
     for arg in argv:
         if arg in ("-h", "--help"):
-            print_help(script["__doc__"], command_of(script), own, fields)
+            print_help(script, own, fields)
             sys.exit(0)
         given.update(from_flag(arg, settings) if arg.startswith("-") else from_file(arg, settings))
+    if stored and given.get("init_from", script["init_from"]) == "resume":
+        folder = given.get("out_dir", script["out_dir"])
+        given = {**remembered(*stored(folder), settings), **given}
     script.update({name: value for name, value in given.items() if name in own})
     return {name: value for name, value in given.items() if name not in own}
+
+
+OF_THE_COMMAND = ("init_from", "out_dir", "overwrite", "eval_only")  # said anew each time
+
+
+def remembered(earlier: dict, defaults: dict, settings: dict[str, Setting]) -> dict:
+    """What a run to be resumed was made with. A default that was edited since counts as given anew."""
+    found = {}
+    for name, value in earlier.items():
+        if name in settings and name not in OF_THE_COMMAND:
+            default = settings[name].default
+            if defaults.get(name, default) == default:
+                found[name] = value
+    return found
+
+
+def settings_of(script: dict) -> dict[str, Setting]:
+    """The settings of a script, given its globals()."""
+    return declared(Path(script["__file__"]).read_text(encoding="utf-8"), script)
+
+
+def fields_of(cls: type | None) -> dict[str, Setting]:
+    """The fields of a dataclass, and of those that it extends."""
+    found = {}
+    for one in reversed(cls.__mro__[:-1]) if cls else ():
+        namespace = {**vars(sys.modules[one.__module__]), **vars(one)}
+        found.update(declared(inspect.getsource(one), namespace))
+    return found
+
+
+def values_of(script: dict) -> dict[str, Any]:
+    """The settings of a script as they are now."""
+    return {name: script[name] for name in script["__annotations__"]}
 
 
 def declared(source: str, namespace: dict) -> dict[str, Setting]:
@@ -85,10 +169,13 @@ def declared(source: str, namespace: dict) -> dict[str, Setting]:
         body = body[0].body
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
-    return {node.target.id: Setting(kind=eval(ast.unparse(node.annotation), namespace),
-                                    default=namespace[node.target.id],
-                                    help=comments.get(node.end_lineno, ""))
-            for node in body if isinstance(node, ast.AnnAssign)}
+    found = {}
+    for node in body:
+        if isinstance(node, ast.AnnAssign):
+            kind = eval(ast.unparse(node.annotation), namespace)
+            name = node.target.id
+            found[name] = Setting(kind, namespace[name], comments.get(node.end_lineno, ""))
+    return found
 
 
 def from_flag(arg: str, settings: dict[str, Setting]) -> dict:
@@ -106,6 +193,8 @@ def from_flag(arg: str, settings: dict[str, Setting]) -> dict:
 def from_file(path: str, settings: dict[str, Setting]) -> dict:
     """Run a config file: the plain values it leaves behind are settings."""
     if not Path(path).is_file():
+        if Path(path).stem in GONE_RECIPES:
+            raise SettingError(f"{path}: is gone: {GONE_RECIPES[Path(path).stem]}")
         recipes = {p.stem: f"config/{p.name}" for p in Path(__file__).parent.glob("[!_]*.py")}
         like = recipes[nearest(Path(path).stem, recipes)]
         raise SettingError(f"{path}: no such config file; did you mean {like}, or --key=value?")
@@ -132,6 +221,8 @@ def from_file(path: str, settings: dict[str, Setting]) -> dict:
 
 
 def unknown(where: str, name: str, settings: dict[str, Setting]) -> SettingError:
+    if name in GONE:
+        return SettingError(f"{where}: no setting any more: {GONE[name]}")
     return SettingError(f"{where}: unknown setting {name!r}, did you mean {nearest(name, settings)!r}? "
                         "(--help lists them all)")
 
@@ -144,11 +235,19 @@ def alternatives(kind: Any) -> tuple:
     return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
 
 
+def plain(kind: Any) -> Any:
+    """A type without its range."""
+    return kind.kind if isinstance(kind, Number) else kind
+
+
 def is_a(value: Any, kind: Any) -> bool:
-    """Is the value of this type? A bool is no int, an int will do for a float."""
+    """Is the value of this type, and in its range? A bool is no int, an int will do for a float."""
     for one in alternatives(kind):
         if get_origin(one) is Literal:
             if value in get_args(one):
+                return True
+        elif isinstance(one, Number):
+            if is_a(value, one.kind) and one.holds(value):
                 return True
         elif type(value) is one or (one is float and type(value) is int):
             return True
@@ -162,7 +261,7 @@ def parse(text: str, kind: Any) -> Any:
             value = ast.literal_eval(literal)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             continue
-        if not isinstance(value, str) and is_a(value, kind):
+        if not isinstance(value, str) and any(is_a(value, plain(one)) for one in alternatives(kind)):
             return value
     return text
 
@@ -170,13 +269,21 @@ def parse(text: str, kind: Any) -> Any:
 def checked(value: Any, kind: Any, where: str) -> Any:
     if not is_a(value, kind):
         raise SettingError(f"{where}: wanted {wanted(kind)}, got {value!r}")
-    return float(value) if type(value) is int and int not in alternatives(kind) else value
+    takes_int = int in map(plain, alternatives(kind))
+    return float(value) if type(value) is int and not takes_int else value
 
 
 def wanted(kind: Any) -> str:
-    """A type in words: 'int', 'float or None', 'one of cosine, linear'."""
-    return " or ".join("one of " + ", ".join(get_args(one)) if get_origin(one) is Literal
-                       else "None" if one is type(None) else one.__name__ for one in alternatives(kind))
+    """A type in words: 'int at least 1', 'float or None', 'one of cosine, linear'."""
+    words = []
+    for one in alternatives(kind):
+        if get_origin(one) is Literal:
+            words.append("one of " + ", ".join(map(str, get_args(one))))
+        elif isinstance(one, Number):
+            words.append(str(one))
+        else:
+            words.append("None" if one is type(None) else one.__name__)
+    return " or ".join(words)
 
 
 def command_of(script: dict) -> str:
@@ -185,10 +292,13 @@ def command_of(script: dict) -> str:
     return f"python -m {module.name}" if module else f"python {Path(script['__file__']).name}"
 
 
-def print_help(doc: str, command: str, own: dict[str, Setting], fields: dict[str, Setting]) -> None:
-    print(f"{doc.strip()}\n\nusage: {command} [config/FILE.py ...] [--key=value ...]")
-    for title, settings in ((f"settings of {command.split()[-1]}", own), ("the model's (Config in model.py)", fields)):
-        if settings:
-            print(f"\n{title}:")
+def print_help(script: dict, own: dict[str, Setting], fields: type | None) -> None:
+    command = command_of(script)
+    print(f"{script['__doc__'].strip()}\n\nusage: {command} [config/FILE.py ...] [--key=value ...]")
+    groups = {f"settings of {command.split()[-1]}": own}
+    if fields:
+        groups[f"{fields.__name__} in {fields.__module__}.py"] = fields_of(fields)
+    for title, settings in groups.items():
+        print(f"\n{title}:")
         for name, setting in settings.items():
             print(f"  {f'--{name}={setting.default!r}':<38} {wanted(setting.kind)}; {setting.help}")
