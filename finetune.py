@@ -1,5 +1,5 @@
 """
-Fine-tune: a task's head on a body, trained on labelled examples and judged on others.
+Fine-tune: a task's head on a body, trained on labelled examples and tested on others.
 
     python finetune.py config/finetune_python.py                        no data needed: what code is this?
     python finetune.py config/finetune_sentiment.py --data=reviews.csv  yours, with columns text and label
@@ -8,22 +8,19 @@ Fine-tune: a task's head on a body, trained on labelled examples and judged on o
     python finetune.py config/finetune_qa.py --data=squad.json          answers are spans of the text
     python sample.py --out_dir=out/sentiment --start="a fine film"      use it afterwards
 
---data is .csv, .tsv, .jsonl, .json, CoNLL for tags, SQuAD's JSON for answers. Without --data_val and
---data_test a tenth each is held out, stratified by label. What the best epoch says about the test set is in
-metrics.json and predictions.csv, beside what simple baselines say.
+--data is .csv, .tsv, .jsonl, .json (each also as .gz, .bz2 or .xz), CoNLL for tags, SQuAD's JSON for answers.
+Without --data_val and --data_test a tenth each is held out, stratified by label. What the best epoch says
+about the test set is in metrics.json and predictions.csv, beside what simple baselines say. torchrun works as
+it does for train.py.
 """
-import time
-
-STARTED = time.time()  # before the imports, which take seconds
+from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
 import math
-import os
 import sys
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, Optional, Union
@@ -33,88 +30,89 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from config import SettingError, UserError, launch
-from lib import metrics as scoring
-from lib.optim import (
-    BadSteps,
-    Pruning,
-    load_optimizer_state,
-    lr_factor,
-    make_optimizers,
-    optimizer_state,
-    update,
-)
+from config import SettingError, UserError, above, at_least, defaults_of, launch, values_of
+from lib import metrics, text
+from lib.optim import Pruning
 from lib.run import (
+    BadSteps,
+    Machine,
+    Pace,
+    Run,
+    State,
     cannot_write,
     find_checkpoint,
-    load_checkpoint,
-    load_model,
+    load_body,
+    memory_advice,
     model_of,
-    save_checkpoint,
+    stored_settings,
+    write_json,
     write_text,
 )
-from lib.tasks import TASKS, Classify, Example, Row, Task, as_csv, deal, read_rows
+from lib.tasks import TASKS, Example, Task
+from lib.text import Row
 from lib.tokenizer import Tokenizer, make_tokenizer
-from model import Config, Transformer
-from train import Stop, clock, give_back_memory, keep_memory, pick_device, pick_dtype, plot, random_states
+from model import Config, Transformer, block_matrices
+from train import OPTIMIZERS, SCHEDULES, lr_factor, make_optimizers, ready, set_lr, train_step
 
 # -----------------------------------------------------------------------------
 # Settings. A model from scratch takes the fields of Config in model.py too, a pretrained one only dropout.
 out_dir: str = "out/finetuned"  # where checkpoints, metrics.json and predictions.csv go
-overwrite: bool = False  # start anew although out_dir holds a checkpoint
+overwrite: bool = False  # start anew although out_dir holds a run: it is removed
 init_from: str = "scratch"  # scratch; resume; a run's folder; a Hugging Face folder, or an id on its hub
-task: Literal["classify", "regress", "tag", "qa", "lm"] = "classify"  # what to learn
+task: Literal[tuple(TASKS)] = "classify"  # what to learn
 # data
-data: str = ""  # labelled examples to train on
+data: str = ""  # labelled examples to train on; or a built-in set: python_packages
 data_val: str = ""  # to choose the best epoch by; empty: a tenth of data
-data_test: str = ""  # to be judged on, once; empty: a tenth of data
+data_test: str = ""  # to be tested on, once; empty: a tenth of data
 text_column: Union[str, int] = ""  # name or number of the column; empty: by its usual names, else the first
 pair_column: Union[str, int] = ""  # of a second text, if there is one
 label_column: Union[str, int] = ""  # empty: by its usual names, else the second
 group_column: Union[str, int] = ""  # metrics are also given for each value of this column: is it fair?
 multi_label: bool = False  # a row has any number of labels, with | between them
-folds: int = 0  # cross-validation: train so many times, each time tested on another part of data
+folds: Optional[at_least(3)] = None  # cross-validation: train so often, tested on another part each time
 # model
 tokenizer: str = "bpe"  # from scratch: bpe of the training texts (with vocab_size), bytes, gpt2...
-max_length: int = 0  # tokens of an input; longer ones are cut, or read in windows (tag, qa); 0: block_size
+max_length: Optional[at_least(8)] = None  # tokens of an input; longer ones are cut, or read in windows
 pool: Literal["auto", "first", "last", "mean"] = "auto"  # a text's vector: of which tokens
 pair: Literal["together", "apart"] = "together"  # two texts: read as one, or each for itself and compared
-linear: int = 0  # mix in what a linear model of runs of up to so many tokens says; 4: for small data; 0: not
 freeze: bool = False  # train the head alone
-lora_rank: int = 0  # train low-rank additions to the matrices instead of the matrices; 0: not
-lora_alpha: float = 16.0  # their size: they count alpha / rank times
+lora_rank: Optional[at_least(1)] = None  # train additions of so low a rank in place of the matrices; None: no
+lora_alpha: above(0.0) = 16.0  # their size: they count alpha / rank times
 # training
-epochs: int = 3  # times that each example is seen
-batch_size: int = 32  # examples in a step
-batch_size_end: int = 0  # the batch doubles, at even distances, up to this; 0: it stays
-optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, where they start from nothing
-learning_rate: float = 5e-5  # highest, of all but Muon
-muon_lr: float = 0.02  # highest, of Muon
-embd_lr: Optional[float] = None  # highest, of the token embedding; None: as learning_rate
-schedule: Literal["linear", "cosine", "constant"] = "linear"  # its fall
-warmup: float = 0.1  # share of the steps that it rises in
-min_lr: float = 0.0  # lowest
-weight_decay: float = 0.01  # of matrices, decoupled
-beta1: float = 0.9  # AdamW's memory of the gradient
-beta2: float = 0.98  # and of its square
-grad_clip: float = 1.0  # gradients with a larger norm are scaled down to it; 0: never
-l1: float = 0.0  # times the sum of the trained weights' sizes is added to the loss
-l2: float = 0.0  # times the sum of their squares
-sparsity: float = 0.0  # share of the blocks' weights that are 0 in the end, the smallest ones
-label_smoothing: float = 0.0  # share of the truth that is given to all classes alike
+epochs: at_least(1) = 3  # times that each example is seen
+batch_size: at_least(1) = 32  # examples in a micro-batch
+batch_size_end: Optional[at_least(1)] = None  # the batch doubles, at even distances, up to this
+gradient_accumulation_steps: at_least(1) = 1  # micro-batches in a step, over all processes
+optimizer: Literal[tuple(OPTIMIZERS)] = "adamw"  # muon: for the blocks' matrices, if they start from nothing
+learning_rate: above(0.0) = 5e-5  # highest, of all but Muon
+muon_lr: above(0.0) = 0.02  # highest, of Muon
+embd_lr: Optional[above(0.0)] = None  # highest, of the token embedding; None: as learning_rate
+schedule: Literal[tuple(SCHEDULES)] = "linear"  # its fall
+warmup: at_least(0.0, below=1.0) = 0.1  # share of the steps that it rises in
+min_lr: at_least(0.0) = 0.0  # lowest
+weight_decay: at_least(0.0) = 0.01  # of matrices, decoupled
+beta1: at_least(0.0, below=1.0) = 0.9  # AdamW's memory of the gradient
+beta2: at_least(0.0, below=1.0) = 0.98  # and of its square
+grad_clip: at_least(0.0) = 1.0  # gradients with a larger norm are scaled down to it; 0: never
+l1: at_least(0.0) = 0.0  # times the sum of the trained weights' sizes is added to the loss
+l2: at_least(0.0) = 0.0  # times the sum of their squares
+sparsity: at_least(0.0, below=1.0) = 0.0  # share of the blocks' weights, the smallest, set to 0 half way
+label_smoothing: at_least(0.0, below=1.0) = 0.0  # share of the truth that is given to all classes alike
 class_weight: Literal["none", "balanced"] = "none"  # balanced: rare classes count as much as frequent ones
-token_dropout: float = 0.0  # share of the tokens hidden while training; 0.1 and up for small data
-cut_rate: float = 0.0  # share of the places in a text where it is cut, anew each time, before tokens are made
-patience: int = 0  # stop after so many evaluations without a better one; 0: never
-eval_interval: int = 0  # steps from one evaluation to the next; 0: at the end of each epoch
-log_interval: int = 50  # steps from one log line to the next
-teacher: str = ""  # folder of a fine-tuned classifier, whose probabilities are learned too (distillation)
-teacher_weight: float = 0.5  # share of the loss that is the teacher's
-teacher_temperature: float = 2.0  # above 1: more is learned from what the teacher finds unlikely
+token_dropout: at_least(0.0, below=1.0) = 0.0  # share of the tokens masked in training; for small data
+teacher: str = ""  # folder of a fine-tuned classifier, whose probabilities are learned too; empty: none
+teacher_share: at_least(0.0, at_most=1.0) = 0.5  # of the teacher in the loss
+teacher_temperature: above(0.0) = 2.0  # above 1: more is learned from what the teacher finds unlikely
+# how long, and what is said
+patience: Optional[at_least(1)] = None  # evaluations without a new best; None: never
+max_minutes: Optional[above(0.0)] = None  # of this process; the run is saved and can be resumed
+max_bad_steps: at_least(1) = 20  # in a row, whose loss or gradient is not finite, end the run
+eval_interval: Optional[at_least(1)] = None  # steps between evaluations; None: after each epoch
+log_interval: at_least(1) = 50  # steps from one log line to the next
 # system
 device: str = "auto"  # auto: cuda, else mps, else cpu
 dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; auto: what is fast
-seed: int = 1337  # of weights, splits, order and dropout
+seed: at_least(0) = 1337  # of weights, splits, order and dropout
 # -----------------------------------------------------------------------------
 
 
@@ -138,11 +136,11 @@ class LoRA(nn.Linear):
 def add_lora(body: Transformer, rank: int, alpha: float) -> None:
     """To every matrix of the blocks; all else is frozen."""
     body.requires_grad_(False)
-    for block in body.blocks:
-        for layer in (block.attn, block.mlp):
-            for name, child in list(layer.named_children()):
-                if isinstance(child, nn.Linear):
-                    setattr(layer, name, LoRA(child, rank, alpha))
+    matrices = set(block_matrices(body))
+    for module in list(body.modules()):
+        for name, child in list(module.named_children()):
+            if child in matrices:
+                setattr(module, name, LoRA(child, rank, alpha))
 
 
 @torch.no_grad()
@@ -156,27 +154,30 @@ def merged(body: Transformer) -> dict[str, torch.Tensor]:
 
 
 class Tuned(nn.Module):
-    """(B, T) ids -> (B, n_out) of texts, or (B, T, n_out) of tokens: a body and a linear head.
+    """A body and a linear head for a task: (B, T) ids -> (B, n_out) of texts, or (B, T, n_out) of tokens.
 
-    Padding is on the right and changes nothing. pool: which tokens' vectors stand for the text; apart: the
-    batch's second half are the second texts of its first.
+    Padding is on the right and changes nothing. head: what the checkpoint keeps of the task, see new_head.
     """
 
-    def __init__(self, body: Transformer, n_out: Optional[int], pool: Optional[str], apart: bool):
+    def __init__(self, body: Transformer, task: Task):
         super().__init__()
-        self.body, self.pool, self.apart = body, pool, apart
+        self.body, self.task = body, task
+        self.pool, self.apart = task.head["pool"], task.head["apart"]
         self.dropout = nn.Dropout(body.config.dropout)
+        self.head = None
+        if task.writes:
+            return
         width = body.config.n_embd
-        self.head = nn.Linear(2 * width if apart else width, n_out) if n_out else None
-        if n_out:
-            nn.init.normal_(self.head.weight, std=0.02)
-            nn.init.zeros_(self.head.bias)
-            if apart and n_out == 1:  # to begin with, the cosine of the two, at about the label's scale
-                nn.init.constant_(self.head.weight[:, :width], 4.0)
-                nn.init.constant_(self.head.bias, -2.0)
+        self.head = nn.Linear(2 * width if self.apart else width, task.n_out)
+        nn.init.normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+        if self.apart and task.n_out == 1:  # to begin with, the cosine of the two, at about the label's scale
+            nn.init.constant_(self.head.weight[:, :width], 4.0)
+            nn.init.constant_(self.head.bias, -2.0)
 
-    def forward(self, idx, pad_mask, segments=None, places=None):
-        """places: (B, T), True at the tokens whose outputs are wanted: (n, n_out)."""
+    def forward(self, idx, pad_mask, segments=None, places=None, parts=1):
+        """places: (B, T), True at the tokens whose outputs are wanted: (n, n_out). parts: sequences that make
+        an example, whose outputs are given side by side; the first of all examples come first in idx."""
         real = torch.ones_like(idx, dtype=torch.bool) if pad_mask is None else pad_mask
         x = self.body.hidden(idx, pad_mask, segments)  # (B, T, C)
         if places is not None:
@@ -187,55 +188,111 @@ class Tuned(nn.Module):
             x = x[torch.arange(len(x), device=x.device), real.sum(1) - 1]
         elif self.pool == "mean":
             x = (x * real.unsqueeze(-1)).sum(1) / real.sum(1, keepdim=True)
-        if self.apart:
-            a, b = F.normalize(x, dim=-1).chunk(2)
-            x = torch.cat((a * b, (a - b).abs()), dim=-1)  # (B, 2 C)
         if self.head is None:
             return self.body.logits(x)
+        if self.apart:
+            a, b = F.normalize(x, dim=-1).chunk(2)
+            x = torch.cat((a * b, (a - b).abs()), dim=-1)  # (B / 2, 2 C)
         out = self.head(self.dropout(x)).float()
+        if parts > 1 and not self.apart:
+            out = out.unflatten(0, (parts, -1)).transpose(0, 1).flatten(1)  # (B / parts, parts * n_out)
         if self.pool is None and places is None:  # answers are not in the padding
             out = out.masked_fill(~real.unsqueeze(-1), -1e9)
         return out
+
+    def predict(self, texts: list, batch_size: int = 64) -> list[dict]:
+        """What it says about each text, or (text, second text): a dict as a row of predictions.csv."""
+        pairs = [(one, None) if isinstance(one, str) else one for one in texts]
+        rows = [self.task.row(f"text {n}", *pair) for n, pair in enumerate(pairs, start=1)]
+        return [self.task.said(answer) for answer in predict(self, rows, batch_size)]
+
+
+def tuned_of(checkpoint: dict) -> Tuned:
+    """The fine-tuned model in a checkpoint. Raises UserError if there is none, or it does not fit.
+
+    A lora.pt will do as long as the body that it was trained on can still be read.
+    """
+    head = dict(checkpoint.get("head") or {})
+    if not head:
+        raise UserError("this checkpoint is not fine-tuned: finetune.py --init_from=ITS_FOLDER --data=FILE")
+    if head.pop("linear", None):
+        head.pop("share", None)
+        print("(this run mixed in a linear model, linear=..., which is gone: its Transformer alone answers)",
+              file=sys.stderr)
+    weights = head.pop("weights")
+    if "rank" in checkpoint:  # low-rank additions alone
+        body, tokenizer = load_body(checkpoint["init_from"], dropout=0.0)
+        fit_head(body, TASKS[head["task"]])
+        add_lora(body, checkpoint["rank"], checkpoint["alpha"])
+        body.load_state_dict({**body.state_dict(), **checkpoint["model"]})
+    else:
+        body, tokenizer = model_of(checkpoint, dropout=0.0), Tokenizer.from_dict(checkpoint["tokenizer"])
+    model = Tuned(body, TASKS[head["task"]](head, tokenizer))
+    if model.head is not None:
+        model.head.load_state_dict(weights)
+    return model.eval()
+
+
+def fit_head(body: Transformer, task: type[Task]) -> None:
+    """The body keeps its head for tokens if the task is to write, and only then."""
+    if not task.writes:
+        body.head, body.config = None, replace(body.config, head="none")
+    elif body.head is None or not body.config.causal:
+        raise UserError("--task=lm: needs a causal body with a head for tokens")
+
+
+def new_model(train: list[Row], given: dict, origin: str, s: SimpleNamespace) -> Tuned:
+    """A new head on a new body, or on a pretrained one. given: the body's settings."""
+    task = TASKS[s.task]
+    if origin == "scratch":
+        body, its_tokenizer = new_body(train, given, s)
+    else:
+        body, its_tokenizer = load_body(origin, dropout=given.get("dropout", 0.1))
+    fit_head(body, task)
+    head = new_head(body, its_tokenizer, train, origin, s)
+    return Tuned(body, task(head, its_tokenizer))
+
+
+def new_body(train: list[Row], given: dict, s: SimpleNamespace) -> tuple[Transformer, Tokenizer]:
+    """From scratch: the tokenizer is made of the training texts."""
+    texts = [one[:10**6] for row in train for one in TASKS[s.task].texts(row)]
+    space = " " if has_spaces(train) else ""
+    its_tokenizer = make_tokenizer(s.tokenizer, [space + one for one in texts], given.get("vocab_size", 8192))
+    try:
+        return Transformer(Config(**{**given, "vocab_size": its_tokenizer.vocab_size})), its_tokenizer
+    except ValueError as error:  # it names the field
+        raise SettingError(str(error)) from None
+
+
+def has_spaces(rows: list[Row]) -> bool:
+    """Do most texts have spaces? Then one in front makes the first word the same token as elsewhere."""
+    return 2 * sum(" " in row.text for row in rows) > len(rows)
+
+
+def new_head(body: Transformer, tokenizer, train: list[Row], origin: str, s: SimpleNamespace) -> dict:
+    """What a checkpoint keeps of the task, besides the weights: plain values."""
+    task, reads = TASKS[s.task], body.config.block_size
+    length = s.max_length or reads
+    if length > reads:
+        raise SettingError(f"max_length={length}: the model reads at most {reads} tokens")
+    pool = s.pool
+    if pool == "auto":
+        begins = tokenizer.wrap([-1])[0][0] != -1  # with a special token, as BERT's [CLS]
+        pool = "first" if begins and not body.config.causal else "last" if body.config.causal else "mean"
+        pool = "mean" if says_mean(origin) else pool
+    paired = train[0].pair is not None
+    return {"task": s.task, **task.learn(train, s), "max_length": length,
+            "space": origin == "scratch" and has_spaces(train), "pool": pool if task.of_texts else None,
+            "paired": paired, "apart": task.of_texts and paired and s.pair == "apart",
+            "columns": {"text": s.text_column, "pair": s.pair_column, "label": s.label_column}}
 
 
 def says_mean(folder: str) -> bool:
     """Is it a sentence encoder that says it is to be pooled so? (A file of sentence-transformers.)"""
     file = Path(folder) / "1_Pooling" / "config.json"
-    return file.is_file() and json.loads(file.read_text("utf-8")).get("pooling_mode_mean_tokens", False)
-
-
-def load_task(folder: str | Path, device: str | torch.device = "cpu") -> tuple[Tuned, Task]:
-    """A fine-tuned model, ready to use, and its task. Raises UserError where the folder has none.
-
-    A folder that holds lora.pt alone will do where the body that it was trained on can still be read.
-    """
-    return task_of(load_checkpoint(folder, ("best.pt", "lora.pt")), device)
-
-
-def task_of(checkpoint: dict, device: str | torch.device = "cpu") -> tuple[Tuned, Task]:
-    head = checkpoint.get("head")
-    if not head:
-        raise UserError("this checkpoint is not fine-tuned: finetune.py --init_from=ITS_FOLDER --data=FILE")
-    if "rank" in checkpoint:  # low-rank additions alone
-        body, tokenizer = load_model(checkpoint["init_from"], dropout=0.0)
-        prepare_body(body, head["task"])
-        add_lora(body, checkpoint["rank"], checkpoint["alpha"])
-        body.load_state_dict({**body.state_dict(), **checkpoint["model"]})
-    else:
-        body, tokenizer = model_of(checkpoint, dropout=0.0), Tokenizer.from_dict(checkpoint["tokenizer"])
-    task = TASKS[head["task"]](head, tokenizer)
-    model = Tuned(body, task.n_out, head["pool"], head["apart"])
-    if task.n_out:
-        model.head.load_state_dict(head["weights"])
-    return model.to(device).eval(), task
-
-
-def prepare_body(body: Transformer, task: str) -> None:
-    """The head for tokens stays only where the task is to write."""
-    if task != "lm":
-        body.head, body.config = None, replace(body.config, head="none")
-    elif body.head is None or not body.config.causal:
-        raise UserError("--task=lm: needs a causal body with a head for tokens")
+    if not file.is_file():
+        return False
+    return json.loads(file.read_text(encoding="utf-8")).get("pooling_mode_mean_tokens", False)
 
 
 # -----------------------------------------------------------------------------
@@ -252,23 +309,28 @@ def batches(lengths: np.ndarray, size_at, seed: int, epoch: int, epochs: int) ->
         size = size_at((epoch + i / len(order)) / epochs)
         near = order[i:i + 50 * size]  # sorted by length within, and the batches shuffled again
         near = near[np.argsort(lengths[near], kind="stable")]
-        cut = [near[j:j + size] for j in range(0, len(near), size)]
-        found += [cut[j] for j in rng.permutation(len(cut))]
+        parts = [near[j:j + size] for j in range(0, len(near), size)]
+        found += [parts[j] for j in rng.permutation(len(parts))]
         i += 50 * size
     return found
 
 
-def growing(first: int, last: int):
+def growing(first: int, last: Optional[int]):
     """The batch size at each share of the training: doubled, at even distances, from first to last."""
     sizes = [first]
-    while sizes[-1] < last:
+    while last is not None and sizes[-1] < last:
         sizes.append(min(2 * sizes[-1], last))
     return lambda share: sizes[min(int(share * len(sizes)), len(sizes) - 1)]
 
 
+def length_of(example: Example) -> int:
+    return max(len(ids) for ids, _ in example.parts)
+
+
 def collate(examples: list[Example], task: Task, device) -> dict:
     """What Tuned takes, and target. Padding on the right, only where lengths differ."""
-    parts = [example.parts[k] for k in range(len(examples[0].parts)) for example in examples]
+    n_parts = len(examples[0].parts)
+    parts = [example.parts[k] for k in range(n_parts) for example in examples]
     T = max(len(ids) for ids, _ in parts)
     idx = np.full((len(parts), T), task.tokenizer.pad, dtype=np.int64)
     segments, real = np.zeros_like(idx), np.zeros(idx.shape, dtype=bool)
@@ -282,16 +344,16 @@ def collate(examples: list[Example], task: Task, device) -> dict:
         batch["target"] = np.concatenate([example.target for example in examples])
     else:
         batch["target"] = np.array([example.target for example in examples])
-    return {name: None if a is None else torch.from_numpy(a).to(device) for name, a in batch.items()}
+    for name, array in batch.items():
+        batch[name] = None if array is None else torch.from_numpy(array).to(device)
+    return {**batch, "parts": n_parts}
 
 
 @torch.no_grad()
-def predict(model: Tuned, task: Task, rows: list[Row], batch_size: int = 64, amp=contextlib.nullcontext(),
-            examples: Optional[list[Example]] = None, choose: bool = False) -> list:
-    """The task's answer for each row, in the order of the rows. examples: the rows', where they are made.
-
-    choose: the share of a linear model beside the Transformer, by these rows.
-    """
+def predict(model: Tuned, rows: list[Row], batch_size: int = 64, machine: Optional[Machine] = None,
+            examples: Optional[list[Example]] = None) -> list:
+    """The task's answer for each row, in the order of the rows. examples: the rows', if they are made."""
+    task = model.task
     examples = task.examples(rows) if examples is None else examples
     lengths = np.array([length_of(example) for example in examples])
     order, outputs = np.argsort(lengths, kind="stable"), [None] * len(examples)
@@ -301,76 +363,160 @@ def predict(model: Tuned, task: Task, rows: list[Row], batch_size: int = 64, amp
         chosen = order[i:i + batch_size]
         batch = collate([examples[j] for j in chosen], task, device)
         target = batch.pop("target")
-        with amp:
+        with machine.amp() if machine else contextlib.nullcontext():
             out = model(**batch)
-        out = (task.summary(out, target) if model.head is None else out).float().cpu().numpy()
+        out = task.summary(out, target).float().cpu().numpy()
         if task.by_token:
             out = np.split(out, np.cumsum([len(examples[j].places) for j in chosen])[:-1])
-        for j, one in zip(chosen, out):
+        for j, one in zip(chosen, out, strict=True):
             outputs[j] = one
     model.train(training)
-    if choose:
-        task.choose_share(rows, examples, outputs)
     return task.answers(rows, examples, outputs)
 
 
-def length_of(example: Example) -> int:
-    return max(len(ids) for ids, _ in example.parts)
+# -----------------------------------------------------------------------------
+# Objective
+
+class Objective(nn.Module):
+    """A batch of `collate` -> (2,): the sum of the task's loss over its targets, and the penalty so often.
+
+    weight: of the classes. l1, l2: see the settings.
+    """
+
+    def __init__(self, model: Tuned, weight: Optional[torch.Tensor], s: SimpleNamespace):
+        super().__init__()
+        self.model, self.weight, self.s = model, weight, s
+
+    def forward(self, batch):
+        task, s = self.model.task, self.s
+        inputs = dict(batch)
+        target, taught, counts = (inputs.pop(name, None) for name in ("target", "taught", "counts"))
+        if s.token_dropout:
+            dropped = torch.rand(inputs["idx"].shape, device=inputs["idx"].device) < s.token_dropout
+            nothing = task.tokenizer.pad if task.tokenizer.mask is None else task.tokenizer.mask
+            inputs["idx"] = inputs["idx"].masked_fill(dropped, nothing)
+        out = self.model(**inputs)
+        loss = task.loss(out, target, self.weight, s.label_smoothing)
+        if taught is not None:
+            each = 1.0 if self.weight is None else self.weight[target]
+            soft = (each * distil(out, taught, s.teacher_temperature)).sum()
+            loss = (1 - s.teacher_share) * loss + s.teacher_share * soft
+        penalty = self.model.body.penalty()
+        for p in self.model.parameters() if s.l1 or s.l2 else ():
+            if p.requires_grad:
+                penalty = penalty + (s.l1 * p.abs().sum() + s.l2 * p.square().sum())
+        penalty = penalty * task.count(target, self.weight)
+        sums = torch.stack((loss, penalty))
+        return sums if counts is None else sums * counts
+
+
+def distil(out, taught, temperature):
+    """Cross-entropy with the teacher's softened probabilities (Hinton et al. 2015): (B, K) both -> (B,)."""
+    soft = (taught.clamp(min=1e-8).log() / temperature).softmax(-1)
+    return F.cross_entropy(out / temperature, soft, reduction="none") * temperature ** 2
+
+
+def teacher_probs(folder: str, task: Task, rows: list[Row], machine: Machine) -> torch.Tensor:
+    """What a fine-tuned classifier says about each row, in the order of this task's labels: (N, K)."""
+    model = tuned_of(find_checkpoint(folder, ("best.pt", "lora.pt"))[1]).to(machine.device)
+    other = model.task
+    if sorted(other.labels) != sorted(task.labels):
+        raise SettingError(f"teacher={folder}: knows the labels {', '.join(other.labels[:10])}, the data has "
+                           f"{', '.join(task.labels[:10])}")
+    probs = np.stack(predict(model, rows))
+    order = [other.number[label] for label in task.labels]
+    return torch.from_numpy(probs[:, order]).float().to(machine.device)
+
+
+class Plan:
+    """Which examples each step takes: the whole training, as a function of seed and settings alone."""
+
+    def __init__(self, examples: list[Example], s: SimpleNamespace):
+        self.examples, self.s = examples, s
+        self.lengths = np.array([length_of(example) for example in examples])
+        steps, micro_batches = s.gradient_accumulation_steps, growing(s.batch_size, s.batch_size_end)
+        epochs = [batches(self.lengths, lambda share: steps * micro_batches(share), s.seed, epoch, s.epochs)
+                  for epoch in range(s.epochs)]
+        self.steps = [step for epoch in epochs for step in epoch]
+        self.epoch_ends = np.cumsum([len(epoch) for epoch in epochs])
+
+    def micro_batches(self, step: int, task: Task, taught: Optional[torch.Tensor],
+                      machine: Machine) -> list[dict]:
+        """This process's share of a step's examples, in batches of at most the micro-batch's size."""
+        chosen = self.steps[step]
+        mine = np.array_split(chosen, machine.world)[machine.rank]
+        size = max(1, -(-len(chosen) // self.s.gradient_accumulation_steps))
+        found = []
+        for i in range(0, len(mine), size):
+            found.append(self.batch(mine[i:i + size], task, taught, machine))
+        if not found:  # more processes than examples: take part in the sum with nothing
+            found = [{**self.batch(chosen[:1], task, taught, machine), "counts": 0.0}]
+        return found
+
+    def batch(self, numbers: np.ndarray, task: Task, taught, machine: Machine) -> dict:
+        chosen = [self.examples[i] for i in numbers]
+        batch = collate(chosen, task, machine.device)
+        if taught is not None:
+            batch["taught"] = taught[[example.row for example in chosen]]
+        return batch
+
+    def epoch(self, step: int) -> int:
+        """The number of the epoch that a step ends in, from 1 on; 0 before the first."""
+        return int(np.searchsorted(self.epoch_ends, step)) + (step > 0)
 
 
 # -----------------------------------------------------------------------------
-# Training
+# The run
 
-def fine_tune(folder: Path, train: list[Row], val: list[Row], test: list[Row], resume: bool,
-              model_args: dict, s: SimpleNamespace) -> dict:
-    """Train on one split, judge the best epoch on the test rows, and write all of it to the folder.
+# with another value of these, or of the body's settings but dropout, a run would be another one
+FIXED = ("task", "multi_label", "folds", "max_length", "pool", "pair", "freeze", "lora_rank", "lora_alpha",
+         "optimizer", "sparsity", "seed")
 
-    s: the settings. Returns what metrics.json holds.
+
+def open_model(run: Run, train: list[Row], given: dict, s: SimpleNamespace) -> Tuned:
+    """The model of the run to go on with, or a new one; with low-rank additions, or frozen, if asked for.
+
+    Raises SettingError if the run has other settings than were given now.
     """
-    run_device = pick_device(s.device)
-    run_dtype = pick_dtype(s.dtype, run_device)
-    full = run_dtype == torch.float32
-    amp = contextlib.nullcontext() if full else torch.autocast(run_device.type, run_dtype)
-    scaler = torch.amp.GradScaler(run_device.type) if run_dtype == torch.float16 else None
-    torch.manual_seed(s.seed)
-
-    # The body, its tokenizer, the head: of the run under way, or new.
-    if resume:
-        source, checkpoint = find_checkpoint(folder, ("ckpt.pt", "ckpt.prev.pt"))
-        same_run(folder, checkpoint["settings"], model_args, s)
-        init_from, head = checkpoint["settings"]["init_from"], dict(checkpoint["head"])
-        head_weights = head.pop("weights")
-        tokenizer = Tokenizer.from_dict(checkpoint["tokenizer"])
-        body = Transformer(Config(**checkpoint["model_args"]))
-        prepare_body(body, head["task"])
+    fields = {name: value for name, value in given.items() if name != "vocab_size"}  # a bpe may be smaller
+    run.same({**vars(s), **fields}, FIXED + tuple(name for name in fields if name != "dropout"))
+    task, saved = TASKS[s.task], run.checkpoint
+    if saved is None:
+        model = new_model(train, given, run.init_from, s)
+    elif "head" not in saved:
+        raise UserError(f"{run.source}: a run of train.py: --init_from={run.folder} takes its weights")
     else:
-        init_from = s.init_from
-        if init_from == "scratch":
-            body, tokenizer = new_body(train, model_args, s)
-        else:
-            body, tokenizer = load_model(init_from, dropout=model_args.get("dropout", 0.1))
-        prepare_body(body, s.task)
-        head = new_head(body, tokenizer, train, s)
-    task = TASKS[head["task"]](head, tokenizer)
-    if s.cut_rate and not isinstance(tokenizer, Tokenizer):
-        raise SettingError(f"cut_rate={s.cut_rate}: not with the tokenizer of {init_from}: --cut_rate=0")
-    if s.linear and not resume:
-        print(f"linear    of runs of up to {s.linear} tokens: fitting", end="", flush=True)
-        begun = time.time()
-        task.add_linear(train, s.linear)
-        print(f" took {time.time() - begun:.0f} s, {len(task.linear.idf):,} of them")
-    model = Tuned(body, task.n_out, head["pool"], head["apart"])
+        for name in ("linear", "cut_rate"):
+            if saved["settings"].get(name):
+                raise UserError(f"{name}={saved['settings'][name]}: the run was begun with a setting that is "
+                                "gone: finish it with the version that began it, or --overwrite it")
+        weights = saved["head"].pop("weights")
+        body = Transformer(Config(**{**saved["model_args"], "dropout": given.get("dropout", 0.1)}))
+        fit_head(body, task)
+        model = Tuned(body, task(saved["head"], Tokenizer.from_dict(saved["tokenizer"])))
     if s.lora_rank:
-        add_lora(body, s.lora_rank, s.lora_alpha)
+        add_lora(model.body, s.lora_rank, s.lora_alpha)
     if s.freeze:
-        body.requires_grad_(False)
-    if resume:
-        body.load_state_dict(checkpoint["model"])
+        model.body.requires_grad_(False)
+    if saved is not None:
+        model.body.load_state_dict(saved["model"])
         if model.head is not None:
-            model.head.load_state_dict(head_weights)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if not trained:
-        raise SettingError("freeze=True: --task=lm has no head of its own to train: use --lora_rank")
+            model.head.load_state_dict(weights)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise SettingError(f"freeze=True: --task={s.task} has no head of its own to train: use --lora_rank")
+    return model.to(run.machine.device)
+
+
+def fine_tune(run: Run, train: list[Row], val: list[Row], test: list[Row], given: dict,
+              s: SimpleNamespace) -> dict:
+    """Train on one split, test the best epoch, and write all of it to the run's folder.
+
+    given: the body's settings. Returns what metrics.json holds.
+    """
+    machine = run.machine
+    torch.manual_seed(s.seed)
+    model = open_model(run, train, given, s)
+    task = model.task
 
     # Examples, and when each comes. The test rows' too: a wrong label there is to be found now, and not after
     # the training.
@@ -378,224 +524,115 @@ def fine_tune(folder: Path, train: list[Row], val: list[Row], test: list[Row], r
     examples = [example for example in examples if task.teaches(example, train[example.row])]
     if not examples:
         raise UserError(f"{train[0].where}: nothing to learn in the training data: no answer is in its "
-                        f"context, or no prompt leaves room for a response in {head['max_length']} tokens")
-    model.to(run_device)
-    soft = teacher_probs(s.teacher, task, train, run_device) if s.teacher else None
-    weight = class_weights(task, train, run_device) if s.class_weight == "balanced" else None
-    lengths = np.array([length_of(example) for example in examples])
-    size_at = growing(s.batch_size, s.batch_size_end)
-    epochs = [batches(lengths, size_at, s.seed, epoch, s.epochs) for epoch in range(s.epochs)]
-    plan = [batch for epoch in epochs for batch in epoch]  # the whole training
-    epoch_ends = np.cumsum([len(epoch) for epoch in epochs])
+                        "context, or no prompt leaves room for a response in "
+                        f"{task.head['max_length']} tokens")
+    plan = Plan(examples, s)
+    origin = {"data": fingerprint(train + val), "steps": len(plan.steps)}
+    run.check_data(origin)
+
+    # The objective, on its device, data-parallel; the optimizers; and where we are.
+    taught = teacher_probs(s.teacher, task, train, machine) if s.teacher else None
+    weight = task.class_weight(train).to(machine.device) if s.class_weight == "balanced" else None
+    if machine.rank:
+        torch.manual_seed(s.seed + machine.rank)  # dropout differs between processes
+    objective, _ = ready(Objective(model, weight, s), machine)
     optimizers = make_optimizers(model, s.optimizer, s.learning_rate, s.muon_lr, s.weight_decay,
                                  (s.beta1, s.beta2), embd_lr=s.embd_lr)
-    pruning = Pruning(body, s.sparsity, len(plan))
+    pruning = Pruning(model.body, s.sparsity, len(plan.steps))
+    state = run.restore(model, optimizers)
+    introduce(model, plan, train, val, test, run)
+    body = asdict(model.body.config)
+    del body["head"]  # what the task made of it is not what was given
+    settings = {**vars(s), "init_from": run.init_from, **body}
+    run.begin(settings, defaults_of(globals()), model_args=asdict(model.body.config),
+              tokenizer=task.tokenizer.to_dict(), data=origin)
 
-    # Where we are.
-    where = {"data": fingerprint(train + val), "steps": len(plan),
-             "iter_num": 0, "best": {}, "waited": 0, "elapsed": 0.0}
-    if resume:
-        for name in ("data", "steps"):
-            if checkpoint["data"][name] != where[name]:
-                raise UserError(f"{folder}: was begun with other {name}: give the same data, seed and "
-                                "settings, or --overwrite")
-        where = checkpoint["data"]
-        load_optimizer_state(optimizers, model, checkpoint["optimizer"])
-        if scaler and checkpoint["scaler"]:
-            scaler.load_state_dict(checkpoint["scaler"])
-        torch.set_rng_state(checkpoint["rng"]["cpu"][0])
-        if run_device.type == "cuda":
-            torch.cuda.set_rng_state(checkpoint["rng"]["cuda"][0], run_device)
-    iter_num, best, waited, elapsed_before = list(where.values())[2:]
-
-    # Say what will happen.
-    n_trained, n_all = sum(p.numel() for p in trained), sum(p.numel() for p in model.parameters())
-    print(f"model     {n_all:,} parameters, {n_trained:,} of them trained ({n_trained / n_all:.2%})")
-    print(f"machine   {run_device}, {str(run_dtype).removeprefix('torch.')}")
-    print(f"data      {len(train):,} to train on, {len(val):,} to validate, {len(test):,} to test; "
-          f"{lengths.mean():.0f} tokens each, {lengths.max()} at most")
-    if s.task in ("classify", "tag"):
-        print(f"labels    {', '.join(task.labels[:20])}" + ", ..." * (len(task.labels) > 20))
-    seen = {(row.text, row.pair) for row in train}
-    for count, what in (
-            (task.cut, f"are longer than {head['max_length']} tokens: {task.long}"),
-            (task.cut_questions, f"are questions longer than {head['max_length'] // 3} tokens: cut there"),
-            (sum(not row.text.strip() for row in train + val + test), "are empty"),
-            (sum((row.text, row.pair) in seen for row in test), "of the test are in the training data too")):
-        if count:
-            print(f"          {count:,} texts {what}")
-    print(f"training  {s.epochs} epochs, {len(plan):,} steps, into {folder}\n", flush=True)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingError(f"out_dir={s.out_dir}: cannot be made ({error.strerror})") from None
-    if resume and source.name == "ckpt.prev.pt" and (folder / "ckpt.pt").exists():
-        os.replace(folder / "ckpt.pt", folder / "ckpt.damaged.pt")  # it must not replace the good one
-    settings = {**vars(s), "init_from": init_from, **asdict(body.config)}
-    write_text(folder / "settings.json", json.dumps(settings, indent=1))
-    log_file, kept = folder / "log.jsonl", []
-    if resume and log_file.exists():  # rows behind the checkpoint are about to come again
-        rows = log_file.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [row for row in rows if row.endswith("\n") and json.loads(row)["iter"] <= iter_num]
-    write_text(log_file, "".join(kept))
-
-    def elapsed():
-        return elapsed_before + time.time() - STARTED
-
-    def log(row):
-        try:
-            with open(log_file, "a", encoding="utf-8") as f:
-                f.write(json.dumps({"iter": iter_num, "elapsed": elapsed(), **row}) + "\n")
-        except OSError as error:
-            raise cannot_write(log_file, error) from None
-
-    def save(name):
-        """ckpt.pt: all that a resume needs; best.pt: a model like any other; lora.pt: what was added."""
-        weights = dict(model.head.state_dict()) if model.head else {}
-        state, extra = merged(body), {"optimizer": {}, "scaler": {}, "rng": {}, "data": {}}
-        if name == "ckpt.pt":
-            state, extra = body.state_dict(), {
-                "optimizer": optimizer_state(optimizers, model),
-                "scaler": scaler.state_dict() if scaler else {}, "rng": random_states(run_device),
-                "data": {**where, "iter_num": iter_num, "best": best, "waited": waited, "elapsed": elapsed()}}
-        elif name == "lora.pt":
-            state = {key: value for key, value in body.state_dict().items() if ".lora_" in key}
-            extra = {"rank": s.lora_rank, "alpha": s.lora_alpha, "init_from": init_from}
-        save_checkpoint(folder / name, {
-            "version": 1, "model": state, "model_args": asdict(body.config), **extra, "iter_num": iter_num,
-            "best_val_loss": best.get("loss", math.inf), "settings": settings,
-            "tokenizer": tokenizer.to_dict(), "head": {**head, "weights": weights}})
-
-    def validate():
-        """Evaluate, and save: is it the best so far?"""
-        nonlocal best, waited
-        answers = predict(model, task, val, 2 * s.batch_size, amp, val_examples, choose="linear" in head)
-        scores = {name: float(value) for name, value in task.scores(*task.arrays(val, answers)).items()}
-        if "linear" in head:
-            scores["transformer_share"] = head["share"]
-        goal = scores[task.metric] * (-1 if task.metric == "loss" else 1)
-        goal = [-math.inf if math.isnan(goal) else goal, -scores.get("loss", 0.0)]  # or the lower loss
-        better = pruning.is_done(iter_num) and (not best or goal > best["goal"])
-        waited = 0 if better else waited + pruning.is_done(iter_num)
-        if better:
-            epoch = int(np.searchsorted(epoch_ends, iter_num)) + (iter_num > 0)
-            best = {**scores, "goal": goal, "epoch": epoch, "iter": iter_num}
-            for name in ["best.pt"] + ["lora.pt"] * bool(s.lora_rank):
-                save(name)
-        save("ckpt.pt")
-        log({f"val_{name}": value for name, value in scores.items()})
-        print(f"iter {iter_num}: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
-              + ", best so far" * better, flush=True)
-
-    stop, bad_steps = Stop(), BadSteps(10, s.log_interval)
-    started = logged = time.time()
-    started_iter, losses, warmup_iters = iter_num, [], int(s.warmup * len(plan))
+    bad_steps = BadSteps(s.max_bad_steps, 1 if machine.looks_each_step() else s.log_interval, machine.main)
+    pace = Pace(state, len(plan.steps))
+    warmup_iters = int(s.warmup * len(plan.steps))
+    enough = False  # patience has ended
     model.train()
-    while iter_num < len(plan) and not stop.signal and not (s.patience and waited >= s.patience):
-        factor = lr_factor(iter_num, s.schedule, warmup_iters, len(plan), s.min_lr / s.learning_rate)
-        for group in (group for one in optimizers for group in one.param_groups):
-            group["lr"] = group["highest_lr"] * factor
-        chosen = [examples[i] for i in plan[iter_num]]
-        if s.cut_rate:
-            encode = partial(tokenizer.encode_cut, rate=s.cut_rate,
-                             rng=np.random.default_rng((s.seed, iter_num)))
-            parts = task.sequences([train[example.row] for example in chosen],
-                                   lambda texts: [encode(text) for text in texts])
-            chosen = [example._replace(parts=new) for example, new in zip(chosen, parts)]
-        batch = collate(chosen, task, run_device)
-        target = batch.pop("target")
-        if s.token_dropout:
-            hidden = torch.rand(batch["idx"].shape, device=run_device) < s.token_dropout
-            nothing = tokenizer.pad if tokenizer.mask is None else tokenizer.mask
-            batch["idx"] = batch["idx"].masked_fill(hidden, nothing)
+    while state.step < len(plan.steps) and not enough and not run.stopped():
+        # the step's learning rate, its examples, its update
+        factor = lr_factor(state.step, s.schedule, warmup_iters, len(plan.steps), s.min_lr / s.learning_rate)
+        set_lr(optimizers, factor)
+        with memory_advice(s.batch_size, s.gradient_accumulation_steps):
+            micro_batches = plan.micro_batches(state.step, task, taught, machine)
+            counted = sum(task.count(batch["target"], weight) * batch.get("counts", 1.0)
+                          for batch in micro_batches)
+            (loss, penalty), norm = train_step(objective, [(batch,) for batch in micro_batches], counted,
+                                               model, optimizers, machine, s.grad_clip)
+        bad_steps.add(state.step + 1, s.learning_rate * factor, loss + penalty, norm)
+        if machine.scaler and bad_steps.in_a_row:
+            continue  # float16 was too small: the scaler has lowered its factor, and the schedule waits
+        state.add_loss(loss)
+        state.step += 1
+        pruning.after(state.step)
+        last = state.step == len(plan.steps)
 
-        # forward, backward, update
-        with amp:
-            out = model(**batch)
-            loss = task.loss(out, target, weight, s.label_smoothing)
-            if soft is not None:
-                taught = distil(out, soft[[example.row for example in chosen]], s.teacher_temperature)
-                loss = (1 - s.teacher_weight) * loss + s.teacher_weight * taught
-        losses.append(loss.detach())
-        if s.l1 or s.l2:
-            loss = loss + sum(s.l1 * p.abs().sum() + s.l2 * p.square().sum() for p in trained)
-        (scaler.scale(loss) if scaler else loss).backward()
-        grad_norm = update(model, optimizers, losses[-1], s.grad_clip, scaler)
-        give_back_memory()
-        iter_num += 1
-        pruning.after(iter_num)
-        bad_steps.add(iter_num, s.learning_rate * factor, losses[-1], grad_norm)
-        last = iter_num == len(plan)
+        if state.step % s.log_interval == 0 or last:
+            seconds, left = pace.measure(state)
+            row = {"iter": state.step, "elapsed": run.elapsed(), "loss": state.mean_loss(),
+                   "lr": s.learning_rate * factor, "grad_norm": norm.item(),
+                   "batch_size": len(plan.steps[state.step - 1]), "dt": seconds}
+            if penalty:
+                row["penalty"] = penalty.item()
+            run.log(**row)
+            machine.say(step_line(row, len(plan.steps), left))
 
-        # say how it goes
-        if iter_num % s.log_interval == 0 or last:
-            now = time.time()
-            dt, logged = (now - logged) / len(losses), now
-            left = (len(plan) - iter_num) * (now - started) / (iter_num - started_iter)
-            row = {"loss": torch.stack(losses).mean().item(), "lr": s.learning_rate * factor,
-                   "grad_norm": grad_norm.item(), "batch_size": len(chosen), "dt": dt}
-            log(row)
-            losses = []
-            print(f"iter {iter_num:{len(str(len(plan)))}}/{len(plan)}  loss {row['loss']:7.4f}  "
-                  f"lr {row['lr']:.2e}  norm {row['grad_norm']:6.2f}  {dt * 1e3:6.0f} ms a step  "
-                  f"{clock(left)} left", flush=True)
+        if state.step % s.eval_interval == 0 or last if s.eval_interval else state.step in plan.epoch_ends:
+            scores = evaluate(model, val, val_examples, 2 * s.batch_size, machine)
+            noted = {**scores, "epoch": plan.epoch(state.step)}
+            best = pruning.is_done(state.step) and state.is_best(goal_of(task, scores), noted)
+            run.log(iter=state.step, elapsed=run.elapsed(), **{f"val_{k}": v for k, v in scores.items()})
+            machine.say(f"iter {state.step}: " + in_words(scores) + (", best so far" if best else ""))
+            if best:
+                save_best(run, state, model, s)
+            save(run, "ckpt.pt", state, model, model.body.state_dict(), optimizers)
+            enough = s.patience is not None and state.since_best >= s.patience
 
-        if iter_num % s.eval_interval == 0 or last if s.eval_interval else iter_num in epoch_ends:
-            validate()
-
-    if stop.signal and iter_num < len(plan):
-        save("ckpt.pt")
-        print(f"stopped after {iter_num} steps, saved: --init_from=resume goes on", flush=True)
-        sys.exit(128 + stop.signal)
-    return judge(folder, train, test, test_examples, best, s, run_device, amp)
+    if run.stop.signal and state.step < len(plan.steps) and not enough:
+        save(run, "ckpt.pt", state, model, model.body.state_dict(), optimizers)
+        run.close()
+        machine.say(f"stopped after {state.step} steps, saved: --init_from=resume goes on")
+        machine.close()
+        sys.exit(run.stop.status())
+    run.close()
+    return report(run, train, test, test_examples, state.best, s) if machine.main else {}
 
 
-def new_body(train: list[Row], model_args: dict, s: SimpleNamespace) -> tuple[Transformer, Tokenizer]:
-    """From scratch: the tokenizer is made of the training texts."""
-    texts = [text[:10**6] for row in train
-             for text in (row.text, row.pair, row.label if s.task == "lm" else None) if text]
-    space, size = " " * in_words(train), model_args.get("vocab_size", 8192)
-    tokenizer = make_tokenizer(s.tokenizer, [space + text for text in texts], size)
-    try:
-        return Transformer(Config(**{**model_args, "vocab_size": tokenizer.vocab_size})), tokenizer
-    except ValueError as error:  # it names the field
-        raise SettingError(str(error)) from None
+def evaluate(model: Tuned, rows: list[Row], examples: list[Example], batch_size: int,
+             machine: Machine) -> dict[str, float]:
+    """The task's metrics on labelled rows. Every process computes them, and all take the first one's."""
+    answers = predict(model, rows, batch_size, machine, examples)
+    scores = as_floats(model.task.scores(*model.task.arrays(rows, answers)))
+    return dict(zip(scores, machine.broadcast(list(scores.values())), strict=True))
 
 
-def in_words(rows: list[Row]) -> bool:
-    """Are they texts with spaces? Then one in front makes a first word the same token as elsewhere."""
-    return 2 * sum(" " in row.text for row in rows) > len(rows)
+def as_floats(scores: dict) -> dict[str, float]:
+    return {name: float(value) for name, value in scores.items()}
 
 
-def new_head(body: Transformer, tokenizer, train: list[Row], s: SimpleNamespace) -> dict:
-    """What a checkpoint keeps of the task, besides the weights: plain values."""
-    length = s.max_length or body.config.block_size
-    if not 8 <= length <= body.config.block_size:
-        raise SettingError(f"max_length={length}: must be at least 8, and the model reads at most "
-                           f"{body.config.block_size} tokens")
-    whole = s.task in ("classify", "regress")  # texts, not tokens
-    begins = tokenizer.wrap([-1])[0][0] != -1  # with a special token, as BERT's [CLS]
-    pool = ("mean" if says_mean(s.init_from) else "last" if body.config.causal else
-            "first" if begins else "mean")
-    paired = train[0].pair is not None
-    return {"task": s.task, **TASKS[s.task].learn(train, s),
-            "max_length": length, "space": s.init_from == "scratch" and in_words(train),
-            "pool": (pool if s.pool == "auto" else s.pool) if whole else None, "paired": paired,
-            "apart": whole and paired and s.pair == "apart",
-            "columns": {"text": s.text_column, "pair": s.pair_column, "label": s.label_column}}
+def goal_of(task: Task, scores: dict[str, float]) -> list[float]:
+    """What makes an evaluation the best: the task's metric, and among equals the lower loss."""
+    goal = scores[task.metric] * (-1 if task.lower_is_better else 1)
+    return [-math.inf if math.isnan(goal) else goal, -scores.get("loss", 0.0)]
 
 
-def same_run(folder: Path, then: dict, model_args: dict, s: SimpleNamespace) -> None:
-    """Raises SettingError where what makes a run the one it is has changed. then: its settings."""
-    names = ("task", "multi_label", "folds", "max_length", "pool", "pair", "linear", "freeze", "lora_rank",
-             "lora_alpha", "sparsity", "seed")
-    scratch = then["init_from"] == "scratch"  # a pretrained body takes dropout alone
-    now = {name: value for name, value in model_args.items() if scratch or name == "dropout"}
-    now.pop("vocab_size", None)  # a tokenizer may have turned out smaller
-    for name, value in {**now, **{name: vars(s)[name] for name in names}}.items():
-        if value is not None and then.get(name, value) != value:
-            raise SettingError(f"{name}={value}: {folder} was begun with {name}={then[name]}: give the same, "
-                               "or --overwrite")
+def save(run: Run, name: str, state: State, model: Tuned, weights: dict, optimizers=None, **more) -> None:
+    """weights: of the body."""
+    head = model.head.state_dict() if model.head is not None else {}
+    run.save(name, state, model, optimizers, model=weights, head={**model.task.head, "weights": dict(head)},
+             **more)
+
+
+def save_best(run: Run, state: State, model: Tuned, s: SimpleNamespace) -> None:
+    """best.pt is a model like any other; lora.pt what low-rank training added to the body it began from."""
+    save(run, "best.pt", state, model, merged(model.body))
+    if s.lora_rank:
+        added = {name: weight for name, weight in model.body.state_dict().items() if ".lora_" in name}
+        save(run, "lora.pt", state, model, added, rank=s.lora_rank, alpha=s.lora_alpha,
+             init_from=run.init_from)
 
 
 def fingerprint(rows: list[Row]) -> str:
@@ -603,166 +640,182 @@ def fingerprint(rows: list[Row]) -> str:
     return hashlib.sha256(content.encode("utf-8", "replace")).hexdigest()
 
 
-def teacher_probs(folder: str, task: Task, rows: list[Row], device) -> torch.Tensor:
-    """What a fine-tuned classifier says about each row, in the order of this task's labels: (N, K)."""
-    if not (type(task) is Classify and task.kind == "class"):
-        raise SettingError(f"teacher={folder}: can only teach --task=classify with one label a row")
-    model, other = load_task(folder, device)
-    if sorted(other.labels) != sorted(task.labels):
-        raise SettingError(f"teacher={folder}: knows the labels {', '.join(other.labels[:10])}, the data has "
-                           f"{', '.join(task.labels[:10])}")
-    probs = np.stack(predict(model, other, rows))
-    return torch.from_numpy(probs[:, [other.number[label] for label in task.labels]]).float().to(device)
+def introduce(model: Tuned, plan: Plan, train: list[Row], val: list[Row], test: list[Row], run: Run) -> None:
+    """Say what will happen."""
+    say, task = run.machine.say, model.task
+    everything = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    say(f"model     {everything:,} parameters, {trained:,} of them trained ({trained / everything:.2%})")
+    say(f"machine   {run.machine}")
+    say(f"data      {len(train):,} to train on, {len(val):,} to validate, {len(test):,} to test; "
+        f"{plan.lengths.mean():.0f} tokens each, {plan.lengths.max()} at most")
+    if task.classes:
+        say(f"labels    {', '.join(task.labels[:20])}{', ...' if len(task.labels) > 20 else ''}")
+    seen = {(row.text, row.pair) for row in train}
+    notes = {**task.notes,
+             "are empty": sum(not row.text.strip() for row in train + val + test),
+             "of the test are in the training data too": sum((row.text, row.pair) in seen for row in test)}
+    for note, count in notes.items():
+        if count:
+            say(f"          {count:,} texts {note}")
+    say(f"training  {plan.s.epochs} epochs, {len(plan.steps):,} steps, into {run.folder}\n")
 
 
-def distil(out, taught, temperature):
-    """Cross-entropy against the teacher's softened probabilities (Hinton et al. 2015), (B, K) both."""
-    soft = (taught.clamp(min=1e-8).log() / temperature).softmax(-1)
-    return F.cross_entropy(out / temperature, soft) * temperature ** 2
+def step_line(row: dict, steps: int, left: str) -> str:
+    return (f"iter {row['iter']:{len(str(steps))}}/{steps}  loss {row['loss']:7.4f}  lr {row['lr']:.2e}  "
+            f"norm {row['grad_norm']:6.2f}  {row['dt'] * 1e3:6.0f} ms a step  {left} left")
 
 
-def class_weights(task: Task, rows: list[Row], device) -> torch.Tensor:
-    """So that each class counts alike; of several labels, a label's presence as much as its absence."""
-    if type(task) is not Classify:
-        raise SettingError("class_weight=balanced: only for --task=classify")
-    y = np.array([task.target(row) for row in rows])
-    if task.kind == "class":
-        weight = len(y) / (task.n_out * np.bincount(y, minlength=task.n_out))
-    else:
-        weight = (len(y) - y.sum(0)) / np.maximum(1, y.sum(0))
-    return torch.tensor(weight, dtype=torch.float32, device=device)
+def in_words(scores: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
 
 
-def judge(folder: Path, train, test, examples, best, s, device, amp) -> dict:
-    """The test rows, read once, by the best epoch: metrics.json, predictions.csv, the report."""
-    model, task = load_task(folder, device)
-    answers = predict(model, task, test, 2 * s.batch_size, amp, examples)
+def report(run: Run, train: list[Row], test: list[Row], examples: list[Example], best: dict,
+           s: SimpleNamespace) -> dict:
+    """The test rows, read once, by the best epoch: metrics.json, predictions.csv, and more where there is."""
+    folder = run.folder
+    model = tuned_of(find_checkpoint(folder, ("best.pt", "lora.pt"))[1]).to(run.machine.device)
+    task = model.task
+    answers = predict(model, test, 2 * s.batch_size, run.machine, examples)
     arrays = task.arrays(test, answers)
-    guesses = task.baselines(train, test)
-    for name, share in (("transformer", 1.0), ("linear", 0.0)) if "linear" in task.head else ():
-        alone = TASKS[s.task]({**task.head, "share": share}, task.tokenizer)  # what each of the two says
-        guesses[name] = predict(model, alone, test, 2 * s.batch_size, amp, examples)
-    others = {name: {metric: float(value) for metric, value in task.scores(*task.arrays(test, guess)).items()}
-              for name, guess in guesses.items()}
-    metrics = {**scoring.with_intervals(task.scores, arrays), "task": s.task, "test_rows": len(test),
-               "best_epoch": best["epoch"], "baselines": others,
-               "validation": {name: value for name, value in best.items() if name != "goal"}}
+    baselines = {name: as_floats(task.scores(*task.arrays(test, guesses)))
+                 for name, guesses in task.baselines(train, test).items()}
+    found = {**metrics.with_intervals(task.scores, arrays), "task": s.task, "test_rows": len(test),
+             "best_epoch": best["epoch"], "baselines": baselines,
+             "validation": {name: value for name, value in best.items() if name != "goal"}}
     if s.group_column != "":
-        metrics["by_group"] = scoring.by_group(task.scores, arrays, [row.group for row in test])
+        found["by_group"] = metrics.by_group(task.scores, arrays, [row.group for row in test])
     header, lines = task.table(test, answers)
-    write_text(folder / "predictions.csv", as_csv([header, *lines]))
-    scoring.write_json(folder / "metrics.json", metrics)
+    write_text(folder / "predictions.csv", text.as_csv([header, *lines]))
+    write_json(folder / "metrics.json", found)
     try:
-        plot(folder / "log.jsonl", folder / "loss.png")
-        written = scoring.report(folder, *arrays, task.labels) if type(task) is Classify else []
+        written = task.report(folder, *arrays)
     except OSError as error:
         raise cannot_write(folder, error) from None
-
     print(f"\nTest, {len(test):,} examples, by epoch {best['epoch']}, with 95% intervals, and baselines:\n")
-    w = max(map(len, others), default=0) + 2
-    print(f"  {'':20} {'this model':>24}" + "".join(f"{name:>{w}}" for name in others))
-    for name in [name for name in metrics if f"{name}_ci95" in metrics]:
-        low, high = metrics[f"{name}_ci95"]
-        print(f"  {name:20} {metrics[name]:8.4f} [{low:6.4f}, {high:6.4f}]"
-              + "".join(f"{scores[name]:{w}.4f}" for scores in others.values()))
-    for name, gap in metrics.get("by_group", {}).get("gaps", {}).items():
-        low, high = gap["gap_ci95"]
-        print(f"  {name}: {gap['lowest']} lowest, {gap['highest']} highest, {gap['gap']:.4f} apart "
-              f"[{low:.4f}, {high:.4f}]")
+    print(table(found))
     print(f"\n{folder}: {', '.join(['metrics.json', 'predictions.csv', *written])}", flush=True)
-    return metrics
+    return found
 
 
-# -----------------------------------------------------------------------------
+def table(found: dict) -> str:
+    """What metrics.json holds, for the terminal."""
+    baselines = found["baselines"]
+    width = max(map(len, baselines), default=0) + 2
+    lines = [f"  {'':20} {'this model':>24}" + "".join(f"{name:>{width}}" for name in baselines)]
+    for name in [name for name in found if f"{name}_ci95" in found]:
+        low, high = found[f"{name}_ci95"]
+        others = "".join(f"{scores[name]:{width}.4f}" for scores in baselines.values())
+        lines.append(f"  {name:20} {found[name]:8.4f} [{low:6.4f}, {high:6.4f}]{others}")
+    for name, gap in found.get("by_group", {}).get("gaps", {}).items():
+        low, high = gap["gap_ci95"]
+        lines.append(f"  {name}: {gap['lowest']} lowest, {gap['highest']} highest, {gap['gap']:.4f} apart "
+                     f"[{low:.4f}, {high:.4f}]")
+    return "\n".join(lines)
 
-def main(model_args: dict):
-    def refuse(names, fine, wanted):
-        for name in names.split():
-            if not fine(globals()[name]):
-                raise SettingError(f"{name}={globals()[name]}: must be {wanted}")
-    refuse("epochs batch_size log_interval", lambda x: x >= 1, "at least 1")
-    refuse("max_length lora_rank weight_decay grad_clip l1 l2 min_lr patience eval_interval seed "
-           "batch_size_end", lambda x: x >= 0, "at least 0")
-    refuse("label_smoothing sparsity token_dropout cut_rate warmup beta1 beta2", lambda x: 0 <= x < 1,
-           "at least 0 and below 1")
-    refuse("learning_rate muon_lr teacher_temperature lora_alpha", lambda x: 0 < x < math.inf, "above 0")
-    refuse("teacher_weight", lambda x: 0 <= x <= 1, "from 0 to 1")
-    refuse("folds", lambda x: x == 0 or x >= 3, "at least 3: one to test, one to validate, one to train on")
-    refuse("data", bool, "a file of labelled examples: .csv, .tsv, .jsonl, .json, CoNLL")
-    refuse("linear", lambda x: 0 <= x <= 5, "from 0 to 5")
-    for name in ("linear", "cut_rate"):
-        if globals()[name] and task not in ("classify", "regress"):
-            raise SettingError(f"{name}={globals()[name]}: only for --task=classify or regress")
-    if sparsity and (freeze or lora_rank):
-        raise SettingError(f"sparsity={sparsity}: prunes what is trained: leave out freeze and lora_rank")
-    if freeze and lora_rank:
-        raise SettingError(f"freeze=True: trains the head alone: leave out --lora_rank={lora_rank}")
-    if folds and (data_val or data_test):
-        raise SettingError(f"folds={folds}: cuts data itself: leave out --data_val and --data_test")
-    fixed = [name for name in model_args if name != "dropout" and init_from not in ("scratch", "resume")]
-    if fixed:  # a recipe that says how a new body is made serves for a pretrained one too
-        print(f"({', '.join(fixed)}: not used, the body from {init_from} is made already)")
+
+BUILT_IN = {"python_packages": text.python_packages}  # --data= -> rows to train on, validate and test
+
+
+def read_splits(s: SimpleNamespace) -> dict[Path, list[list[Row]]]:
+    """The folder of each training -> its rows to train on, to validate and to test. Raises UserError."""
+    task, folder = TASKS[s.task], Path(s.out_dir)
+    if s.data in BUILT_IN:
+        return {folder: BUILT_IN[s.data]()}
+    columns = {"text": s.text_column, "pair": s.pair_column, "label": s.label_column, "group": s.group_column}
+    rows, parts = task.read(s.data, columns), s.folds or 10
+    given = [task.read(path, columns) if path else None for path in ("", s.data_val, s.data_test)]
+    part, splits = task.split(rows, parts, s.seed), {}
+    for k in range(s.folds or 1):
+        kinds = np.zeros(len(rows), dtype=int)  # 0: to train on, 1: to validate, 2: to test
+        if not given[1]:
+            kinds[part == (k + 1) % parts] = 1
+        if not given[2]:
+            kinds[part == k] = 2
+        split = [given[kind] or [rows[i] for i in np.flatnonzero(kinds == kind)] for kind in range(3)]
+        if not all(split):
+            raise UserError(f"{s.data}: {len(rows)} examples are too few to train, validate and test on "
+                            "(equal texts stay together, and questions on one article)")
+        splits[folder / f"fold{k + 1}" if s.folds else folder] = split
+        if task.classes:  # what is wrong with the last fold is to be known now
+            learned = task(task.learn(split[0], s), None)
+            for row in split[1] + split[2]:
+                learned.target(row)
+    return splits
+
+
+def stored(folder: str) -> tuple[dict, dict]:
+    """The settings of a run, or of its first fold, and the script's defaults then."""
+    settings, defaults = stored_settings(folder)
+    return (settings, defaults) if settings else stored_settings(Path(folder) / "fold1")
+
+
+def check_settings(s: SimpleNamespace, defaults: dict) -> None:
+    """Those that do not go together. Raises SettingError."""
+    if not s.data:
+        raise SettingError("data='': wanted a file of labelled examples: .csv, .tsv, .jsonl, .json, CoNLL")
+    of_some = set().union(*(task.knows for task in TASKS.values()))
+    for name in sorted(of_some - TASKS[s.task].knows):
+        value = getattr(s, name)
+        if value != defaults[name]:
+            raise SettingError(f"{name}={value}: --task={s.task} has no use for it: leave it out")
+    if s.sparsity and (s.freeze or s.lora_rank):
+        raise SettingError(f"sparsity={s.sparsity}: prunes what is trained: leave out freeze and lora_rank")
+    if s.freeze and s.lora_rank:
+        raise SettingError(f"freeze=True: trains the head alone: leave out --lora_rank={s.lora_rank}")
+    if s.folds and (s.data_val or s.data_test):
+        raise SettingError(f"folds={s.folds}: cuts data itself: leave out --data_val and --data_test")
+
+
+def main(given: dict):
+    s = SimpleNamespace(**values_of(globals()))
+    check_settings(s, defaults_of(globals()))
     folder = Path(out_dir)
-    begun = [*folder.glob("ckpt*.pt"), *folder.glob("fold*/ckpt*.pt")]
+    begun = [*folder.glob("*.pt"), *folder.glob("fold*/*.pt")]
     if begun and init_from != "resume" and not overwrite:
         raise SettingError(f"{folder}: a run is here already: --init_from=resume goes on with it, "
                            "--overwrite starts anew, --out_dir=FOLDER writes elsewhere")
-    torch.set_float32_matmul_precision("high")  # tf32 where a GPU has it
-    keep_memory()
-    s = SimpleNamespace(**{name: globals()[name] for name in sys.modules[__name__].__annotations__})
-    columns = {"text": text_column, "pair": pair_column, "label": label_column, "group": group_column}
-    rows = read_rows(data, task, columns)
-
-    if folds:
-        part, splits = deal(rows, task, folds, seed), {}
-        for k in range(folds):
-            after = (k + 1) % folds
-            splits[folder / f"fold{k + 1}"] = [[row for row, p in zip(rows, part) if fits(p)] for fits in (
-                lambda p: p not in (k, after), lambda p: p == after, lambda p: p == k)]
-    else:
-        val, test = (read_rows(path, task, columns) if path else None for path in (data_val, data_test))
-        part = deal(rows, task, 10, seed)  # a tenth each for what is not given
-        train = [row for row, p in zip(rows, part) if (test or p != 0) and (val or p != 1)]
-        test = test or [row for row, p in zip(rows, part) if p == 0]
-        val = val or [row for row, p in zip(rows, part) if p == 1]
-        splits = {folder: [train, val, test]}
-    for train, val, test in splits.values():  # what is wrong with the last fold is to be known now
-        if not (train and val and test):
-            raise UserError(f"{data}: {len(rows)} examples are too few to train, validate and test on (equal "
-                            "texts stay together, and questions on one article)")
-        if task in ("classify", "tag"):
-            learned = TASKS[task](TASKS[task].learn(train, s), None)
-            for row in val + test:
-                learned.target(row)
-    for file in begun if overwrite else ():
-        file.unlink()  # else a later resume could go on with it
+    machine = Machine(device, dtype, seed)
+    origin = init_from
+    if init_from == "resume":
+        earlier = stored(out_dir)[0]
+        origin = earlier.get("init_from")
+        if earlier.get("folds", folds) != folds:
+            raise SettingError(f"folds={folds}: the run has {earlier['folds']}: leave it out, or start another "
+                               "with --out_dir=FOLDER")
+    unused = [name for name in given if name != "dropout"]
+    if unused and origin != "scratch" and init_from != "resume":
+        # a recipe that says how a new body is made serves for a pretrained one too
+        machine.say(f"({', '.join(unused)}: not used, the body from {init_from} is made already)")
+    splits = read_splits(s)
+    if overwrite and init_from != "resume" and machine.main:
+        for file in begun:
+            file.unlink()  # else a later resume could go on with it
+    machine.barrier()
 
     found = []
-    for place, split in splits.items():
+    for place, (train, val, test) in splits.items():
         if folds:
-            print(f"\n--- {place.name} of {folds} ---\n")
-        resumed = init_from == "resume" and any(place.glob("ckpt*.pt"))
-        if init_from == "resume" and not resumed:  # killed before its first checkpoint, it begins anew
-            files = [one / "settings.json" for one in (place, folder / "fold1")]
-            first = next((file for file in files if file.exists()), None)
-            if first is None:
-                raise UserError(f"{place}: no run to go on with: leave out --init_from=resume")
-            then = json.loads(first.read_text(encoding="utf-8"))
-            same_run(place, then, model_args, s)
-            s.init_from = then["init_from"]
-        found.append(fine_tune(place, *split, resumed, model_args, s))
-    if not folds:
-        return
-    values = {name: np.array([one[name] for one in found], dtype=float)
-              for name in found[0] if f"{name}_ci95" in found[0]}
-    print(f"\n{folds} folds, mean and standard deviation:\n")
-    for name, v in values.items():
-        print(f"  {name:20} {v.mean():8.4f} +- {v.std(ddof=1):.4f}")
-    scoring.write_json(folder / "metrics.json", {
-        "task": task, "folds": folds, **{name: float(v.mean()) for name, v in values.items()},
-        **{f"{name}_std": float(v.std(ddof=1)) for name, v in values.items()},
-        **{f"{name}_folds": v.tolist() for name, v in values.items()}})
+            machine.say(f"\n--- {place.name} of {folds} ---\n")
+        run = Run(machine, place, init_from, overwrite, max_minutes, origin)
+        found.append(fine_tune(run, train, val, test, given, s))
+    if folds and machine.main:
+        print(summary_of_folds(folder, found, s))
+    machine.close()
+
+
+def summary_of_folds(folder: Path, found: list[dict], s: SimpleNamespace) -> str:
+    """Mean and standard deviation of each metric, in metrics.json too."""
+    lines = [f"\n{s.folds} folds, mean and standard deviation:\n"]
+    summary = {"task": s.task, "folds": s.folds}
+    for name in [name for name in found[0] if f"{name}_ci95" in found[0]]:
+        values = np.array([one[name] for one in found], dtype=float)
+        mean, std = float(values.mean()), float(values.std(ddof=1))
+        summary.update({name: mean, f"{name}_std": std, f"{name}_folds": values.tolist()})
+        lines.append(f"  {name:20} {mean:8.4f} +- {std:.4f}")
+    write_json(folder / "metrics.json", summary)
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    launch(main, globals(), Config)
+    launch(main, globals(), Config, stored)

@@ -14,8 +14,9 @@ Two passes, in little memory whatever the size: the first writes the cleaned doc
 into a temporary file, the spool, and keeps a few numbers of each, the index. What needs a view of the whole,
 duplicates and splits, is decided on these. The second turns the spool into tokens.
 """
+from __future__ import annotations
+
 import codecs
-import glob
 import hashlib
 import json
 import os
@@ -23,12 +24,14 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
 
-from config import SettingError, UserError, launch
-from lib.text import BLOCK, BUILT_IN, RULES, UNPACK, Progress, collect, documents, near_ones, note
+from config import SettingError, UserError, above, at_least, checked, launch, settings_of, values_of
+from lib.clean import RULES, Progress, collect, near_copies
+from lib.text import BLOCK, BUILT_IN, UNPACK, documents, locked, note
 from lib.tokenizer import Tokenizer, encode_stream, make_tokenizer, read_texts, sample
 
 # -----------------------------------------------------------------------------
@@ -46,24 +49,166 @@ control_chars: bool = False  # take out control characters, but for line ends, t
 html: bool = False  # take out HTML tags
 repeated_lines: bool = False  # of a line that comes several times in a row, keep one
 scrub_pii: bool = False  # [EMAIL], [PHONE], [IP] and [KEY] for what looks like one
-min_chars: int = 1  # drop shorter documents
-min_text: float = 0.0  # drop documents with a smaller share of letters, digits and white space
-near_duplicates: float = 0.0  # drop documents that share this much with another, 0.6 is a start; 0: keep them
+min_chars: at_least(0) = 1  # drop shorter documents
+min_text: at_least(0.0, at_most=1.0) = 0.0  # drop documents with a smaller share of letters, digits and white space
+near_duplicates: at_least(0.0, at_most=1.0) = 0.0  # drop documents that share this much with another, 0.6 is a start; 0: keep them
 
 tokenizer: str = ""  # bytes, bpe (of the text), gpt2, a .tiktoken file, a Hugging Face folder; empty: bpe
-vocab_size: int = 4096  # tokens of a bpe, specials included
-sample_mb: int = 100  # text that a bpe is trained on, at most, evenly from all of the training text
-val_fraction: float = 0.1  # share of the text for validation
-test_fraction: float = 0.1  # share kept for the very end
-threads: int = 0  # that tokenize; 0: one a core
+vocab_size: at_least(258) = 4096  # tokens of a bpe, specials included
+sample_mb: at_least(1) = 100  # text that a bpe is trained on, at most, evenly from all of the training text
+val_fraction: above(0.0, below=1.0) = 0.1  # share of the text for validation
+test_fraction: at_least(0.0, below=1.0) = 0.1  # share kept for the very end
+threads: at_least(0) = 0  # that tokenize; 0: one a core
 overwrite: bool = False  # replace a data set that was made with other settings
 report: bool = False  # print (and draw, with matplotlib) what is in the data set
-show: int = 0  # print so many of its documents
-seed: int = 0  # that picks those
+show: at_least(0) = 0  # print so many of its documents
+seed: at_least(0) = 0  # that picks those
 # -----------------------------------------------------------------------------
 
 FORMAT = 1  # of meta.json and the .bin files
 SPLITS = ("train", "val", "test")
+
+
+# -----------------------------------------------------------------------------
+# Make a data set
+
+def prepare(dataset: str = "", *, root: str | Path = "data", **settings) -> Path:
+    """Make <root>/<dataset>/, whole or not at all, and return it. Does nothing if it is there already.
+
+    settings: any of the above; the others are as they stand there. Raises TypeError for a name that is none,
+    UserError for text that cannot be used, SettingError if the data set is there with other settings.
+    """
+    s = complete(dataset, settings)
+    folder = Path(root) / s.dataset
+    new = folder.with_name(f".{folder.name}.preparing")
+    old = folder.with_name(f".{folder.name}.replaced")
+    with locked(folder):
+        settle(folder, new, old)  # one that was killed
+        if folder.exists() and not s.overwrite:
+            if (folder / "meta.json").is_file() and read_meta(folder)["settings"] == of_the_data(s):
+                print(f"{folder} is there already, made with the same settings")
+                return folder
+            raise SettingError(f"{folder}: is there already, made with other settings: --overwrite replaces "
+                               "it, --dataset=NAME makes another")
+        try:
+            new.mkdir(parents=True)
+            done = build(new, s, Path(root) / "downloads")
+            if folder.exists():
+                os.replace(folder, old)
+            os.replace(new, folder)
+        except OSError as error:  # the disk is full, for one
+            raise UserError(f"{error.filename or folder}: {error.strerror or error}: nothing changed") from None
+        finally:
+            settle(folder, new, old)
+    print(f"{folder}: {done}")
+    return folder
+
+
+def settle(folder: Path, new: Path, old: Path) -> None:
+    """Whatever became of a prepare: the data set is the new one or the old one, and nothing else is left."""
+    if old.exists() and not folder.exists():  # killed between the two renames
+        print(f"{folder}: put back as it was")
+        os.replace(old, folder)
+    shutil.rmtree(new, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def complete(dataset: str, given: dict) -> SimpleNamespace:
+    """All settings of a data set. Raises TypeError, SettingError."""
+    known, values = settings_of(globals()), values_of(globals())
+    for name, value in given.items():
+        if name not in known:
+            raise TypeError(f"prepare() has no setting {name!r}")
+        values[name] = checked(value, known[name].kind, f"--{name}")
+    s = SimpleNamespace(**values)
+    s.dataset = dataset or (default_name(s.source) if s.source else "python")
+    if not s.source and s.dataset not in BUILT_IN:
+        raise SettingError(f"--dataset={s.dataset}: not a built-in ({', '.join(BUILT_IN)}): give its --source=")
+    own_source, own_tokenizer = BUILT_IN.get(s.dataset, ("", "bpe"))
+    s.source = s.source or own_source
+    s.tokenizer = s.tokenizer or own_tokenizer
+    if s.val_fraction + s.test_fraction >= 1:
+        raise SettingError(f"--test_fraction={s.test_fraction}: must be below 1 with val_fraction")
+    try:
+        codecs.lookup(s.encoding)
+    except LookupError:
+        raise SettingError(f"--encoding={s.encoding}: Python knows no such encoding") from None
+    return s
+
+
+def of_the_data(s: SimpleNamespace) -> dict:
+    """The settings that the result depends on."""
+    other = ("dataset", "threads", "overwrite", "report", "show", "seed")
+    return {name: value for name, value in vars(s).items() if name not in other}
+
+
+def default_name(source: str) -> str:
+    """novel of books/novel.txt.gz."""
+    path = Path(source.split(",")[0].partition("#")[0].removeprefix("hf:"))
+    stem = Path(path.stem).stem if path.suffix in UNPACK else path.stem
+    return "".join(c if c.isalnum() or c in "-_" else "_" for c in stem) or "text"
+
+
+def build(folder: Path, s: SimpleNamespace, downloads: Path) -> str:
+    """Both passes, into an empty folder: the .bin files and meta.json. Returns a summary."""
+    began = time.monotonic()
+    spool, found = folder / "spool.tmp", {}
+    index = read(spool, s, downloads, found)
+    spans = split(spool, index, s.val_fraction, s.test_fraction)
+    size = {name: int((rows[:, 1] - rows[:, 0]).sum()) for name, rows in spans.items()}
+    codec = tokenizer_for(s, spool, spans["train"], size["train"])
+    tick = Progress("tokenizing", sum(size.values()))
+    splits = {}
+    for name, rows in spans.items():
+        texts = read_texts(spool, rows, not isinstance(codec, Tokenizer), tick)
+        if len(index) == 1:  # no ends inside
+            texts = ((text, False) for text, _ in texts)
+        ids = encode_stream(codec, texts, s.threads or os.cpu_count() or 1)
+        its = write_split(folder / f"{name}.bin", ids, codec.vocab_size)
+        splits[name] = {**its, "bytes": size[name], "documents": len(rows)}
+        if its["tokens"] < 32 and (name != "test" or s.test_fraction):
+            raise UserError(f"{s.source}: only {its['tokens']} tokens for {name}.bin, too few to be of use: "
+                            "give more text, or larger fractions")
+        print(f"{name:>6} {len(rows):8,} documents {size[name]:14,} bytes {its['tokens']:14,} tokens")
+    spool.unlink()
+    meta = {"format": FORMAT, "dtype": bin_dtype(codec.vocab_size).name, "vocab_size": codec.vocab_size,
+            "splits": splits, "settings": of_the_data(s), "report": found, "tokenizer": codec.to_dict()}
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    n_tokens = sum(its["tokens"] for its in splits.values())
+    took = time.monotonic() - began
+    return f"{tick.total / n_tokens:.2f} bytes a token, in {took:.1f} s ({tick.total / 1e6 / took:.1f} MB/s)"
+
+
+# -----------------------------------------------------------------------------
+# First pass: read, clean, drop copies
+
+def read(spool: Path, s: SimpleNamespace, downloads: Path, found: dict) -> np.ndarray:
+    """The documents to keep, into the spool. Returns their index. found: counts, as in note()."""
+    print(f"reading {s.source}")
+    docs = documents(s.source, s.encoding, s.errors, s.text_key, found, downloads)
+    rules = [rule for rule in ("nfc", *RULES) if vars(s)[rule]]
+    index = collect(docs, spool, rules, s.min_chars, s.min_text, s.near_duplicates > 0, found)
+    copy = np.ones(len(index), bool)
+    copy[np.unique(index["hash"], return_index=True)[1]] = False  # the first of each
+    index = without(copy, "duplicates", index, spool, found)
+    if s.near_duplicates:
+        splits = splits_of(index["hash"], s.val_fraction, s.test_fraction)
+        near = near_copies(index["sketch"], splits, s.near_duplicates)
+        index = without(near, "near_duplicates", index, spool, found)
+    if not len(index):
+        raise UserError(f"{s.source}: no document is left ({', '.join(found)})")
+    return index
+
+
+def without(drop: np.ndarray, what: str, index: np.ndarray, spool: Path, found: dict) -> np.ndarray:
+    """The index less the documents to drop, which are counted."""
+    if drop.any():
+        first = index[drop][0]
+        with open(spool, "rb") as f:
+            f.seek(first["start"])
+            example = f.read(min(int(first["size"]), 240)).decode("utf-8", "ignore")[:60]
+        note(found, what, repr(example), documents=int(drop.sum()))
+    return index[~drop]
 
 
 # -----------------------------------------------------------------------------
@@ -75,190 +220,68 @@ def splits_of(hashes: np.ndarray, val_fraction: float, test_fraction: float) -> 
     return np.where(x < test_fraction, 2, np.where(x < test_fraction + val_fraction, 1, 0))
 
 
-def cut(spool: Path, index: np.ndarray, val_fraction: float, test_fraction: float) -> list[np.ndarray]:
-    """Too few documents to deal out, or one: all in a row into contiguous train, val and test, by characters.
+def split(spool: Path, index: np.ndarray, val_fraction: float, test_fraction: float) -> dict[str, np.ndarray]:
+    """The (first, last + 1) byte in the spool of each document, (documents, 2) for each split.
 
-    Returns the (first, last + 1) byte of each piece of a document, (pieces, 2) for each split.
+    Too few documents for that, or one, are cut in a row into train, val and test, by characters.
     """
-    total = int(index["chars"].sum())
-    bounds = [int(total * (1 - val_fraction - test_fraction)), int(total * (1 - test_fraction))]
-    pieces, done = [[], [], []], 0
+    starts, ends = index["start"], index["start"] + index["size"]
+    which = splits_of(index["hash"], val_fraction, test_fraction)
+    present = np.bincount(which, minlength=3) > 0
+    if len(index) > 1 and present[:2].all() and (present[2] or not test_fraction):
+        rows = np.stack((starts, ends), axis=1)
+        return {name: rows[which == i] for i, name in enumerate(SPLITS)}
+    edges = [0]
+    for share in (1 - val_fraction - test_fraction, 1 - test_fraction, 1):
+        edges.append(byte_of_char(spool, index, int(index["chars"].sum() * share)))
+    found = {}
+    for i, name in enumerate(SPLITS):
+        rows = np.stack((starts, ends), axis=1).clip(edges[i], edges[i + 1])
+        found[name] = rows[rows[:, 0] < rows[:, 1]]
+    return found
+
+
+def byte_of_char(spool: Path, index: np.ndarray, n: int) -> int:
+    """Where in the spool the n-th character of all documents begins."""
+    before = np.cumsum(index["chars"]) - index["chars"]
+    row = int(np.searchsorted(before, n, side="right")) - 1
+    left, at = n - int(before[row]), int(index["start"][row])
     with open(spool, "rb") as f:
-        for start, size in zip(index["start"].tolist(), index["size"].tolist()):
-            f.seek(start)
-            at, end = start, start + size
-            while at < end:
-                data = np.frombuffer(f.read(min(BLOCK, end - at)), np.uint8)
-                begins = np.flatnonzero(data & 0xC0 != 0x80)  # all but the bytes that go on with a character
-                while bounds and bounds[0] < done + len(begins):
-                    place = at + int(begins[bounds.pop(0) - done])
-                    pieces[1 - len(bounds)].append([start, place])
-                    start = place
-                at, done = at + len(data), done + len(begins)
-            pieces[2 - len(bounds)].append([start, end])
-    spans = [np.array(rows, np.int64).reshape(-1, 2) for rows in pieces]
-    return [rows[rows[:, 0] < rows[:, 1]] for rows in spans]
+        f.seek(at)
+        while left:
+            data = np.frombuffer(f.read(BLOCK), np.uint8)
+            begins = np.flatnonzero(data & 0xC0 != 0x80)  # all but bytes that go on with a character
+            if left < len(begins):
+                return at + int(begins[left])
+            left, at = left - len(begins), at + len(data)
+    return at
 
 
 # -----------------------------------------------------------------------------
-# Write
+# Second pass: tokens
 
-def prepare(dataset: str, source: str = "", tokenizer: str = "", vocab_size: int = 4096,
-            val_fraction: float = 0.1, test_fraction: float = 0.1, encoding: str = "utf-8",
-            overwrite: bool = False, root: str = "data", errors: str = "strict", text_key: str = "text",
-            nfc: bool = False, line_ends: bool = False, control_chars: bool = False, html: bool = False,
-            repeated_lines: bool = False, scrub_pii: bool = False, min_chars: int = 1, min_text: float = 0.0,
-            near_duplicates: float = 0.0, sample_mb: int = 100, threads: int = 0) -> Path:
-    """Make <root>/<dataset>/, whole or not at all, and return it. Does nothing where it stands already.
-
-    Raises UserError for text that cannot be used, SettingError where the data set stands with other settings.
-    """
-    settings = {name: value for name, value in locals().items()  # all that the result depends on
-                if name not in ("dataset", "overwrite", "root", "threads")}
-    dataset = dataset or (default_name(source) if source else "python")
-    if not source and dataset not in BUILT_IN:
-        raise SettingError(f"--dataset={dataset}: not a built-in ({', '.join(BUILT_IN)}): give its --source=")
-    own_source, own_tokenizer = BUILT_IN.get(dataset, ("", "bpe"))
-    source, tokenizer = source or own_source, tokenizer or own_tokenizer
-    settings.update(source=source, tokenizer=tokenizer)
-    check(settings)
-
-    folder = Path(root) / dataset
-    clear_up(folder)
-    if folder.exists() and not overwrite:
-        if (folder / "meta.json").is_file() and read_meta(folder)["settings"] == settings:
-            print(f"{folder} is there already, made with the same settings")
-            return folder
-        raise SettingError(f"{folder}: is there already, made with other settings: --overwrite replaces it, "
-                           "--dataset=NAME makes another")
-
-    partial = folder.with_name(f".{dataset}.{os.getpid()}.part")
-    try:
-        partial.mkdir(parents=True)
-        done = build(partial, settings, Path(root) / "downloads", threads or os.cpu_count() or 1)
-        old = partial.with_suffix(".old")
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(partial, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:  # the disk is full, for one
-        raise UserError(f"{error.filename or folder}: {error.strerror or error}: nothing changed") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    print(f"{folder}: {done}")
-    return folder
-
-
-def check(s: dict) -> None:
-    """Raises SettingError."""
-    val, test = s["val_fraction"], s["test_fraction"]
-    for name, right, rule in (
-            ("val_fraction", 0 < val < 1, "must be above 0 and below 1"),
-            ("test_fraction", 0 <= test and val + test < 1, "must be at least 0, below 1 with val_fraction"),
-            ("vocab_size", s["tokenizer"] != "bpe" or s["vocab_size"] >= 258, "must be at least 258"),
-            ("min_text", 0 <= s["min_text"] <= 1, "must be from 0 to 1"),
-            ("near_duplicates", 0 <= s["near_duplicates"] <= 1, "must be from 0 to 1"),
-            ("sample_mb", s["sample_mb"] >= 1, "must be at least 1")):
-        if not right:
-            raise SettingError(f"--{name}={s[name]}: {rule}")
-    try:
-        codecs.lookup(s["encoding"])
-    except LookupError:
-        raise SettingError(f"--encoding={s['encoding']}: Python knows no such encoding") from None
-
-
-def clear_up(folder: Path) -> None:
-    """What runs left that were killed while they made this data set: half of one, or the one before."""
-    for left in folder.parent.glob(glob.escape(f".{folder.name}.") + "*"):
-        *_, pid, what = left.name.split(".")
-        if left.name != f".{folder.name}.{pid}.{what}" or not pid.isdigit() or os.name == "nt":
-            continue  # in Windows there is no such question to a process
-        try:
-            os.kill(int(pid), 0)
-        except ProcessLookupError:
-            if what == "old" and not folder.exists():  # killed between the two renames
-                os.replace(left, folder)
-            shutil.rmtree(left, ignore_errors=True)
-        except PermissionError:  # it runs, and is another user's
-            pass
-
-
-def build(partial: Path, s: dict, downloads: Path, threads: int) -> str:
-    """Both passes, by the settings, into an empty folder: the .bin files and meta.json. Returns a summary."""
-    began, found, spool = time.monotonic(), {}, partial / "spool.tmp"
-    fractions = s["val_fraction"], s["test_fraction"]
-    print(f"reading {s['source']}")
-    docs = documents(s["source"], s["encoding"], s["errors"], s["text_key"], found, downloads)
-    index = collect(docs, spool, [rule for rule in ("nfc", *RULES) if s[rule]], s["min_chars"], s["min_text"],
-                    s["near_duplicates"] > 0, found)
-    again = np.ones(len(index), bool)
-    again[np.unique(index["hash"], return_index=True)[1]] = False
-    index = without(index, again, "duplicates", spool, found)
-    if s["near_duplicates"]:
-        near = near_ones(index["sketch"], splits_of(index["hash"], *fractions), s["near_duplicates"])
-        index = without(index, near, "near_duplicates", spool, found)
-    if not len(index):
-        raise UserError(f"{s['source']}: no document is left ({', '.join(found)})")
-
-    # deal out the documents, or cut what is too little for that
-    split = splits_of(index["hash"], *fractions)
-    rows = np.stack((index["start"], index["start"] + index["size"]), axis=1)
-    spans = dict(zip(SPLITS, (rows[split == i] for i in range(3))))
-    wanted = [name for name, share in zip(SPLITS, (1, *fractions)) if share > 0]
-    if len(index) == 1 or not all(len(spans[name]) for name in wanted):
-        spans = dict(zip(SPLITS, cut(spool, index, *fractions)))
-    n_bytes = {name: int((rows[:, 1] - rows[:, 0]).sum()) for name, rows in spans.items()}
-
-    texts, bpe = [], s["tokenizer"] == "bpe"
-    if bpe:  # on the training text only: what is tested on stays unseen, by the tokenizer too
-        share = min(s["sample_mb"] * 1e6 / max(n_bytes["train"], 1), 1)
-        megabytes = share * n_bytes["train"] / 1e6
-        print(f"training a tokenizer of {s['vocab_size']:,} tokens on {megabytes:.1f} MB")
-        texts = sample(read_texts(spool, spans["train"], False, lambda n: None), share)
-    codec = make_tokenizer(s["tokenizer"], texts, s["vocab_size"])
-    if bpe and codec.vocab_size < s["vocab_size"]:
+def tokenizer_for(s: SimpleNamespace, spool: Path, spans: np.ndarray, size: int):
+    """The one that the settings name. A bpe is trained on the training text only: what the model is tested on
+    stays unseen by the tokenizer too."""
+    texts, share = [], min(s.sample_mb * 1e6 / max(size, 1), 1)
+    if s.tokenizer == "bpe":
+        print(f"training a tokenizer of {s.vocab_size:,} tokens on {share * size / 1e6:.1f} MB")
+        texts = sample(read_texts(spool, spans, False, lambda n: None), share)
+    codec = make_tokenizer(s.tokenizer, texts, s.vocab_size)
+    if s.tokenizer == "bpe" and codec.vocab_size < s.vocab_size:
         print(f"the text has pairs for {codec.vocab_size:,} tokens only")
-
-    tick, splits = Progress("tokenizing", sum(n_bytes.values())), {}
-    for name, rows in spans.items():
-        texts = read_texts(spool, rows, not isinstance(codec, Tokenizer), tick)
-        if len(index) == 1:  # no ends inside
-            texts = ((text, False) for text, _ in texts)
-        splits[name] = {**write_split(partial / f"{name}.bin", encode_stream(codec, texts, threads),
-                                      codec.vocab_size), "bytes": n_bytes[name], "documents": len(rows)}
-        if name in wanted and splits[name]["tokens"] < 32:
-            raise UserError(f"{s['source']}: only {splits[name]['tokens']} tokens for {name}.bin, too few "
-                            "to be of use: give more text, or larger fractions")
-        print("{:>6} {documents:8,} documents {bytes:14,} bytes {tokens:14,} tokens".format(
-            name, **splits[name]))
-    spool.unlink()
-    meta = {"format": FORMAT, "dtype": bin_dtype(codec.vocab_size).name, "vocab_size": codec.vocab_size,
-            "splits": splits, "settings": s, "report": found, "tokenizer": codec.to_dict()}
-    (partial / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
-    n_tokens, took = sum(its["tokens"] for its in splits.values()), time.monotonic() - began
-    return f"{tick.total / n_tokens:.2f} bytes a token, in {took:.1f} s ({tick.total / 1e6 / took:.1f} MB/s)"
-
-
-def without(index: np.ndarray, drop: np.ndarray, what: str, spool: Path, found: dict) -> np.ndarray:
-    """The index less the documents that are to be dropped, which are counted."""
-    if drop.any():
-        first = index[drop][0]
-        with open(spool, "rb") as f:
-            f.seek(first["start"])
-            example = f.read(min(int(first["size"]), 240)).decode("utf-8", "ignore")[:60]
-        note(found, what, repr(example), documents=int(drop.sum()))
-    return index[~drop]
+    return codec
 
 
 def write_split(path: Path, arrays: Iterator[np.ndarray], vocab_size: int) -> dict:
     """Arrays of tokens to a .bin. Raises UserError for an id that the tokenizer should not have given."""
-    dtype, sha, tokens = bin_dtype(vocab_size), hashlib.sha256(), 0
+    sha, tokens = hashlib.sha256(), 0
     with open(path, "wb") as f:
         for ids in arrays:
-            if len(ids) and int(ids.max()) >= vocab_size:
+            if len(ids) and int(ids.max()) >= vocab_size:  # astype alone would wrap around without a word
                 raise UserError(f"{path.name}: token id {int(ids.max())} is out of range: the tokenizer says "
                                 f"that it has {vocab_size:,}")
-            data = to_bin(ids, dtype)
+            data = ids.astype(bin_dtype(vocab_size)).tobytes()
             f.write(data)
             sha.update(data)
             tokens += len(ids)
@@ -267,19 +290,6 @@ def write_split(path: Path, arrays: Iterator[np.ndarray], vocab_size: int) -> di
 
 def bin_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
-
-
-def to_bin(ids: np.ndarray, dtype: np.dtype) -> bytes:
-    """Raises ValueError for an id that does not fit: astype alone would wrap around without a word."""
-    if len(ids) and int(ids.max()) > np.iinfo(dtype).max:
-        raise ValueError(f"token id {int(ids.max())} does not fit {dtype.name}")
-    return ids.astype(dtype).tobytes()
-
-
-def default_name(source: str) -> str:
-    name = Path(source.split(",")[0].partition("#")[0].removeprefix("hf:")).name
-    stem = name.removesuffix(Path(name).suffix if Path(name).suffix in UNPACK else "")
-    return "".join(c if c.isalnum() or c in "-_" else "_" for c in Path(stem).stem) or "text"
 
 
 # -----------------------------------------------------------------------------
@@ -362,11 +372,7 @@ def show_documents(folder: Path, n: int, seed: int) -> None:
 
 
 def main():
-    folder = prepare(
-        dataset, source, tokenizer, vocab_size, val_fraction, test_fraction, encoding, overwrite,
-        errors=errors, text_key=text_key, nfc=nfc, line_ends=line_ends, control_chars=control_chars,
-        html=html, repeated_lines=repeated_lines, scrub_pii=scrub_pii, min_chars=min_chars, min_text=min_text,
-        near_duplicates=near_duplicates, sample_mb=sample_mb, threads=threads)
+    folder = prepare(**values_of(globals()))
     if report:
         print_report(folder)
     if show:

@@ -116,6 +116,7 @@ def configure(script: dict, fields: type | None, argv: list[str], stored: Callab
     is given: a run remembers its settings. Raises SettingError for whatever is wrong with one.
     """
     own, others = settings_of(script), fields_of(fields)
+    script["DEFAULTS"] = {name: setting.default for name, setting in own.items()}
     settings, given = {**others, **own}, {}
     for arg in argv:
         if arg in ("-h", "--help"):
@@ -160,6 +161,11 @@ def fields_of(cls: type | None) -> dict[str, Setting]:
 def values_of(script: dict) -> dict[str, Any]:
     """The settings of a script as they are now."""
     return {name: script[name] for name in script["__annotations__"]}
+
+
+def defaults_of(script: dict) -> dict[str, Any]:
+    """The settings of a script as they stand in it."""
+    return script.get("DEFAULTS", values_of(script))
 
 
 def declared(source: str, namespace: dict) -> dict[str, Setting]:

@@ -1,4 +1,4 @@
-"""nanoGPT's benchmark at the size that its README has for a GPU: 10.7 million parameters, context 256."""
+"""nanoGPT's benchmark at the size of its GPU recipe: 10.7 million parameters, context 256."""
 from config.shakespeare_char import *
 
 out_dir = "out/shakespeare_char_gpu"

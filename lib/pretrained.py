@@ -6,6 +6,7 @@ read in one direction to load a checkpoint and in the other to save one. A new f
 nothing else. nanoGPT's ckpt.pt is GPT-2's row.
 """
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import asdict
@@ -15,11 +16,14 @@ from typing import NamedTuple
 
 import torch
 
+from lib.run import write_text
+from model import Config, Transformer
+
 
 class Family(NamedTuple):
     """What a column is called in transformers: read in one direction to load, in the other to save."""
     classes: tuple[str, str]  # with a head, without
-    prefix: str  # of the body's weights, where there is a head
+    prefix: str  # of the body's weights, if there is a head
     fixed: dict  # our settings that all its models share; the rest are Config's defaults
     fields: dict  # our setting -> its name in config.json
     defaults: dict  # what config.json may leave out
@@ -134,8 +138,61 @@ FAMILIES = {  # model_type in config.json -> the column
 }
 
 
+# -----------------------------------------------------------------------------
+# In
+
+def load(cls: type[Transformer], path: str | Path, dropout: float, block_size: int | None,
+         dtype: torch.dtype) -> Transformer:
+    """What Transformer.from_pretrained promises."""
+    family, settings, weights = open_weights(path)
+    if block_size is not None:
+        if block_size > settings["block_size"]:
+            raise ValueError(f"block_size={block_size}: the model was made for {settings['block_size']}")
+        settings["block_size"] = block_size
+    if not has_head(family, settings, weights):
+        settings["head"] = "none"
+    with torch.device("meta"):  # shapes without memory: the weights come from the files
+        model = cls(Config(**settings | {"dropout": dropout}))
+    prefix = family.prefix if any(name.startswith(family.prefix) for name in weights) else ""
+    state = {}
+    for their, ours in their_names(model, family, prefix).items():
+        if their in weights:
+            weight = turned(weights.pop(their)(), ours[0], family, model.config.head_dim)
+            state |= fitted(weight, ours, model, dtype, f"{path}: {their}")
+        elif ours != ["head.weight"] or not model.config.tied:
+            raise ValueError(f"{path}: has no weight {their}")
+    extra = [name for name in weights if not re.match(family.ignore, name)]
+    if extra:
+        raise ValueError(f"{path}: weight {extra[0]} has no place in this model")
+    model.load_state_dict(state, assign=True, strict=False)  # each was checked above
+    model.tie()
+    return model.eval()
+
+
+def has_head(family: Family, settings: dict, weights: dict) -> bool:
+    """Without weights of its own there can be one yet: the embedding's, if the family ties the two."""
+    prefixes = [name for name in family.names.values() if not name.startswith(family.prefix)]
+    if any(name.startswith(tuple(prefixes)) for name in weights):
+        return True
+    return family.fixed.get("head") != "mlm" and settings.get("tied", True)
+
+
+def fitted(weight: torch.Tensor, ours: list[str], model: Transformer, dtype: torch.dtype,
+           where: str) -> dict[str, torch.Tensor]:
+    """A weight of theirs, cut into those of ours that it holds one above the other."""
+    shapes = [model.get_parameter(name).shape for name in ours]
+    rows = [shape[0] for shape in shapes]
+    if "wpe" in ours[0]:
+        weight = weight[:rows[0]]  # the context may be shorter
+    wanted = (sum(rows), *shapes[0][1:])
+    if weight.shape != wanted:
+        raise ValueError(f"{where} has shape {tuple(weight.shape)}, but config.json says {wanted}")
+    parts = zip(ours, weight.split(rows))
+    return {name: torch.empty(part.shape, dtype=dtype).copy_(part) for name, part in parts}
+
+
 def from_hf_config(theirs: dict) -> tuple[Family, dict]:
-    """config.json to the family and our settings. Raises ValueError, naming what we cannot follow."""
+    """config.json -> the family and our settings. Raises ValueError, naming what we cannot follow."""
     kind = theirs.get("model_type")
     if kind not in FAMILIES:
         raise ValueError(f"config.json: model_type={kind!r}: must be one of {', '.join(FAMILIES)}")
@@ -152,76 +209,28 @@ def from_hf_config(theirs: dict) -> tuple[Family, dict]:
     if missing:
         raise ValueError(f"config.json: has no {missing[0]}")
     ours = {**family.fixed, **{name: theirs[their] for name, their in family.fields.items()}}
+    ours["block_size"] -= ours.get("pos_offset", 0)
     if "act" in family.fields:
         acts = {their: name for name, their in ACTS.items()} | {"gelu_pytorch_tanh": "gelu_tanh"}
         if ours["act"] not in acts:
             raise ValueError(f"config.json: {family.fields['act']}={ours['act']!r}: must be one of "
                              f"{', '.join(acts)}")
         ours["act"] = acts[ours["act"]]
-    if ours.get("pos") == "rope":  # rope_parameters since transformers 5, rope_theta and rope_scaling before
-        rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
-        ours["rope_theta"] = float(rope.get("rope_theta", theirs.get("rope_theta") or 10000.0))
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type == "llama3":
-            ours["rope_scaling"] = {name: value for name, value in rope.items()
-                                    if name not in ("rope_type", "type", "rope_theta")}
-        elif rope_type != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
-            raise ValueError(f"config.json: rope_parameters={rope}: only default and llama3 are supported")
-    ours["block_size"] -= ours.get("pos_offset", 0)
+    if ours.get("pos") == "rope":
+        ours |= rope_of(theirs)
     return family, ours
 
 
-def to_hf_config(config) -> tuple[Family, dict]:
-    """The family whose column this is, and its config.json. Raises ValueError where there is none."""
-    free = ["dropout", "init", "n_gram_rows"]
-    free += ["head", "head_bias", "tied"] if config.head == "none" else []
-    wanted = {name: value for name, value in asdict(config).items() if name not in free}
-    nearest = None
-    for kind, family in FAMILIES.items():
-        theirs = {"model_type": kind, "architectures": [family.classes[config.head == "none"]], **family.only,
-                  **{their: getattr(config, name) for name, their in family.fields.items()}}
-        if "act" in family.fields:
-            theirs[family.fields["act"]] = ACTS.get(config.act, config.act)
-        theirs[family.fields["block_size"]] += config.pos_offset
-        if family.fixed.get("pos") == "rope":
-            scaling = config.rope_scaling and {"rope_type": "llama3", **config.rope_scaling}
-            theirs["rope_theta"], theirs["rope_scaling"] = config.rope_theta, scaling  # before transformers 5
-            theirs["rope_parameters"] = {"rope_type": "default", **(scaling or {}),
-                                         "rope_theta": config.rope_theta}
-        try:
-            found = asdict(type(config)(**from_hf_config(theirs)[1]))
-        except ValueError:
-            continue
-        differs = [f"{name}={value}" for name, value in wanted.items() if found[name] != value]
-        if not differs:
-            return family, theirs
-        if nearest is None or len(differs) < len(nearest[1]):
-            nearest = kind, differs
-    raise ValueError(f"transformers has no such model: the nearest, {nearest[0]}, differs in "
-                     f"{', '.join(nearest[1])}")
-
-
-def grouped_names(model: torch.nn.Module, family: Family, prefix: str) -> dict[str, list[str]]:
-    """Their weights -> ours: one each, but for those that lie side by side in theirs."""
-    groups = {}
-    for name in model.state_dict():
-        layer, _, kind = name.rpartition(".")
-        number = "".join(re.findall(r"\.(\d+)\.", name))
-        pattern = re.sub(r"\.\d+\.", ".*.", layer)
-        their = family.names.get(name) or family.names[pattern].replace("*", number) + "." + kind
-        if their.startswith(family.prefix):
-            their = prefix + their.removeprefix(family.prefix)
-        groups.setdefault(their, []).append(name)
-    return groups
-
-
-def turned(weight: torch.Tensor, name: str, family: Family, head_dim: int) -> torch.Tensor:
-    """A weight of ours as they keep it; and back, for twice changes nothing."""
-    if family.transposed and name.startswith("blocks.") and weight.ndim == 2:
-        return weight.t()
-    if family.mirrored and ".attn." in name and name.endswith((".q.weight", ".k.weight")):
-        return weight.unflatten(0, (-1, 2, head_dim // 2)).flip(1).flatten(0, 2)
-    return weight
+def rope_of(theirs: dict) -> dict:
+    """Our settings of rope, from rope_parameters (transformers 5) or rope_theta and rope_scaling (before)."""
+    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3") or kind == "default" and rope.get("partial_rotary_factor", 1) != 1:
+        raise ValueError(f"config.json: rope_parameters={rope}: only default and llama3 are supported")
+    theta = float(rope.get("rope_theta", theirs.get("rope_theta") or 10000.0))
+    others = ("rope_type", "type", "rope_theta")
+    scaling = {name: value for name, value in rope.items() if name not in others}
+    return {"rope_theta": theta, "rope_scaling": scaling if kind == "llama3" else None}
 
 
 def open_weights(path: str | Path) -> tuple[Family, dict, dict[str, Callable]]:
@@ -261,7 +270,7 @@ def open_weights(path: str | Path) -> tuple[Family, dict, dict[str, Callable]]:
 
 
 def download(name: str) -> str:
-    """A model of the hub to a folder in its cache. Raises FileNotFoundError where it cannot be had."""
+    """A model of the hub to a folder in its cache. Raises FileNotFoundError if it cannot be had."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -273,3 +282,87 @@ def download(name: str) -> str:
         reason = str(error).strip().split("\n")[0][:120]
         raise FileNotFoundError(f"{name}: neither a folder here nor a model that Hugging Face's hub gives us "
                                 f"({reason})") from None
+
+
+# -----------------------------------------------------------------------------
+# Out
+
+def save(model: Transformer, folder: str | Path, extra: dict) -> None:
+    """What Transformer.save_pretrained promises."""
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        raise ImportError("this needs safetensors: pip install safetensors") from None
+    if model.config.pos == "learned" and not model.config.bias:  # GPT-2 has biases: 0 is as good as none
+        twin = type(model)(Config(**asdict(model.config) | {"bias": True, "qkv_bias": True}))
+        twin.load_state_dict(model.state_dict(), strict=False)
+        model = twin
+    family, theirs = to_hf_config(model.config)
+    prefix = family.prefix if model.head is not None else ""
+    ours, weights = model.state_dict(), {}
+    for their, names in their_names(model, family, prefix).items():
+        if names != ["head.weight"] or not model.config.tied:
+            weight = torch.cat([ours[name] for name in names])
+            weights[their] = turned(weight, names[0], family, model.config.head_dim).contiguous().cpu()
+    theirs |= {"dtype": str(model.wte.weight.dtype).removeprefix("torch."), **extra}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / "model.safetensors.tmp", metadata={"format": "pt"})
+    os.replace(folder / "model.safetensors.tmp", folder / "model.safetensors")
+    write_text(folder / "config.json", json.dumps(theirs, indent=1))
+
+
+def to_hf_config(config) -> tuple[Family, dict]:
+    """The family whose column this is, and its config.json. Raises ValueError if there is none."""
+    free = ["dropout", "init", "n_gram_rows"]
+    free += ["head", "head_bias", "tied"] if config.head == "none" else []
+    wanted = {name: value for name, value in asdict(config).items() if name not in free}
+    nearest = None
+    for kind, family in FAMILIES.items():
+        theirs = {"model_type": kind, "architectures": [family.classes[config.head == "none"]], **family.only,
+                  **{their: getattr(config, name) for name, their in family.fields.items()}}
+        if "act" in family.fields:
+            theirs[family.fields["act"]] = ACTS.get(config.act, config.act)
+        theirs[family.fields["block_size"]] += config.pos_offset
+        if family.fixed.get("pos") == "rope":
+            scaling = config.rope_scaling and {"rope_type": "llama3", **config.rope_scaling}
+            theirs["rope_theta"], theirs["rope_scaling"] = config.rope_theta, scaling  # before transformers 5
+            theirs["rope_parameters"] = {"rope_type": "default", **(scaling or {}),
+                                         "rope_theta": config.rope_theta}
+        try:
+            found = asdict(type(config)(**from_hf_config(theirs)[1]))
+        except ValueError:
+            continue
+        differs = [f"{name}={value}" for name, value in wanted.items() if found[name] != value]
+        if not differs:
+            return family, theirs
+        if nearest is None or len(differs) < len(nearest[1]):
+            nearest = kind, differs
+    raise ValueError(f"transformers has no such model: the nearest, {nearest[0]}, differs in "
+                     f"{', '.join(nearest[1])}")
+
+
+# -----------------------------------------------------------------------------
+# Both ways
+
+def their_names(model: torch.nn.Module, family: Family, prefix: str) -> dict[str, list[str]]:
+    """Their weights -> ours: one each, but for those that lie side by side in theirs."""
+    groups = {}
+    for name in model.state_dict():
+        layer, _, kind = name.rpartition(".")
+        number = "".join(re.findall(r"\.(\d+)\.", name))
+        pattern = re.sub(r"\.\d+\.", ".*.", layer)
+        their = family.names.get(name) or family.names[pattern].replace("*", number) + "." + kind
+        if their.startswith(family.prefix):
+            their = prefix + their.removeprefix(family.prefix)
+        groups.setdefault(their, []).append(name)
+    return groups
+
+
+def turned(weight: torch.Tensor, name: str, family: Family, head_dim: int) -> torch.Tensor:
+    """A weight of ours as they keep it; and back, for twice changes nothing."""
+    if family.transposed and name.startswith("blocks.") and weight.ndim == 2:
+        return weight.t()
+    if family.mirrored and ".attn." in name and name.endswith((".q.weight", ".k.weight")):
+        return weight.unflatten(0, (-1, 2, head_dim // 2)).flip(1).flatten(0, 2)
+    return weight

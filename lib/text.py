@@ -1,13 +1,18 @@
 """
-Documents from anywhere, cleaned, and which of them are nearly the same.
+Any file to texts: labelled rows for finetune.py, documents for prepare.py.
+
+    rows = read_rows("reviews.csv", {"text": "", "pair": "", "label": "", "group": ""})
 
     for name, text in documents("notes/,web.jsonl.gz"):
         ...
 
-Nothing here knows of tokens: it serves for any text.
+Both read CSV, TSV, JSON lines and JSON by records(). Nothing here knows tokens, or tasks.
 """
+from __future__ import annotations
+
 import bz2
 import codecs
+import contextlib
 import csv
 import functools
 import glob
@@ -20,23 +25,23 @@ import json
 import lzma
 import os
 import re
-import struct
+import sys
 import sysconfig
 import time
-import unicodedata
 import urllib.parse
 import urllib.request
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from config import UserError
 
 BLOCK = 2**22  # bytes read at a time
-MIX = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9  # odd numbers whose multiples mix the bits of a hash
-K, NONE = 64, 2**32 - 1  # values in the sketch of a document; fills it up where it has fewer
+UNPACK = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 BUILT_IN = {  # dataset -> its source and tokenizer
@@ -45,18 +50,357 @@ BUILT_IN = {  # dataset -> its source and tokenizer
     "shakespeare_char": (SHAKESPEARE, "bytes"),
 }
 SHA256 = {SHAKESPEARE: "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"}
-UNPACK = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
 # -----------------------------------------------------------------------------
-# Collect
+# A file to text
 
 class NotText(UserError):
-    """A file with nothing to read in it: an error where it was named, passed over where its folder was."""
+    """A file with nothing to read in it: an error if it was named, passed over if its folder was."""
 
+
+def kind_of(path: str | Path) -> str:
+    """The suffix that tells the format: ".csv" of a.csv and of a.csv.gz."""
+    path = Path(path)
+    name = path.stem if path.suffix.lower() in UNPACK else path.name
+    return Path(name).suffix.lower()
+
+
+def read_text(path: str | Path) -> str:
+    """All of a labelled file."""
+    return "".join(blocks(path, labelled=True))
+
+
+def blocks(path: str | Path, encoding: str = "utf-8", errors: str = "strict",
+           labelled: bool = False) -> Iterator[str]:
+    """A file's text, unpacked, some MB at a time, cut at line ends. Raises UserError, with the place.
+
+    labelled: a NUL byte is replaced, with a warning; otherwise it tells a binary file, which is refused.
+    """
+    name = codecs.lookup(encoding).name
+    decoder = codecs.getincrementaldecoder("utf-8-sig" if name == "utf-8" else name)(errors)
+    wide = name.startswith(("utf-16", "utf-32"))  # every other byte is 0
+    offset, line = 0, 1  # where `data` ends, where `text` begins
+    rest, data, clean = "", None, True
+    try:
+        with UNPACK.get(Path(path).suffix.lower(), open)(path, "rb") as f:
+            while data != b"":
+                data = f.read(BLOCK)
+                if offset == 0 and not data:
+                    raise NotText(f"{path}: the file is empty")
+                if offset == 0 and b"\0" in data and not wide and not labelled:
+                    raise NotText(f"{path}: a binary file (byte 0 at offset {data.index(0)}), not text")
+                offset += len(data)
+                text = decoder.decode(data, final=not data)
+                if labelled and "\0" in text:
+                    if clean:
+                        at = line + text[:text.index("\0")].count("\n")
+                        print(f"warning: {path}:{at}: a NUL byte, read as \ufffd", file=sys.stderr)
+                    clean = False
+                    text = text.replace("\0", "\ufffd")
+                line += text.count("\n")
+                text = rest + text
+                end = text.rfind("\n") + 1
+                if not data or len(text) >= 16 * BLOCK:  # no line end for long: cut anywhere
+                    end = len(text)
+                if end:
+                    yield text[:end]
+                rest = text[end:]
+    except UnicodeDecodeError as error:
+        before = error.object[:error.start]
+        at = offset - len(error.object) + error.start  # the object: what was left before, and data
+        remedy = ("convert it to UTF-8" if labelled else
+                  "--encoding=latin-1, or what it is in, or --errors=replace")
+        raise UserError(f"{path}:{line + before.count(10)}: not {encoding.upper()} (byte "
+                        f"0x{error.object[error.start]:02x} at offset {at}): {remedy}") from None
+    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+
+
+def lines(text: Iterable[str], newline: str) -> Iterator[str]:
+    """Whole lines with their ends. newline: "\\n" ends one, or, if empty, \\r and \\r\\n too."""
+    rest = ""
+    for block in text:
+        rest += block
+        if rest.endswith("\n"):
+            yield from io.StringIO(rest, newline)
+            rest = ""
+    yield from io.StringIO(rest, newline)
+
+
+# -----------------------------------------------------------------------------
+# Text to records
+
+RECORDS = (".csv", ".tsv", ".jsonl", ".json")
+
+
+def records(path: str | Path, text: Iterable[str], names: Collection[str],
+            empty: bool = True) -> Iterator[tuple[int, dict]]:
+    """(line, {column: cell}) of each row of a table, or (line, object) of JSON; of a .json list, its number.
+
+    text: the file's, in blocks. names: a table's first row is its header if it has one of these, in lower
+    case; otherwise columns are called "0", "1" and so on. A cell that is missing is None. empty: keep rows of
+    empty cells. Only a .json is held in memory. Raises UserError, with file and line.
+    """
+    kind = kind_of(path)
+    if kind == ".json":
+        _, found = next(parse_json(path, [(1, "".join(text))]))
+        if not isinstance(found, list):
+            raise UserError(f"{path}: wanted a list of objects with texts, got {str(found)[:40]!r}")
+        values = enumerate(found, 1)
+    elif kind == ".jsonl":
+        values = parse_json(path, enumerate(lines(text, "\n"), 1))
+    else:
+        yield from table(path, text, kind, names, empty)
+        return
+    for line, value in values:
+        if not isinstance(value, dict):
+            raise UserError(f"{path}:{line}: wanted an object with a text, got {str(value)[:40]!r}")
+        yield line, value
+
+
+def table(path: str | Path, text: Iterable[str], kind: str, names: Collection[str],
+          empty: bool) -> Iterator[tuple[int, dict]]:
+    """CSV, or TSV, where quotes are plain characters. Any other suffix: TSV if its first line has a tab."""
+    text = lines(text, "")
+    first = next(text, "")
+    tabs = kind == ".tsv" or (kind != ".csv" and "\t" in first)
+    dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(itertools.chain([first], text), **dialect)
+    header, line = None, 1
+    try:
+        for cells in reader:
+            if header is None and any(cell.strip().lower() in names for cell in cells):
+                header = [cell.strip() for cell in cells]
+            elif any(cells) or (cells and empty):
+                header = header or [str(i) for i in range(len(cells))]
+                if any(cells[len(header):]):
+                    remedy = ("a text cannot have a tab in it" if tabs else
+                              "a text with a comma in it wants quotes around it")
+                    raise UserError(f"{path}:{line}: {len(cells)} cells, but the columns are "
+                                    f"{', '.join(header)}: {remedy}")
+                yield line, dict(itertools.zip_longest(header, cells[:len(header)]))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{path}:{line}: not a {'TSV' if tabs else 'CSV'} row ({error})") from None
+
+
+def parse_json(path: str | Path, texts: Iterable[tuple[int, str]]) -> Iterator[tuple[int, Any]]:
+    """(line, value) of each (line, text) that is not empty.
+
+    JSON can spell half a character (a lone surrogate), which no file can hold: a question mark instead.
+    """
+    warned = False
+    for line, text in texts:
+        text = text.strip()
+        if not text:
+            continue
+        try:
+            value = json.loads(text)
+            if "\\ud" in text or "\\uD" in text:
+                again = json.dumps(value, ensure_ascii=False)
+                whole = again.encode("utf-8", "replace").decode("utf-8")
+                if whole != again and not warned:
+                    print(f"warning: {path}:{line}: half a character (\\ud83d alone, or the like) is read as ?",
+                          file=sys.stderr)
+                    warned = True
+                value = json.loads(whole)
+        except (ValueError, RecursionError) as error:
+            line += getattr(error, "lineno", 1) - 1
+            raise UserError(f"{path}:{line}: not JSON ({getattr(error, 'msg', error)})") from None
+        yield line, value
+
+
+# -----------------------------------------------------------------------------
+# Labelled rows
+
+@dataclass
+class Row:
+    where: str  # file:line, for messages
+    text: str  # the text; the question of an answer
+    pair: str | None = None  # the second text; the context of an answer
+    label: Any = None  # a string, or a list; of a question [(answer, where it begins), ...]
+    group: str = ""
+    id: str = ""
+    words: list[str] | None = None  # if each has a tag
+
+
+USUAL = {  # role -> names that its column often has
+    "text": ("text", "sentence", "sentence1", "review", "content", "question", "instruction", "prompt",
+             "tokens"),
+    "pair": ("text_pair", "sentence2", "input"),
+    "label": ("label", "labels", "tags", "target", "class", "score", "output", "response", "completion"),
+}
+NUMBER = {"text": "0", "label": "1"}  # if there is no header
+
+
+def read_rows(path: str, columns: dict[str, str | int], labelled: bool = True,
+              lists: Collection[str] = (), optional: Collection[str] = ()) -> list[Row]:
+    """The examples in a .csv, .tsv, .jsonl or .json. Raises UserError, with file and line.
+
+    columns: of each role (text, pair, label, group) the column's name or number; "": one that is usual.
+    labelled: every row must have a label. lists: the roles whose cells may be lists, which they stay.
+    optional: pair may be missing in some rows, label in all of them.
+    """
+    asked = [str(name).lower() for name in columns.values()]
+    names = {name for name in asked if name and not name.isdigit()}.union(*USUAL.values())
+    if not labelled:
+        lists = (*lists, "label")
+    rows, found = [], None
+    for line, record in records(path, blocks(path, labelled=True), names, empty=not labelled):
+        if found is None:
+            found = {role: find_column(path, role, name, list(record)) for role, name in columns.items()}
+            for role in ("text", "label") if labelled and "label" not in optional else ("text",):
+                if found[role] is None:
+                    raise UserError(f"{path}: no column for the {role} among {', '.join(record)}: name it "
+                                    f"with --{role}_column=...")
+        where, cells = f"{path}:{line}", {}
+        for role, name in found.items():
+            cell = None if name is None else record.get(name)
+            may_lack = not labelled if role == "label" else role in optional
+            if cell is None and name is not None and not may_lack:
+                raise UserError(f"{where}: has no {name!r}: it reads {str(record)[:60]}")
+            if isinstance(cell, dict) or (isinstance(cell, list) and role not in lists):
+                raise UserError(f"{where}: {name!r} is no text: {str(cell)[:60]}")
+            cells[role] = cell if cell is None or isinstance(cell, list) else str(cell)
+        label = cells.get("label")
+        rows.append(Row(where, cells["text"], cells.get("pair"),
+                        label.strip() if isinstance(label, str) else label,
+                        cells.get("group") or "", str(record.get("id", line))))
+    return some(path, rows)
+
+
+def find_column(path: str, role: str, asked: str | int, names: list[str]) -> str | None:
+    """The column that was asked for, or one that is usually called so."""
+    if asked == "":
+        for usual in (*USUAL.get(role, ()), NUMBER.get(role)):
+            for name in names:
+                if name.lower() == usual:
+                    return name
+        return None
+    if str(asked) in names:
+        return str(asked)
+    if str(asked).isdigit() and int(asked) < len(names):
+        return names[int(asked)]
+    raise UserError(f"{path}: has no column {asked!r}: it has {', '.join(names)}")
+
+
+def some(path: str, rows: list[Row]) -> list[Row]:
+    if not rows:
+        raise UserError(f"{path}: holds no examples")
+    return rows
+
+
+def read_paragraphs(path: str) -> list[Row]:
+    """Texts with an empty line between them."""
+    parts = [part.strip() for part in read_text(path).split("\n\n")]
+    return some(path, [Row(path, part) for part in parts if part])
+
+
+def read_conll(path: str, labelled: bool = True) -> list[Row]:
+    """A word a line, its tag in the last column; an empty line between sentences."""
+    rows, words, tags, first = [], [], [], 1
+    for line, text in enumerate([*read_text(path).split("\n"), ""], 1):
+        text = text.strip("\ufeff")  # within a file, if files were joined
+        cells = text.split("\t") if "\t" in text else text.split()
+        if any(cell.strip() for cell in cells):
+            if not cells[0].strip():
+                raise UserError(f"{path}:{line}: a tag without a word: {text[:40]!r}")
+            if labelled and (len(cells) < 2 or not cells[-1].strip()):
+                raise UserError(f"{path}:{line}: a word without a tag: {text[:40]!r}")
+            first = first if words else line
+            words.append(cells[0].strip())
+            tags.append(cells[-1].strip())
+        elif words:
+            rows.append(Row(f"{path}:{first}", " ".join(words), label=tags if labelled else None,
+                            id=str(len(rows) + 1), words=words))
+            words, tags = [], []
+    return some(path, rows)
+
+
+def read_squad(path: str) -> list[Row]:
+    """SQuAD's JSON. An answer that does not stand where it is said to is looked for nearby; -1: nowhere."""
+    rows, where = [], "data"
+    _, found = next(parse_json(path, [(1, read_text(path))]))
+    try:
+        for n, article in enumerate(found["data"]):
+            where = f"article {n + 1}"
+            title = article.get("title") or f"article {n}"
+            for paragraph in article["paragraphs"]:
+                context = paragraph["context"]
+                for one in paragraph["qas"]:
+                    where = f"article {n + 1}, question {one['id']}"
+                    for name, text in (("context", context), ("question", one["question"])):
+                        if not isinstance(text, str):
+                            raise TypeError(f"{name} is {text!r}")
+                    answers = [place_answer(answer, context) for answer in one.get("answers") or ()]
+                    rows.append(Row(f"{path}: {one['id']}", one["question"], context,
+                                    [answer for answer in answers if answer[0]], title, str(one["id"])))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: {where}: not in SQuAD's format: {type(error).__name__} {error}: wanted "
+                        "data, paragraphs, context, qas, id, question, answers, text, answer_start") from None
+    return some(path, rows)
+
+
+def place_answer(answer: dict, context: str) -> tuple[str, int]:
+    text, begin = answer["text"], int(answer.get("answer_start", 0))
+    if context[begin:begin + len(text)] != text:
+        places = [i for i in range(len(context)) if context.startswith(text, i)]
+        begin = min(places, key=lambda i: abs(i - begin), default=-1)
+    return text, begin
+
+
+def python_packages() -> tuple[list[Row], list[Row], list[Row]]:
+    """Which package of Python's library is this snippet from? Rows to train on, validate and test.
+
+    Snippets of 400 characters; those of one file are in one split.
+    """
+    packages = {"asyncio", "email", "importlib", "multiprocessing", "tkinter", "unittest", "urllib", "xml"}
+    files = [(name, text) for name, text in standard_library() if name.split("/")[0] in packages]
+    train, val, test = [], [], []
+    for n, (name, text) in enumerate(files):
+        rows = {8: val, 9: test}.get(n % 10, train)
+        for start in range(0, len(text), 600):
+            where = f"{name}:{start}"
+            rows.append(Row(where, text[start:start + 400], label=name.split("/")[0], id=where))
+    return train, val, test
+
+
+def split_rows(keys: Sequence, labels: Sequence | None, k: int, seed: int) -> np.ndarray:
+    """The part of each row, (N,) numbers from 0 to k - 1: k parts alike in size, and in labels if given.
+
+    Rows with the same key stay together: nothing is tested on what it was trained on.
+    """
+    groups = {}
+    for i, key in enumerate(keys):
+        groups.setdefault(key, []).append(i)
+    groups = list(groups.values())
+    order = [groups[i] for i in np.random.default_rng(seed).permutation(len(groups))]
+    if labels is not None:
+        order.sort(key=lambda group: str(labels[group[0]]))  # stable: shuffled within a label
+    part = np.zeros(len(keys), np.int64)
+    for n, group in enumerate(order):
+        part[group] = n % k
+    return part
+
+
+def as_csv(rows: Iterable[Sequence]) -> str:
+    """A line each. A carriage return is quoted like a line break: csv.reader takes it for one."""
+    found = []
+    for row in rows:
+        line = io.StringIO(newline="")
+        csv.writer(line, lineterminator="\r\n").writerow(row)  # whatever is in that is quoted in a cell
+        found.append(line.getvalue().removesuffix("\r\n") + "\n")
+    return "".join(found)
+
+
+# -----------------------------------------------------------------------------
+# Documents
 
 def documents(source: str, encoding: str = "utf-8", errors: str = "strict", text_key: str = "text",
-              found: dict | None = None, downloads: str = "data/downloads") -> Iterator[tuple[str, str]]:
+              found: dict | None = None, downloads: str | Path = "data/downloads"
+              ) -> Iterator[tuple[str, str]]:
     """(name, text) of each document. An empty name goes on with the document before: a large file in blocks.
 
     found: counts what is passed over, as in note(). Raises UserError, with a name, for what cannot be read.
@@ -98,72 +442,53 @@ def folder_documents(root: Path, read: Callable, found: dict) -> Iterator[tuple[
         raise UserError(f"{root}: no text in this folder (hidden, empty and binary files do not count)")
 
 
+def note(found: dict, what: str, example: str, times: int = 0, documents: int = 1) -> None:
+    """found[what] counts documents and times, and keeps the first example."""
+    entry = found.setdefault(what, {"documents": 0, "times": 0, "example": example[:200]})
+    entry["documents"] += documents
+    entry["times"] += times
+
+
 def file_documents(file: Path, title: str, encoding: str, errors: str,
                    text_key: str) -> Iterator[tuple[str, str]]:
-    """By the suffix: each line of a .jsonl, each row of a .csv or .tsv; else the file is a document."""
-    kind = Path(file.stem if file.suffix.lower() in UNPACK else file.name).suffix.lower()
-    text = blocks(file, encoding, errors)
-    if kind in (".jsonl", ".csv", ".tsv"):
-        for n, row in rows_of(file, kind, text, text_key):
-            yield f"{title}:{n}", field(row, text_key, f"{file}:{n}")
+    """Each record is one, of .csv, .tsv, .jsonl and of a .json that lists texts; else the file is."""
+    kind, text = kind_of(file), blocks(file, encoding, errors)
+    if kind == ".json":
+        first = next(text)
+        text = itertools.chain([first], text)
+        kind = kind if lists_texts(file, first, text_key) else ""
+    if kind in RECORDS:
+        names = () if text_key.isdigit() else (text_key.lower(),)
+        for line, record in records(file, text, names):
+            yield f"{title}:{line}", text_of(record, text_key, f"{file}:{line}", "json" in kind)
     else:
         for block in text:
             yield title, block
             title = ""
 
 
-def rows_of(file: Path, kind: str, text: Iterator[str], text_key: str) -> Iterator[tuple[int, dict]]:
-    """(line, row). A table's columns have the names in its first row, or numbers where text_key is one."""
-    lines, n = (line for block in text for line in io.StringIO(block, newline="\n")), 0  # cut at \n alone
+def lists_texts(file: Path, text: str, text_key: str) -> bool:
+    """Does this JSON begin as a list of objects with such texts? Any other is a text itself, as code is."""
+    begin = re.match(r"\s*\[\s*(?={)", text)
+    if not begin:
+        return False
     try:
-        if kind == ".jsonl":
-            for n, line in enumerate(lines, 1):
-                if not line.isspace():
-                    yield n, json.loads(line)
-        else:
-            csv.field_size_limit(2**31 - 1)
-            tabs = dict(delimiter="\t", quoting=csv.QUOTE_NONE)  # there a quotation mark is nothing but that
-            reader = csv.reader(lines, **(tabs if kind == ".tsv" else {}))
-            header = None if text_key.isdigit() else next(reader, [])
-            for row in filter(None, reader):
-                n = reader.line_num
-                yield n, dict(zip(header or map(str, range(len(row))), row))
-    except (ValueError, csv.Error) as error:
-        raise UserError(f"{file}:{n}: damaged {kind[1:]} ({error})") from None
+        first, _ = json.JSONDecoder().raw_decode(text, begin.end())
+    except (ValueError, RecursionError):
+        first = {}
+    if text_key not in first:
+        print(f"{file}: a list without {text_key!r}, read as one text: --text_key=NAME for its texts alone")
+    return text_key in first
 
 
-def field(row: dict, key: str, where: str) -> str:
-    if not isinstance(row, dict) or key not in row or not isinstance(row[key], str | None):
-        raise UserError(f"{where}: no text under {key!r} in {str(row)[:120]}: give --text_key=NAME, or the "
+def text_of(record: dict, key: str, where: str, may_be_null: bool) -> str:
+    text = record.get(key)
+    if text is None and may_be_null and key in record:
+        return ""
+    if not isinstance(text, str):
+        raise UserError(f"{where}: no text under {key!r} in {str(record)[:120]}: give --text_key=NAME, or the "
                         "column's number, from 0, where a table has no header")
-    return row[key] or ""
-
-
-def blocks(file: Path, encoding: str, errors: str) -> Iterator[str]:
-    """A file's text, unpacked, some MB at a time, cut at line ends. Raises UserError, with the place."""
-    name = codecs.lookup(encoding).name
-    decoder = codecs.getincrementaldecoder("utf-8-sig" if name == "utf-8" else name)(errors)
-    offset, rest, data = 0, "", None
-    try:
-        with UNPACK.get(file.suffix.lower(), open)(file, "rb") as f:
-            while data != b"":
-                data = f.read(BLOCK)
-                if offset == 0 and not data:
-                    raise NotText(f"{file}: the file is empty")
-                if offset == 0 and b"\0" in data and not name.startswith(("utf-16", "utf-32")):
-                    raise NotText(f"{file}: a binary file (byte 0 at offset {data.index(0)}), not text")
-                text = rest + decoder.decode(data, final=not data)
-                offset += len(data)
-                end = text.rfind("\n") + 1 if data and len(text) < 16 * BLOCK else len(text)
-                if end:
-                    yield text[:end]
-                rest = text[end:]
-    except UnicodeDecodeError as error:
-        at = offset - (len(error.object) - len(data)) + error.start  # the object: what was left, and data
-        raise UserError(f"{file}: not {encoding} (byte 0x{error.object[error.start]:02x} at offset {at}): "
-                        "--encoding=latin-1, or what it is in, or --errors=replace") from None
-    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
-        raise UserError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    return text
 
 
 def standard_library() -> Iterator[tuple[str, str]]:
@@ -190,8 +515,9 @@ def hub_documents(source: str, text_key: str) -> Iterator[tuple[str, str]]:
     except ImportError:
         raise UserError(f"{source}: needs a package: pip install datasets") from None
     try:
-        for n, row in enumerate(datasets.load_dataset(name, subset or None, split="train", streaming=True)):
-            yield f"{name}:{n}", field(row, text_key, f"{source}: row {n}")
+        rows = datasets.load_dataset(name, subset or None, split="train", streaming=True)
+        for n, row in enumerate(rows):
+            yield f"{name}:{n}", text_of(row, text_key, f"{source}: row {n}", may_be_null=True)
     except UserError:
         raise
     except Exception as error:  # of many kinds: no such data set, no network, a damaged file
@@ -201,190 +527,88 @@ def hub_documents(source: str, text_key: str) -> Iterator[tuple[str, str]]:
 def download(url: str, folder: Path) -> str:
     """Fetch once into `folder`; url may end in #sha256=... Raises UserError: no network, another file."""
     url, _, fragment = url.partition("#")
-    wanted, sha = fragment.removeprefix("sha256=").lower() or SHA256.get(url), hashlib.sha256()
+    wanted = fragment.removeprefix("sha256=").lower() or SHA256.get(url)
     suffix = "".join(Path(urllib.parse.urlparse(url).path).suffixes[-2:]) or ".txt"
     target = folder / (hashlib.sha256(url.encode()).hexdigest()[:16] + suffix)
-    if target.is_file():
-        return str(target)
-    print(f"downloading {url}")
-    folder.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
-    try:
-        with urllib.request.urlopen(url, timeout=30) as response, open(part, "wb") as f:
-            while data := response.read(2**20):
-                f.write(data)
-                sha.update(data)
-            length = int(response.headers.get("Content-Length") or f.tell())
-            if f.tell() != length:
-                raise OSError(f"broke off after {f.tell():,} of {length:,} bytes")
-        if wanted and sha.hexdigest() != wanted:
-            raise UserError(f"{url}: another file than expected came (sha256 {sha.hexdigest()[:16]}...)")
-        os.replace(part, target)
-    except (OSError, http.client.HTTPException) as error:
-        raise UserError(f"{url}: cannot be downloaded ({error}): fetch it and give --source=FILE") from None
-    finally:
-        part.unlink(missing_ok=True)
+    with locked(target):
+        if not target.is_file():
+            print(f"downloading {url}")
+            part = target.with_name(f"{target.name}.part")
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                fetch(url, part, wanted)
+                os.replace(part, target)
+            except (OSError, http.client.HTTPException) as error:
+                raise UserError(f"{url}: cannot be downloaded ({error}): fetch it and give --source=FILE"
+                                ) from None
+            finally:
+                part.unlink(missing_ok=True)
     return str(target)
 
 
-# -----------------------------------------------------------------------------
-# Clean
-
-RULES = {  # in this order: what to find, what to put there
-    "line_ends": [(re.compile(r"\r\n?"), "\n")],
-    "control_chars": [(re.compile("[\0-\x08\x0b\x0e-\x1f\x7f-\x9f\ufeff\ufffe\uffff]"), "")],
-    "html": [(re.compile(r"(?is)<!--.*?-->|<(script|style)\b.*?</\1\s*>"), ""),
-             (re.compile(r"(?i)</?(?:p|br|div|li|ul|ol|tr|table|h[1-6]|section|article)\b[^<>]*>"), "\n"),
-             (re.compile(r"</?[a-zA-Z][^<>]*>|<![a-zA-Z][^<>]*>"), "")],
-    "repeated_lines": [(re.compile(r"(?m)^(.+)$(?:\n\1$)+"), r"\1")],
-    "scrub_pii": [
-        (re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?-----END [A-Z ]*PRIVATE KEY-----"
-                    r"|\b(?:sk-|ghp_|gho_|github_pat_|glpat-|hf_|xox[abprs]-|AKIA|AIza)[\w-]{16,}"
-                    r"|\beyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{10,}", re.DOTALL), "[KEY]"),
-        (re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@[\w-]+(?:\.[\w-]+)+"), "[EMAIL]"),
-        (re.compile(r"(?<![\w.])(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)(?![\w.]*\d)"
-                    r"|(?<![\w:])(?:[0-9a-fA-F]{1,4}:){7}[0-9a-fA-F]{1,4}(?![\w:])"
-                    r"|(?<![\w:])(?=[a-f:]*\d)(?:[0-9a-fA-F]{1,4}:){1,6}(?::[0-9a-fA-F]{1,4}){1,6}(?![\w:])"),
-         "[IP]"),
-        (re.compile(r"(?<![\w.+-])(?:\+\d{1,3}[ .-]?)?(?:\(\d{2,4}\)|\d{2,4})[ .-]?\d{3,4}[ .-]\d{3,4}"
-                    r"(?![\w-])|(?<![\w.])\+\d{9,14}(?!\w)|(?<!\d)1[3-9]\d{9}(?!\d)"), "[PHONE]")],
-}
-
-
-def clean(text: str, rules: list[str], title: str, found: dict, touched: dict[str, int]) -> str:
-    """Apply the rules. touched: adds how often each applied; found: keeps the first place as an example."""
-    for rule in rules:
-        before, times = text, 0
-        if rule == "nfc":
-            times = not text.isascii() and not unicodedata.is_normalized("NFC", text)
-            text = unicodedata.normalize("NFC", text) if times else text
-        else:
-            for pattern, replacement in RULES[rule]:
-                text, n = pattern.subn(replacement, text)
-                times += n
-        if times:
-            touched[rule] = touched.get(rule, 0) + int(times)
-            if rule not in found:
-                # meta.json is no place for what is to be scrubbed
-                shown = before if "scrub_pii" not in rules else text if rule == "scrub_pii" else ""
-                at = next((i for i, (a, b) in enumerate(zip(before, text)) if a != b), 0)
-                note(found, rule, f"{title}: {shown[max(at - 30, 0):at + 30]!r}", documents=0)
-    return text
-
-
-def note(found: dict, what: str, example: str, times: int = 0, documents: int = 1) -> None:
-    """found[what] counts documents and times, and keeps the first example."""
-    entry = found.setdefault(what, {"documents": 0, "times": 0, "example": example[:200]})
-    entry["documents"] += documents
-    entry["times"] += times
-
-
-# The index of the spool: where each document is (in bytes), its characters, and a hash of it that stands for
-# it; and its sketch, if near-duplicates are looked for.
-INDEX = [("start", "<i8"), ("size", "<i8"), ("chars", "<i8"), ("hash", ">u8")]
-
-
-def collect(docs: Iterator[tuple[str, str]], spool: Path, rules: list[str], min_chars: int, min_text: float,
-            sketches: bool, found: dict) -> np.ndarray:
-    """The first pass: clean the documents, write them one behind the other, and return the index.
-
-    found: counts, as in note().
-    """
-    tick, position, rows, n_read = Progress("reading"), 0, bytearray(), 0
-
-    def which(block):  # document it belongs to
-        nonlocal n_read
-        n_read += block[0] != ""
-        return n_read
-
-    with open(spool, "wb") as f:
-        for _, parts in itertools.groupby(docs, which):
-            title, head, start, chars, plain, touched = "", "", position, 0, 0, {}
-            sha, low = hashlib.sha256(), np.zeros(0, "<u4")
-            for name, text in parts:
-                title = name or title
-                text = clean(text, rules, title, found, touched)
-                head = head or text[:60]
-                data = text.encode("utf-8", "replace")
-                f.write(data)
-                sha.update(data)
-                position, chars = position + len(data), chars + len(text)
-                if min_text:
-                    plain += len(text) - len(re.findall(r"[^\w\s]", text))
-                if sketches:
-                    low = sketch(data, low)
-                tick(len(data))
-            note(found, "read", title)
-            for rule, times in touched.items():
-                note(found, rule, "", times)
-            if chars < min_chars or plain < min_text * chars:  # it stays in the spool, but not in the index
-                note(found, "too_short" if chars < min_chars else "mostly_not_text", f"{title}: {head!r}")
-                continue
-            rows += struct.pack("<qqq", start, position - start, chars) + sha.digest()[:8]
-            rows += np.append(low, np.full(K - len(low), NONE, "<u4")).tobytes() if sketches else b""
-    return np.frombuffer(bytes(rows), INDEX + [("sketch", "<u4", (K,))] * sketches)
+def fetch(url: str, part: Path, wanted: str | None) -> None:
+    sha = hashlib.sha256()
+    with urllib.request.urlopen(url, timeout=30) as response, open(part, "wb") as f:
+        while data := response.read(2**20):
+            f.write(data)
+            sha.update(data)
+        length = int(response.headers.get("Content-Length") or f.tell())
+        if f.tell() != length:
+            raise OSError(f"broke off after {f.tell():,} of {length:,} bytes")
+    if wanted and sha.hexdigest() != wanted:
+        raise UserError(f"{url}: another file than expected came (sha256 {sha.hexdigest()[:16]}...)")
 
 
 # -----------------------------------------------------------------------------
-# Nearly the same
+# One process at a time
 
-def sketch(data: bytes, low: np.ndarray) -> np.ndarray:
-    """The K smallest hashes of the text's shingles (any 12 bytes in a row), those in `low` among them.
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Nobody else makes `path` meanwhile: another process that does is waited for.
 
-    Two documents' share of common shingles is that among the K smallest of both (Broder 1997), +-0.05 or so.
+    The system takes the lock from a process that dies. If there can be no lock, that is said, and we go on.
     """
-    n = len(data) - 11
-    if n < 1:
-        return low
-    first, last = (np.ndarray((n,), "<u8", data, offset, (1,)) for offset in (0, 4))  # 8 bytes from each on
-    shingles = first * np.uint64(MIX[0]) + last
-    shingles ^= shingles >> np.uint64(29)
-    hashes = (shingles * np.uint64(MIX[1]) >> np.uint64(32)).astype("<u4")
-    few = np.unique(hashes[hashes < 2**32 * min(4 * K / n, 1)])
-    lowest = few if len(few) >= K else np.unique(hashes)  # where much comes again and again
-    return np.union1d(low, lowest)[:K] if len(low) else lowest[:K]
+    lock = path.with_name(f".{path.name}.lock")
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = wait_for(lock)
+    except OSError as error:
+        print(f"{lock}: no lock here ({error.strerror}): let no other process make {path.name} meanwhile")
+        yield
+        return
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows keeps an open file; it does no harm
+            lock.unlink()
+        file.close()
 
 
-def near_ones(sketches: np.ndarray, split: np.ndarray, threshold: float) -> np.ndarray:
-    """Which documents to drop (bool), so that no two are left that share `threshold` of their shingles.
-
-    Of two, the one in train goes before that in val, and that before the one in test: what is tested on is
-    not to be seen in training; within a split the later one. Compared are those that have three neighbours
-    in common among the 32 lowest values: at a share of 0.7, 99.9% have. Takes about 1 kB a document.
-    """
-    n, pairs = len(sketches), np.zeros(0, np.int64)
-    low = sketches[:, :32].astype(np.uint64)
-    keys = low[:, :-2] * np.uint64(MIX[0]) + low[:, 1:-1] * np.uint64(MIX[1]) + low[:, 2:]
-    keys = (keys * np.uint64(MIX[0]) >> np.uint64(32)).astype(np.uint32)[low[:, 2:] != NONE]
-    documents = np.repeat(np.arange(n), (low[:, 2:] != NONE).sum(axis=1))
-    order = np.argsort(keys, kind="stable")
-    keys, documents = keys[order], documents[order]
-    for back in range(1, 5):  # with a few before it, and not all: some passages are in every document
-        same = np.flatnonzero(keys[back:] == keys[:-back])
-        pairs = np.union1d(pairs, documents[same] * n + documents[same + back])
-    rank = np.array([2, 1, 0])[split] * n + np.arange(n)  # the higher goes
-    drop = np.zeros(n, bool)
-    for i in range(0, len(pairs), 2**13):
-        a, b = np.divmod(pairs[i:i + 2**13], n)
-        both = np.sort(np.concatenate((sketches[a], sketches[b]), axis=1), axis=1)
-        new = np.diff(both, axis=1, prepend=np.uint32(NONE)) != 0
-        nth = np.cumsum(new & (both != NONE), axis=1)  # of the union's values
-        common = (~new & (both != NONE) & (nth <= K)).sum(axis=1)
-        near = (common >= threshold * np.minimum(nth[:, -1], K)) & (a != b)
-        drop[np.where(rank[a] > rank[b], a, b)[near]] = True
-    return drop
+def wait_for(lock: Path):
+    """The lock file, open and ours."""
+    said = False
+    while True:
+        file = open(lock, "ab")
+        try:
+            try_lock(file)
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
+                return file
+        except (BlockingIOError, PermissionError):  # POSIX, Windows: another process has it
+            if not said:
+                print(f"{lock}: another process is at work here: waiting for it", flush=True)
+            said = True
+            time.sleep(0.1)
+        except FileNotFoundError:  # the one before has just finished and taken its lock file away
+            pass
+        file.close()
 
 
-class Progress:
-    """Prints, every few seconds, how far it is: MB, MB a second, and the time left where the end is known."""
-
-    def __init__(self, what: str, total: int = 0):
-        self.what, self.total, self.done, self.start, self.next = what, total, 0, time.monotonic(), 5
-
-    def __call__(self, n_bytes: int):
-        self.done += n_bytes
-        seconds = time.monotonic() - self.start
-        if seconds > self.next:
-            self.next, rate = seconds + 5, self.done / seconds
-            left = f", {max(self.total - self.done, 0) / rate:,.0f} s left" if self.total else ""
-            print(f"{self.what}: {self.done / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s{left}", flush=True)
+def try_lock(file) -> None:
+    """Raises OSError if another process has it."""
+    try:
+        import fcntl
+    except ImportError:
+        import msvcrt
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,8 +1,12 @@
 """What several test files use: tiny models, ways to run the scripts, and the two finished runs."""
+import contextlib
 import csv
+import gc
+import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,42 +17,24 @@ import torch
 
 import config as settings
 import finetune
+import prepare
+import sample
+import train
+from lib.run import Machine, stored_settings
 from model import Config, Transformer
+
+torch.set_num_threads(1)  # as for `script`: the last bits depend on it
 
 ROOT = Path(__file__).parent.parent
 
-
 slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="slow: set SLOW=1")
-
-
 timed = pytest.mark.skipif(not os.environ.get("TIMED"), reason="a measurement: set TIMED=1")
-
-
-TINY = dict(block_size=16, vocab_size=61, n_layer=2, n_head=4, n_embd=32)
-
-
-MODERN = dict(pos="rope", norm="rms", norm_weight=False, norm_eps=1e-6, norm_embd=True, qk_norm="after",
-              act="relu2", tied=False, softcap=15.0, init="zero_out")
-
-
-VANILLA = dict(
-    pos="sinusoidal", norm_place="post", act="relu", bias=True, tied=False, head_bias=True, init="uniform"
-)
-
-
-COLUMNS = {"gpt2": dict(bias=True), "modern": MODERN, "grouped": {**MODERN, "n_kv_head": 2},
-           "vanilla": VANILLA,
-           "n_gram": {**MODERN, "n_gram": 4, "n_gram_rows": 40},
-           "llama": dict(pos="rope", norm="rms", act="swiglu", n_kv_head=2, tied=False),
-           "qwen": dict(pos="rope", norm="rms", act="swiglu", n_kv_head=1, head_dim=6, qk_norm="before",
-                        qkv_bias=True)}
-
-
-columns = pytest.mark.parametrize("column", COLUMNS)
+posix = pytest.mark.skipif(sys.platform == "win32", reason="signals, limits and gloo are POSIX's")
 
 
 def tiny(column="modern", seed=0, **changes) -> Transformer:
-    """A small model whose every weight is random, the ones that start at 0 or 1 too."""
+    """A small model whose every weight is random, the ones that start at 0 or 1 too. column: of COLUMNS."""
+    from test_model import COLUMNS, TINY  # which imports this file
     torch.manual_seed(seed)
     model = Transformer(Config(**{**TINY, **COLUMNS[column], **changes})).eval()
     with torch.no_grad():
@@ -107,17 +93,88 @@ TOY = ["--dataset=toy", "--device=cpu", "--compile=False", "--n_layer=2", "--n_h
        "--pos=rope", "--optimizer=muon"]
 
 
+def run_here(module, *args, cwd=".") -> str:
+    """Run train.py, finetune.py or sample.py in this process, which has imported torch. Returns its output.
+
+    Settings, signals and the folder are afterwards what they were. What is raised is raised, but exit status 0.
+    """
+    gc.collect()  # a run that ended in an error may hold its lock until here
+    fields, stored = {train: (Config, stored_settings), finetune: (Config, finetune.stored),
+                      sample: (sample.Choice, None)}[module]
+    before = {name: getattr(module, name) for name in module.__annotations__}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    here, said = os.getcwd(), io.StringIO()
+    if "MASTER_PORT" in os.environ:  # one of several processes: the group before may not have let go of it
+        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
+    os.chdir(cwd)
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            module.main(settings.configure(vars(module), fields, [str(arg) for arg in args], stored))
+    except SystemExit as stopped:
+        if stopped.code:
+            raise
+    finally:
+        os.chdir(here)
+        vars(module).update(before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return said.getvalue()
+
+
+class Half(Machine):
+    """float16 on a CPU, where it is refused, with a scale that is much too large at first."""
+
+    def __init__(self, *how):
+        super().__init__(*how)
+        self.dtype = torch.float16
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**26)
+
+
+def free_port() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def of_rank(rank: int, world: int, port: str) -> dict:
+    return {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+
+
+def start(*args, cwd, world=1) -> list[subprocess.Popen]:
+    """Start one of the scripts in as many processes as torchrun would."""
+    command, port = [sys.executable, str(ROOT / args[0]), *args[1:]], free_port()
+    return [subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                             env={**os.environ, **of_rank(rank, world, port)}) for rank in range(world)]
+
+
+def together(world: int, job, *args) -> None:
+    """job(*args) in `world` new processes that are a group; in this one, if it is one."""
+    if world == 1:
+        job(*args)
+        return
+    how = "fork" if sys.platform == "linux" else "spawn"  # torch is imported already then
+    torch.multiprocessing.start_processes(as_rank, (world, free_port(), job, args), world, start_method=how)
+
+
+def as_rank(rank, world, port, job, args):
+    os.environ.update(of_rank(rank, world, port))
+    job(*args)
+
+
 @pytest.fixture(scope="session")
 def home(tmp_path_factory):
     """A working directory with a small data set, toy, and a finished run on it, out/whole."""
     home = tmp_path_factory.mktemp("home")
     (home / "toy.txt").write_text((ROOT / "model.py").read_text(encoding="utf-8")[:9000], encoding="utf-8")
-    made = script("prepare.py", "--source=toy.txt", "--vocab_size=300", cwd=home)
-    assert made.returncode == 0 and "data" in made.stdout, made.stderr
-    finished = script("train.py", *TOY, "--out_dir=out/whole", cwd=home)
-    assert finished.returncode == 0, finished.stderr
-    (home / "printed.txt").write_text(finished.stdout, encoding="utf-8")
+    prepare.prepare("toy", source=str(home / "toy.txt"), vocab_size=300, root=home / "data")
+    said = run_here(train, *TOY, "--out_dir=out/whole", cwd=home)
+    (home / "printed.txt").write_text(said, encoding="utf-8")
     return home
+
+
+def log_of(home, name) -> list[dict]:
+    return [json.loads(line) for line in (home / "out" / name / "log.jsonl").read_text().splitlines()]
 
 
 def checkpoint(home, name, file="ckpt.pt"):
@@ -158,17 +215,9 @@ QUICK = ("--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=64", "--causa
          "--batch_size=16", "--weight_decay=0.0")
 
 
-def tune(folder, *args):
+def tune(folder, *args) -> dict:
     """Run finetune.py in this process. Returns what metrics.json holds."""
-    before = {name: getattr(finetune, name) for name in finetune.__annotations__}
-    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
-    try:
-        given = settings.configure(vars(finetune), Config, [f"--out_dir={folder}", *map(str, args)])
-        finetune.main(given)
-    finally:
-        vars(finetune).update(before)
-        for number, handler in handlers:
-            signal.signal(number, handler)
+    run_here(finetune, f"--out_dir={folder}", *args)
     return json.loads((Path(folder) / "metrics.json").read_text(encoding="utf-8"))
 
 

@@ -10,11 +10,18 @@ from torch.nn import functional as F
 
 import finetune
 import sample
-from lib import tasks
 from lib.run import save_checkpoint
+from lib.tasks import TASKS
 from lib.tokenizer import make_tokenizer
-from tests.helpers import columns, one_line, script, tiny, tokens
+from test_model import columns
+from tests.helpers import one_line, script, tiny, tokens
 from tools import explain
+
+
+def states_of(model, idx):
+    with explain.watched(model) as states:
+        model.hidden(idx)
+    return states
 
 
 def test_all_four_methods_find_the_token_that_matters():
@@ -34,9 +41,7 @@ def test_all_four_methods_find_the_token_that_matters():
         idx[0, place] = 60
 
         def score(ids):
-            with explain.watched(model) as states:
-                model.hidden(ids)
-            return states[-1][:, -1] @ mark  # the last place: what was elsewhere came by attention
+            return states_of(model, ids)[-1][:, -1] @ mark  # what was elsewhere came by attention
 
         found, _ = explain.attributions(model, score, idx, neutral=0, samples=300)
         assert list(found) == ["gradient x input", "integrated gradients", "Grad-CAM", "LIME"]
@@ -52,9 +57,7 @@ def test_attributions_of_a_linear_model_are_its_weights():
     idx, weights = tokens(1, 10), torch.randn(10, 32)
 
     def score(ids, weights=weights):
-        with explain.watched(model) as states:
-            model.hidden(ids)
-        return (states[-1] * weights).sum((1, 2))
+        return (states_of(model, ids)[-1] * weights).sum((1, 2))
 
     x, neutral = model.wte(idx)[0], model.wte.weight[3]
     found, _ = explain.attributions(model, score, idx, neutral=3, samples=300)
@@ -127,19 +130,30 @@ def test_heads_are_called_by_what_they_do():
     assert explain.habit(even / even.sum(1, keepdim=True), ids) == ""
 
 
-def read_page(path) -> dict:
-    text = path.read_text(encoding="utf-8")
+def page_about(folder, *words):
+    """What explain.html holds, and what was printed."""
+    done = script("tools/explain.py", f"--out_dir={folder}", "--samples=99", *words, cwd=folder)
+    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
+    text = (folder / "explain.html").read_text(encoding="utf-8")
     assert text.startswith("<!doctype html>") and "://" not in text and text.count("</script>") == 1
     data = text.split("const D = ")[1].split("\n")[0]
     assert "<" not in data  # no token can end the script
-    return json.loads(data)
+    return json.loads(data), done.stdout
+
+
+def refused(folder, words, status, *named):
+    one_line(script("tools/explain.py", f"--out_dir={folder}", *words, cwd=folder), status, *named)
+
+
+def save(folder, model, tokenizer, **entries):
+    save_checkpoint(folder / "best.pt", {
+        "model": model.state_dict(), "model_args": asdict(model.config), "tokenizer": tokenizer.to_dict(),
+        **entries})
 
 
 def test_a_page_about_a_language_model(home):
     start = "import <|endoftext|>\nx </script>"
-    done = script("tools/explain.py", "--out_dir=out/whole", f"--start={start}", "--samples=99", cwd=home)
-    assert done.returncode == 0, done.stderr
-    page = read_page(home / "out/whole/explain.html")
+    page, printed = page_about(home / "out/whole", f"--start={start}")
     model, tokenizer = sample.load(home / "out/whole")
     ids = tokenizer.encode(start, specials=True)
     probs = model(torch.tensor([ids]))[0][0].softmax(-1)
@@ -155,50 +169,38 @@ def test_a_page_about_a_language_model(home):
     assert page["said"][0]["best"] == [] and page["said"][-1]["token"] == "?"
     assert len(page["heads"]) == 2 and len(page["heads"][0]) == model.config.n_head
     for word in ("integrated gradients add up to", "% off", "rank agreement", "layer  1", *page["methods"]):
-        assert word in done.stdout
-    wrong = script("tools/explain.py", "--out_dir=out/whole", "--target=zq q", cwd=home)
-    one_line(wrong, 2, "--target", "one token")
-    shortest = script("tools/explain.py", "--out_dir=out/whole", "--start=i", "--target=q", cwd=home)
-    assert shortest.returncode == 0 and "Warning" not in shortest.stderr, shortest.stderr
+        assert word in printed
+    refused(home / "out/whole", ["--target=zq q"], 2, "--target", "one token")
+    refused(home / "out/whole", ["--samples=0"], 2, "--samples", "at least 1")
+    page_about(home / "out/whole", "--start=i", "--target=q")  # of a single token
 
 
 def test_a_page_about_a_masked_model(tmp_path):
     tokenizer = make_tokenizer("bytes", [], 0)
     model = tiny("gpt2", causal=False, vocab_size=tokenizer.vocab_size)
-    save_checkpoint(tmp_path / "best.pt", {
-        "version": 1, "model": model.state_dict(), "model_args": asdict(model.config),
-        "tokenizer": tokenizer.to_dict()})
-    done = script("tools/explain.py", f"--out_dir={tmp_path}", "--start=a <|mask|>c", "--samples=99", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    page = read_page(tmp_path / "explain.html")
+    save(tmp_path, model, tokenizer)
+    page, _ = page_about(tmp_path, "--start=a <|mask|>c")
     assert page["tokens"] == ["a", " ", "<|mask|>", "c", "<|endoftext|>"]
     assert [row["token"] for row in page["said"]] == ["a", " ", "?", "c", "<|endoftext|>"]
     assert ["bits" in row for row in page["said"]] == [True, True, False, True, True]
     (name, p), *_ = sample.fill(model, tokenizer, "a <|mask|>c")[0]
     assert page["said"][2]["best"][0][1] == pytest.approx(p, rel=1e-4)
-    hidden = [97, tokenizer.mask, tokenizer.mask, 99, tokenizer.eot]  # the space is hidden, and guessed
-    probs = model(torch.tensor([hidden]))[0][0, 1].softmax(-1)
+    masked = [97, tokenizer.mask, tokenizer.mask, 99, tokenizer.eot]  # the space is masked, and guessed
+    probs = model(torch.tensor([masked]))[0][0, 1].softmax(-1)
     assert page["said"][1]["p"] == pytest.approx(probs[32].item(), rel=1e-4)
-    one_line(script("tools/explain.py", f"--out_dir={tmp_path}", "--start=abc", cwd=tmp_path), 1, "<|mask|>")
+    refused(tmp_path, ["--start=abc"], 1, "<|mask|>")
 
 
 def test_a_page_about_a_classifier(tuned):
-    word, label, other = "fine", "good", "bad"
-    done = script("tools/explain.py", f"--out_dir={tuned / 'out'}", f"--start=w1 w2 {word} w3", "--samples=200",
-                  cwd=tuned)
-    assert done.returncode == 0, done.stderr
-    page = read_page(tuned / "out/explain.html")
-    assert page["token"] == label and page["said"] == [] and f"prob_{label} 0." in done.stdout
-    for method in ("integrated gradients", "LIME"):  # gradients alone are flat where the model is sure
+    start = "--start=w1 w2 fine w3"
+    page, printed = page_about(tuned / "out", start)
+    assert page["token"] == "good" and page["said"] == [] and "prob_good 0." in printed
+    for method in ("integrated gradients", "LIME"):  # gradients alone are flat if the model is sure
         values = page["methods"][method]
-        assert word.startswith(page["tokens"][values.index(max(values))].strip()), method
-    turned = script("tools/explain.py", f"--out_dir={tuned / 'out'}", f"--start=w1 w2 {word} w3",
-                    f"--target={other}", "--samples=200", cwd=tuned)
-    assert turned.returncode == 0, turned.stderr
-    values = read_page(tuned / "out/explain.html")["methods"]["integrated gradients"]
-    assert word.startswith(page["tokens"][values.index(min(values))].strip())
-    wrong = script("tools/explain.py", f"--out_dir={tuned / 'out'}", "--target=so-so", cwd=tuned)
-    one_line(wrong, 2, "good", "bad")
+        assert "fine".startswith(page["tokens"][values.index(max(values))].strip()), method
+    values = page_about(tuned / "out", start, "--target=bad")[0]["methods"]["integrated gradients"]
+    assert "fine".startswith(page["tokens"][values.index(min(values))].strip())
+    refused(tuned / "out", ["--target=so-so"], 2, "good", "bad")
 
 
 @pytest.mark.parametrize("kind", ["qa", "regress", "classify"])
@@ -209,32 +211,29 @@ def test_what_a_task_predicts_is_what_is_explained(kind, tmp_path):
     head = {"task": kind, "labels": {"regress": ["number"]}.get(kind, ["a", "b"]), "apart": False,
             "paired": kind == "qa", "pool": None if kind == "qa" else "mean", "max_length": 64,
             "no_answer": False, "mean": 3.0, "std": 2.0}
-    task, starts = tasks.TASKS[kind](head, tokenizer), set()
-    tuned = finetune.Tuned(body, task.n_out, head["pool"], False).eval()
+    tuned, starts = finetune.Tuned(body, TASKS[kind](head, tokenizer)).eval(), set()
     torch.nn.init.normal_(tuned.head.weight)
     pair = " ".join(f"w{i}" for i in range(50)) if kind == "qa" else ""
     for text in ("what?", "who is it?", "when was it?"):
-        idx, score, what, facts, neutral = explain.of_a_task(tuned, task, text, pair, "")
-        row, value = tasks.Row("", text, pair or None), score(idx).item()
-        header, (cells,) = task.table([row], finetune.predict(tuned, task, [row]))
-        said = dict(zip(header, cells))
+        case = explain.of_a_task(tuned, text, pair, "")
+        value, (said,) = case.score(case.idx).item(), tuned.predict([(text, pair or None)])
         if kind == "qa":
-            assert what == said["prediction"] and what in pair
-            starts.add(pair.index(what))
+            assert case.answer == said["prediction"] and case.answer in pair
+            starts.add(pair.index(case.answer))
         elif kind == "regress":
             assert 2 * value + 3 == pytest.approx(float(said["prediction"]), abs=1e-4)
         else:
-            other = explain.of_a_task(tuned, task, text, pair, "b" if what == "a" else "a")[1]
-            p = 1 / (1 + math.exp(other(idx).item() - value))
-            assert what == said["prediction"] and p == pytest.approx(float(said[f"prob_{what}"]), abs=1e-4)
+            other = explain.of_a_task(tuned, text, pair, "b" if case.answer == "a" else "a").score(case.idx)
+            p = 1 / (1 + math.exp(other.item() - value))
+            assert case.answer == said["prediction"]
+            assert p == pytest.approx(float(said[f"prob_{case.answer}"]), abs=1e-4)
     assert kind != "qa" or max(starts) > 64  # not in the first window
-    save_checkpoint(tmp_path / "best.pt", {
-        "version": 1, "model": body.state_dict(), "model_args": asdict(body.config),
-        "tokenizer": tokenizer.to_dict(), "head": {**head, "weights": tuned.head.state_dict()}})
-    words = ("tools/explain.py", f"--out_dir={tmp_path}", f"--start={text}", "--samples=99")
-    done = script(*words, f"--pair={pair}", cwd=tmp_path)
-    assert done.returncode == 0 and read_page(tmp_path / "explain.html")["token"] == what, done.stderr
-    name, value = facts.split(", ")[-1].rsplit(" ", 1)  # a process of its own may differ in the last digits
-    said = float(re.search(rf"{re.escape(name)} (-?[\d.]+)", done.stdout)[1])
+    save(tmp_path, body, tokenizer, head={**head, "weights": tuned.head.state_dict()})
+    page, printed = page_about(tmp_path, f"--start={text}", f"--pair={pair}")
+    assert page["token"] == case.answer
+    name, value = case.facts.split(", ")[-1].rsplit(" ", 1)  # another process may differ in the last digits
+    said = float(re.search(rf"{re.escape(name)} (-?[\d.]+)", printed)[1])
     assert said == pytest.approx(float(value), abs=1e-4)
-    one_line(script(*words, f"--pair={'' if pair else 'x'}", cwd=tmp_path), 2, "--pair")
+    refused(tmp_path, [f"--pair={'' if pair else 'x'}"], 2, "--pair")
+    if kind != "classify":
+        refused(tmp_path, [f"--pair={pair}", "--target=x"], 2, "--target")

@@ -1,14 +1,18 @@
 """Metrics equal those of the reference libraries."""
+import json
 import math
 from functools import partial
 
 import numpy as np
 import pytest
+import torch
+from torch.nn import functional as F
 
 from lib import metrics
-from tests.helpers import (
-    synthetic,
-)
+from lib.metrics import ANSWER_METRICS, CLASS_METRICS, LABEL_METRICS, NUMBER_METRICS, TAG_METRICS, compute
+from tests.helpers import synthetic
+
+close = partial(pytest.approx, abs=1e-9, rel=0, nan_ok=True)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -21,40 +25,46 @@ def test_class_metrics_equal_scikit_learn(seed):
     probs = rng.integers(1, 4, (n, k)).astype(float)
     probs[:, seed % k] += seed % 2
     probs /= probs.sum(1, keepdims=True)
-    called, ours = probs.argmax(1), metrics.class_scores(y, probs)
-    close = partial(pytest.approx, abs=1e-9, rel=0)
-    assert ours["accuracy"] == close(sk.accuracy_score(y, called))
-    assert ours["f1_macro"] == close(sk.f1_score(y, called, average="macro"))
-    two_of_three = metrics.confusion(np.array([0, 1, 1, 0]), np.array([0, 1, 0, 0]), 3)  # one never occurs
-    assert metrics.f1_macro(two_of_three) == close(sk.f1_score([0, 1, 1, 0], [0, 1, 0, 0], average="macro"))
-    assert ours["matthews"] == close(sk.matthews_corrcoef(y, called))
-    assert ours["loss"] == close(sk.log_loss(y, probs, labels=range(k)))
-    there = [c for c in ([1] if k == 2 else range(k)) if (y == c).any()]
-    assert ours["roc_auc"] == close(np.mean([sk.roc_auc_score(y == c, probs[:, c]) for c in there]))
-    assert ours["average_precision"] == close(
-        np.mean([sk.average_precision_score(y == c, probs[:, c]) for c in there]))
+    called, there = probs.argmax(1), [c for c in ([1] if k == 2 else range(k)) if (y == c).any()]
+    ours = compute(CLASS_METRICS, y, probs)
+    del ours["calibration_error"]  # below
+    assert ours == close({
+        "loss": sk.log_loss(y, probs, labels=range(k)), "accuracy": sk.accuracy_score(y, called),
+        "f1_macro": sk.f1_score(y, called, average="macro"), "matthews": sk.matthews_corrcoef(y, called),
+        "roc_auc": np.mean([sk.roc_auc_score(y == c, probs[:, c]) for c in there]),
+        "average_precision": np.mean([sk.average_precision_score(y == c, probs[:, c]) for c in there])})
+    two_of_three = np.array([0, 1, 1, 0]), np.eye(3)[[0, 1, 0, 0]]  # one never occurs
+    assert metrics.f1_macro(*two_of_three) == close(sk.f1_score([0, 1, 1, 0], [0, 1, 0, 0], average="macro"))
     if k > 2 and len(there) == k:
         assert ours["roc_auc"] == close(sk.roc_auc_score(y, probs, multi_class="ovr"))
-    several = rng.random((n, k)) < 0.4
+
+    several, p = rng.random((n, k)) < 0.4, (rng.integers(1, 10, (n, k)) + 0.7) / 11
     several[0], several[1] = True, False  # each label occurs, and is missing
-    p = (rng.integers(1, 10, (n, k)) + 0.7) / 11
-    ours = metrics.label_scores(several, p)
-    assert ours["accuracy"] == close(sk.accuracy_score(several, p > 0.5))
-    for average in ("macro", "micro"):
-        assert ours[f"f1_{average}"] == close(sk.f1_score(several, p > 0.5, average=average, zero_division=0))
-    assert ours["roc_auc"] == close(sk.roc_auc_score(several, p, average="macro"))
-    assert ours["average_precision"] == close(sk.average_precision_score(several, p, average="macro"))
+    f1 = partial(sk.f1_score, several, p > 0.5, zero_division=0)
+    assert compute(LABEL_METRICS, several, p) == close({
+        "loss": np.mean([sk.log_loss(several[:, c], p[:, c]) for c in range(k)]),
+        "accuracy": sk.accuracy_score(several, p > 0.5),
+        "f1_macro": f1(average="macro"), "f1_micro": f1(average="micro"),
+        "roc_auc": sk.roc_auc_score(several, p), "average_precision": sk.average_precision_score(several, p)})
 
 
-def test_number_metrics_equal_scipy_and_undefined_ones_are_not_made_up():
+def test_calibration_error_is_how_far_confidence_is_from_accuracy_in_each_bin():
+    y, probs = np.array([0, 0, 1, 1]), np.array([[0.62, 0.38], [0.68, 0.32], [0.62, 0.38], [0.05, 0.95]])
+    assert metrics.calibration_error(y, probs) == close((3 * abs(2 / 3 - 0.64) + 0.05) / 4)
+
+
+def test_number_metrics_equal_scipy():
     stats, rng = pytest.importorskip("scipy.stats"), np.random.default_rng(0)
     for decimals in (0, 1, 8):
         y, p = rng.integers(5, size=30) / 2, rng.integers(4, size=30) + rng.random(30).round(decimals)
-        ours = metrics.number_scores(y, p)
-        assert ours["pearson"] == pytest.approx(stats.pearsonr(y, p)[0], abs=1e-9)
-        assert ours["spearman"] == pytest.approx(stats.spearmanr(y, p)[0], abs=1e-9)
-    assert math.isnan(metrics.number_scores(y, np.ones(30))["spearman"])
-    scores = metrics.class_scores(np.array([1, 1, 1]), np.array([[0.2, 0.8]] * 3))
+        assert compute(NUMBER_METRICS, y, p) == close({
+            "loss": np.mean((y - p) ** 2), "mean_absolute_error": np.mean(abs(y - p)),
+            "pearson": stats.pearsonr(y, p)[0], "spearman": stats.spearmanr(y, p)[0]})
+
+
+def test_metrics_that_are_not_defined_are_not_made_up():
+    assert math.isnan(compute(NUMBER_METRICS, np.arange(9.0), np.ones(9))["spearman"])
+    scores = compute(CLASS_METRICS, np.array([1, 1, 1]), np.array([[0.2, 0.8]] * 3))
     assert math.isnan(scores["roc_auc"]) and scores["accuracy"] == 1 and scores["matthews"] == 0
 
 
@@ -73,9 +83,8 @@ def test_entities_are_conlleval_s(tags, expected):
 def test_entity_f1_is_that_of_all_sentences_together():
     gold, called = ["B-a I-a O B-b", "O B-a", "O"], ["B-a I-a O B-a", "O B-a", "B-b"]
     counts = np.array([metrics.tag_counts(g.split(), c.split()) for g, c in zip(gold, called)])
-    scores = metrics.tag_scores(counts, np.zeros(3))
-    for name, value in (("precision", 2 / 4), ("recall", 2 / 3), ("f1", 4 / 7), ("accuracy", 5 / 7)):
-        assert scores[name] == pytest.approx(value, abs=1e-9)
+    assert compute(TAG_METRICS, metrics.TagTotals(*counts.sum(0), 3.5)) == close({
+        "precision": 2 / 4, "recall": 2 / 3, "f1": 4 / 7, "accuracy": 5 / 7, "loss": 0.5})
 
 
 @pytest.mark.parametrize("prediction, answers, expected", [
@@ -83,11 +92,13 @@ def test_entity_f1_is_that_of_all_sentences_together():
     ("in the year 1999", ["1999"], (0, 2 * (1 / 3) / (1 / 3 + 1))),
     ("a b", ["the b"], (1, 1)),  # articles go
     ("x x y", ["x y y"], (0, 2 / 3)),  # words are counted
-    ("", [], (1, 1)), ("x", [], (0, 0)), ("", ["x"], (0, 0)),
+    ("x", ["x", "y"], (1, 1)), ("", [], (1, 1)), ("x", [], (0, 0)), ("", ["x"], (0, 0)),
     ("北京大学。", ["北京大学"], (1, 1)), ("北京", ["北京大学"], (0, 2 / 3)),
 ])
 def test_answers_match_as_squad_says(prediction, answers, expected):
-    assert metrics.answer_match(prediction, answers) == pytest.approx(expected, abs=1e-9)
+    match = metrics.answer_match(prediction, answers)
+    assert match == close(expected)
+    assert tuple(compute(ANSWER_METRICS, *np.array([match]).T).values()) == match
 
 
 def test_intervals_and_gaps_say_how_sure_one_can_be():
@@ -96,25 +107,62 @@ def test_intervals_and_gaps_say_how_sure_one_can_be():
     right = rng.random(400) < 0.8
     probs = np.where((y == 1) == right, 0.9, 0.1)
     arrays = (y, np.stack((1 - probs, probs), axis=1))
-    scores = metrics.with_intervals(metrics.class_scores, arrays)
+    scores_of = partial(compute, CLASS_METRICS)
+    scores = metrics.with_intervals(scores_of, arrays)
     p = scores["accuracy"]
     low, high = scores["accuracy_ci95"]
     spread = 1.96 * math.sqrt(p * (1 - p) / 400)  # the normal approximation
     assert low == pytest.approx(p - spread, abs=0.01) and high == pytest.approx(p + spread, abs=0.01)
-    found = metrics.by_group(metrics.class_scores, arrays, np.where(right | (y == 0), "a", "b"))
+    found = metrics.by_group(scores_of, arrays, np.where(right | (y == 0), "a", "b"))
     gap = found["gaps"]["accuracy"]
     assert found["groups"]["b"]["accuracy"] == 0 and gap["lowest"] == "b" and gap["highest"] == "a"
     assert gap["gap_ci95"][0] < gap["gap"] < gap["gap_ci95"][1]
+    gap = metrics.by_group(scores_of, arrays, np.arange(400) % 2)["gaps"]["accuracy"]  # 200 rows in each
+    assert np.diff(gap["gap_ci95"]) == pytest.approx(4 * spread, abs=0.02)
+    assert np.mean(gap["gap_ci95"]) == pytest.approx(gap["gap"], abs=0.01)
 
 
 def test_the_bag_of_words_baseline_is_scikit_learn_s():
     text = pytest.importorskip("sklearn.feature_extraction.text")
     from sklearn.linear_model import LogisticRegression
     texts, labels = synthetic(120)
-    y = np.array([int(label == "good") for label in labels])
+    y = np.array([label == "good" for label in labels])
     theirs = text.TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True, token_pattern=r"\w+")
-    model = LogisticRegression(C=5, max_iter=1000, tol=1e-8).fit(theirs.fit_transform(texts[:80]), y[:80])
+    model = LogisticRegression(C=2.5, max_iter=1000, tol=1e-8).fit(theirs.fit_transform(texts[:80]), y[:80])
     pairs = [(text, None) for text in texts]
-    ours = metrics.BagOfWords("class", 2).fit(pairs[:80], y[:80]).predict(pairs[80:])
-    # two columns of weights against one: the same model at half the penalty
-    assert np.abs(ours - model.predict_proba(theirs.transform(texts[80:]))).max() < 0.02
+    bag = metrics.BagOfWords(1).fit(pairs[:80], torch.from_numpy(y[:80, None]).float(), partial(
+        F.binary_cross_entropy_with_logits, reduction="sum"))
+    ours = torch.from_numpy(bag.outputs(pairs[80:])).sigmoid()[:, 0].numpy()
+    assert np.abs(ours - model.predict_proba(theirs.transform(texts[80:]))[:, 1]).max() < 1e-3
+    assert set(metrics.words_of("a b", "b c")) == {
+        "1 a", "1 b", "1 a b", "2 b", "2 c", "2 b c", "= b", "! a", "! c", "! a b", "! b c"}
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_the_report_has_each_class_by_its_name(several, tmp_path, monkeypatch):
+    """Names that mean something to matplotlib too, and outputs that are not numbers."""
+    sk, axes = pytest.importorskip("sklearn.metrics"), pytest.importorskip("matplotlib.axes")
+    shown, legend = [], axes.Axes.legend
+
+    def kept(self, **how):
+        texts = legend(self, **how).get_texts()
+        shown.extend(text.get_text() for text in texts if not text.get_parse_math())
+    monkeypatch.setattr(axes.Axes, "legend", kept)
+    rng, labels = np.random.default_rng(0), ["$a$", "_b", "c"]
+    truth = rng.random((50, 3)) < 0.4
+    y = truth.astype(np.float32) if several else truth.argmax(1)
+    probs = rng.dirichlet(np.ones(3), 50).round(1)
+    files = metrics.report(tmp_path, y, probs, labels)
+    names = ["curves.json", "report.txt", "roc.png", "precision_recall.png", "calibration.png"]
+    assert files == names + ["confusion.png"] * (not several)
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in files[2:])
+    for label in labels:
+        assert any(text.strip().startswith(f"{label} (AUC = ") for text in shown), shown
+        assert label in (tmp_path / "report.txt").read_text(encoding="utf-8")
+    curve = json.loads((tmp_path / "curves.json").read_text(encoding="utf-8"))["curves"]["c"]
+    right = truth[:, 2] if several else y == 2
+    assert sk.auc(curve["false_positive_rate"], curve["true_positive_rate"]) == close(curve["roc_auc"])
+    assert curve["roc_auc"] == close(sk.roc_auc_score(right, probs[:, 2]))
+    assert curve["average_precision"] == close(sk.average_precision_score(right, probs[:, 2]))
+    if not several:
+        assert metrics.report(tmp_path, np.zeros(3, int), np.full((3, 3), math.nan), labels) == files

@@ -1,19 +1,18 @@
 """Checkpoints of other libraries, in and out."""
 import json
 import re
-import time
 from dataclasses import asdict
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 import sample
 from config import UserError
 from lib.run import save_checkpoint
 from lib.tokenizer import Tokenizer, make_tokenizer
 from model import Config, Transformer
-from tests.helpers import FAMILIES, MIXED, MODERN, ROOT, TINY, columns, script, theirs, timed, tiny, tokens
+from test_model import MODERN, TINY
+from tests.helpers import FAMILIES, MIXED, ROOT, script, theirs, tiny, tokens
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -121,64 +120,11 @@ def test_gpt2_files_of_all_ages(tmp_path):
     torch.testing.assert_close(Transformer.from_pretrained(tmp_path / "ckpt.pt")(idx)[0], wanted)
 
 
-@timed
-def test_decoding_comes_near_the_memory_bound(tmp_path):
-    """One token reads every weight once: at best it takes as long as that. Prints the README's figures."""
-    theirs = pytest.importorskip("transformers").GPT2LMHeadModel(
-        pytest.importorskip("transformers").GPT2Config()).eval()
-    theirs.save_pretrained(tmp_path)
-    model, prompt, n = Transformer.from_pretrained(tmp_path), tokens(1, 16, vocab_size=50257), 32
-    in_bytes = sample.to_int8(model)
-
-    def seconds(work, times):
-        found = []
-        for _ in range(times):
-            start = time.perf_counter()
-            work()
-            found.append(time.perf_counter() - start)
-        return min(found)
-
-    @torch.no_grad()
-    def bound():  # each matrix times a vector, weights as they are or transposed, whichever is faster here
-        total, known = 0.0, {}
-        for name, p in model.named_parameters():
-            if p.ndim == 2 and "wpe" not in name:
-                if p.shape not in known:
-                    weights = [torch.randn(p.shape) for _ in range(1 + 2**26 // p.numel())]  # past the caches
-                    turned, x = [w.t().contiguous() for w in weights], torch.randn(1, p.size(1))
-                    known[p.shape] = min(seconds(lambda: [F.linear(x, w) for w in weights], 3),
-                                         seconds(lambda: [x @ w for w in turned], 3)) / len(weights)
-                total += known[p.shape]
-        return total
-
-    rounds = []
-    for _ in range(6):  # in turns, for a machine is not always equally fast
-        a = seconds(lambda: theirs.generate(prompt, max_new_tokens=n, min_new_tokens=n, do_sample=False,
-                                            pad_token_id=0), 1) / n
-        b, c = seconds(lambda: model.generate(prompt, n, temperature=0), 1) / n, bound()
-        d = seconds(lambda: in_bytes.generate(prompt, n, temperature=0), 1) / n
-        rounds.append((a / b, c / b, a / d))
-        print(f"\ntokens/s: transformers {1 / a:.1f}, ours {1 / b:.1f}, bound {1 / c:.1f}, int8 {1 / d:.1f}")
-    times, share, times_int8 = (sorted(column)[2] for column in zip(*rounds[1:]))  # the first warms up
-    print(f"{times:.2f} times transformers, {share:.0%} of the bound, int8 {times_int8:.2f} times")
-    assert times > 1.2 and share > 0.7 and times_int8 > 2.5
-
-
 def test_what_no_family_has_is_not_exported(tmp_path):
     pytest.importorskip("safetensors")
     with pytest.raises(ValueError, match="nanochat, differs in act=gelu"):
         Transformer(Config(**TINY | MODERN | {"act": "gelu"})).save_pretrained(tmp_path / "x")
     assert not (tmp_path / "x").exists()
-
-
-@columns
-def test_a_step_of_fixed_shapes_gives_the_same_text(column):
-    model = tiny(column)
-    batch, pad_mask = tokens(2, 6), torch.tensor([[False, False, True, True, True, True], [True] * 6])
-    with torch.compiler.set_stance("force_eager"):  # the shapes that compiled code would have
-        for mask in (None, pad_mask):
-            assert torch.equal(model.generate(batch, 30, temperature=0, pad_mask=mask, compile=True),
-                               model.generate(batch, 30, temperature=0, pad_mask=mask))
 
 
 def test_a_masked_model_fills_gaps():

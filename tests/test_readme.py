@@ -76,9 +76,8 @@ def test_nanogpt_config_files_run_unmodified(home, text, smaller):
         "First Citizen:\nBefore we proceed any further, hear me speak.\n" * 90, "utf-8"
     )
     if not (home / "data/shakespeare_char").exists():  # the name is a built-in, its text a download
-        prepare.prepare(
-            "shakespeare_char", str(home / "chars.txt"), "bytes", test_fraction=0, root=home / "data"
-        )
+        prepare.prepare("shakespeare_char", source=str(home / "chars.txt"), tokenizer="bytes",
+                        test_fraction=0.0, root=home / "data")
     done = script("train.py", "theirs.py", "--max_iters=2", "--compile=False", "--device=cpu", "--overwrite",
                   *smaller, cwd=home, WANDB_MODE="disabled")
     assert done.returncode == 0, done.stderr

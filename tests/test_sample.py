@@ -1,11 +1,14 @@
-"""Using a checkpoint."""
+"""Using a checkpoint. What finetune.py made is used in test_finetune.py too."""
+import re
 import shutil
 
+import pytest
 import torch
 
 import sample
+from config import SettingError, UserError
 from lib.tokenizer import make_tokenizer
-from tests.helpers import script
+from tests.helpers import run_here, script, write_rows
 
 
 def test_int8_weights_are_a_quarter_of_the_size_and_nearly_as_good(home):
@@ -17,8 +20,8 @@ def test_int8_weights_are_a_quarter_of_the_size_and_nearly_as_good(home):
     ids = torch.tensor([tokenizer.encode((home / "toy.txt").read_text(encoding="utf-8"))[:33]])
     loss, of_small = (one(ids[:, :-1], ids[:, 1:])[1].item() for one in (model, small))
     assert 0 < abs(of_small / loss - 1) < 0.01
-    done = script("sample.py", "--out_dir=out/whole", "--quantize=int8", "--max_new_tokens=5", cwd=home)
-    assert done.returncode == 0, done.stderr
+    said = run_here(sample, "--out_dir=out/whole", "--quantize=int8", "--max_new_tokens=5", cwd=home)
+    assert said.endswith("---------------\n")
 
 
 def test_sampling_needs_no_data_folder(home, tmp_path):
@@ -26,15 +29,43 @@ def test_sampling_needs_no_data_folder(home, tmp_path):
     (tmp_path / "prompt.txt").write_text("class 漢", encoding="utf-8")
     done = script("sample.py", "--start=FILE:prompt.txt", "--max_new_tokens=40", cwd=tmp_path, PYTHONUTF8="1")
     assert done.returncode == 0 and done.stdout.startswith("class 漢"), done.stderr
-    again = script("sample.py", "--out_dir=out/whole", "--start=class 漢", "--max_new_tokens=40", cwd=tmp_path,
-                   PYTHONUTF8="1")
-    assert again.stdout == done.stdout  # the newest run, and the same seed
-    many = script(
-        "sample.py", "--stream=False", "--num_samples=3", "--max_new_tokens=5", cwd=tmp_path, PYTHONUTF8="1"
-    )
-    assert many.stdout.count("---------------") == 3, many.stderr
+    again = run_here(sample, "--out_dir=out/whole", "--start=class 漢", "--max_new_tokens=40", cwd=tmp_path)
+    assert again == done.stdout  # the newest run, and the same seed
+    many = run_here(sample, "--stream=False", "--num_samples=3", "--max_new_tokens=5", cwd=tmp_path)
+    assert many.count("---------------") == 3
     model, tokenizer = sample.load(tmp_path / "out/whole")
     assert not model.training and model.config.vocab_size == tokenizer.vocab_size
+
+
+@pytest.mark.parametrize("error, given, words", [
+    (UserError, ["--out_dir=nothing"], "nothing: no checkpoint"),
+    (UserError, ["--start=FILE:nothing.txt"], "FILE:nothing.txt: cannot be read"),
+    (SettingError, ["--top_p=2"], "top_p=2"),
+    (SettingError, ["--temperature=-1"], "temperature=-1"),
+])
+def test_what_cannot_be_is_one_line(home, error, given, words):
+    with pytest.raises(error, match=words):
+        run_here(sample, "--out_dir=out/whole", *given, cwd=home)
+
+
+def test_a_fine_tuned_model_answers(tuned, tmp_path, monkeypatch):
+    out, table = f"--out_dir={tuned / 'out'}", tmp_path / "in.csv"
+    assert re.search("^prediction +good$", run_here(sample, out, "--start=w3 fine"), re.MULTILINE)
+    write_rows(table, ("review",), ["fine w1", "w2 dull"])
+    said = run_here(sample, out, f"--start=FILE:{table}").splitlines()
+    assert said[0] == "text,label,prediction,prob_bad,prob_good"
+    assert said[1].startswith("fine w1,,good,") and said[2].startswith("w2 dull,,bad,")
+    assert said[3].startswith("2 rows") and "accuracy" not in said[3]
+    write_rows(table, ("review", "label"), ["fine w1", "w2 dull"], ["good", "good"])
+    sizes = []
+    for how in ("None", "int8"):
+        last = run_here(sample, out, f"--start=FILE:{table}", f"--quantize={how}").splitlines()[-1]
+        assert last.endswith(": accuracy 0.5000")
+        sizes.append(float(re.search(r"([\d.]+) MB", last)[1]))
+    assert sizes[1] < sizes[0]
+    model, tokenizer = sample.load(tuned / "out")
+    assert model.body.head is None and model.task.labels == ["bad", "good"] and tokenizer is model.task.tokenizer
+    assert [one["prediction"] for one in model.predict(["w3 fine", "w2 dull"])] == ["good", "bad"]
 
 
 def test_text_comes_in_whole_characters_and_ends_at_a_stop():

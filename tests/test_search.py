@@ -2,30 +2,37 @@
 import json
 import math
 import re
+import runpy
 import sys
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 
-from tests.helpers import one_line, script
+from tests.helpers import ROOT, one_line, script
 from tools import search
 
 STUB = '''
 """A script of which the best settings are known: x = 1e-3, n = 4, kind = a."""
+from __future__ import annotations
 import json
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Optional
-from config import UserError, launch
+from config import UserError, above, at_least, launch
 out_dir: str = "out"  # where to
-x: float = 0.1  # by factors
-n: int = 3  # whole
+x: above(0.0) = 0.1  # by factors
+n: at_least(1) = 3  # whole
 kind: Literal["a", "b"] = "a"  # one of two
-top_k: Optional[int] = None  # unused
 wait: float = 0.0  # seconds a step
 
-def main():
+@dataclass
+class Fields:
+    top_k: Optional[int] = None  # unused
+
+def main(fields):
     if n == 5:
         raise UserError("n=5: it fails, as promised")
     loss = (math.log10(x) + 3) ** 2 + 0.1 * (n - 4) ** 2 + (kind == "b")
@@ -37,19 +44,36 @@ def main():
             time.sleep(wait if loss > 1 else 0)
 
 if __name__ == "__main__":
-    launch(main, globals())
+    launch(main, globals(), Fields)
 '''
 
 
 @pytest.fixture
-def stub(tmp_path):
+def stub(tmp_path, monkeypatch, capsys):
+    """python -m tools.search stub.py ..., without waiting for a process of its own."""
     (tmp_path / "stub.py").write_text(STUB, encoding="utf-8")
-    return lambda *words: script(sys.executable, "-m", "tools.search", "stub.py", *words, cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.delitem(sys.modules, "tools.search")
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["search.py", "stub.py", *words])
+        status = 0
+        try:
+            runpy.run_module("tools.search", run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            status = end.code
+        said = capsys.readouterr()
+        return SimpleNamespace(returncode=status, stdout=said.out, stderr=said.err)
+    return run
+
+
+def read_rows(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def search_rows(folder) -> list[dict]:
-    lines = (folder / "out/search/search.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines[1:]]  # the first says which search it is
+    return read_rows(folder / "out/search/search.jsonl")[1:]  # the first says which search it is
 
 
 def test_a_search_is_a_table_with_a_winner(stub, tmp_path):
@@ -57,7 +81,8 @@ def test_a_search_is_a_table_with_a_winner(stub, tmp_path):
     (tmp_path / "base.py").write_text("top_k = 7\nkind = 'b'\n")
     assert stub(*words, "--trials=3").returncode == 0
     assert len(search_rows(tmp_path)) == 3
-    done = stub(*words, "--trials=50")  # goes on, to the end of the grid
+    # goes on, to the end of the grid, in a process of its own
+    done = script("tools/search.py", "stub.py", *words, "--trials=50", cwd=tmp_path)
     assert done.returncode == 0 and "going on after 3" in done.stdout and "every combination" in done.stdout
     rows = search_rows(tmp_path)
     points = [tuple(row["settings"].values()) for row in rows]
@@ -71,8 +96,7 @@ def test_a_search_is_a_table_with_a_winner(stub, tmp_path):
     # the winner runs as it is, with what the others shared, and is the only one whose checkpoint is kept
     assert [path.parent.name for path in tmp_path.glob("out/search/*/ckpt.pt")] == [shown[0][0]]
     assert script(sys.executable, "stub.py", "out/search/best.py", cwd=tmp_path).returncode == 0
-    again = [json.loads(line) for line in open(tmp_path / "out/search/best/log.jsonl", encoding="utf-8")]
-    assert again[-1]["val_loss"] == 0.25
+    assert read_rows(tmp_path / "out/search/best/log.jsonl")[-1]["val_loss"] == 0.25
     assert "top_k = 7" in (tmp_path / "out/search/best.py").read_text(encoding="utf-8")
     if find_spec("matplotlib"):
         assert (tmp_path / "out/search/search.png").read_bytes()[1:4] == b"PNG"
@@ -84,21 +108,30 @@ def test_a_hopeless_trial_is_stopped(stub, tmp_path):
     assert done.returncode == 0, done.stderr
     rows = search_rows(tmp_path)
     assert [row["state"] for row in rows] == ["done"] * 3 + ["pruned"] and rows[3]["seconds"] < 10
-    assert search.hopeless([[1, 3.0]], [[[1, 2.0], [2, 1.0]]], min)
-    assert not search.hopeless([[1, 3.0]], [[[1, 2.0], [2, 1.0]]], max)
-    assert not search.hopeless([[1, 2.0]], [[[1, 2.0], [2, 1.0]]], min)
+    other = [[1, 2.0], [2, 1.0]]
+    assert search.hopeless([[1, 3.0]], [other], min) and not search.hopeless([[1, 3.0]], [other], max)
+    assert not search.hopeless([[1, 2.0]], [other], min)
     assert not search.hopeless([[1, 3.0]], [[[2, 1.0]]], min)  # the other looked later
 
 
 @pytest.mark.parametrize(
     "words, status, named",
     [((), 2, ["nothing to search"]), (("y=1,2",), 2, ["y=1,2", "'y'"]), (("n=1,2.5",), 2, ["int", "2.5"]),
-     (("kind=a..b",), 2, ["low..high"]), (("x=3..1",), 2, ["x=3..1"]),
+     (("kind=a..b",), 2, ["low..high"]), (("x=3..1",), 2, ["x=3..1"]), (("n=0..9",), 2, ["at least 1", "0"]),
+     (("x=1,2", "--n=0"), 2, ["at least 1", "0"]), (("x=1,2", "--trials=0"), 2, ["--trials", "at least 1"]),
      (("x=1,2", "--trails=3"), 2, ["--trails"]),
      (("x=1,2", "--metric=f1", "--trials=1", "--method=random"), 1, ["no trial", "output.txt"])],
 )
 def test_what_a_search_refuses(stub, words, status, named):
     one_line(stub(*words), status, *named)
+
+
+def test_settings_are_those_that_a_script_starts_with(tmp_path):
+    assert {"learning_rate", "n_layer"} <= set(search.settings_of(ROOT / "train.py"))
+    (tmp_path / "broken.py").write_text("import nothing_of_this_name")
+    for file, reason in ((ROOT / "prepare.py", "no setting out_dir"), (tmp_path / "broken.py", "this_name")):
+        with pytest.raises(search.UserError, match=reason):
+            search.settings_of(file)
 
 
 def test_bayes_needs_fewer_trials_than_random():
@@ -110,10 +143,10 @@ def test_bayes_needs_fewer_trials_than_random():
     def needed(method, seed, at_most):
         rows = []
         while len(rows) < at_most:
-            lr, dropout, n_layer = search.propose(method, spaces, rows, True, seed).values()
+            settings = search.propose(method, spaces, rows, min, seed)
+            lr, dropout, n_layer = settings.values()
             loss = (math.log10(lr) + 3) ** 2 / 4 + (4 * dropout - 0.4) ** 2 + (n_layer - 8) ** 2 / 25
-            rows.append({"settings": {"lr": lr, "dropout": dropout, "n_layer": n_layer}, "state": "done",
-                         "value": loss, "curve": []})
+            rows.append({"settings": settings, "state": "done", "value": loss, "curve": []})
             if loss < 0.03:
                 return len(rows)
         return at_most
@@ -121,7 +154,7 @@ def test_bayes_needs_fewer_trials_than_random():
     bayes = [needed("bayes", seed, 80) for seed in range(10)]
     assert sum(n < needed("random", seed, n + 1) for seed, n in enumerate(bayes)) >= 9 and max(bayes) < 80
     for method in ("bayes", "random"):  # the same rows, the same next trial: that is how a search resumes
-        one, same, other = (search.propose(method, spaces, [], True, seed) for seed in (0, 0, 1))
+        one, same, other = (search.propose(method, spaces, [], min, seed) for seed in (0, 0, 1))
         assert one == same != other
 
 
@@ -137,4 +170,4 @@ def test_a_search_that_was_stopped_goes_on_as_if_it_was_not(method, stub, tmp_pa
               "kind": search.Space(["a", "b"])}
     assert [row["trial"] for row in rows] == list(range(1, 10)) and "failed" in {row["state"] for row in rows}
     for i, row in enumerate(rows):
-        assert row["settings"] == search.propose(method, spaces, rows[:i], True, 0)
+        assert row["settings"] == search.propose(method, spaces, rows[:i], min, 0)

@@ -9,27 +9,27 @@ Look inside a checkpoint: on what a prediction rests, where each head looks, wha
 The answer is one page, explain.html in the run's folder, that any browser reads, without network; and a short
 form of it in the terminal.
 """
+from __future__ import annotations
+
 import base64
 import contextlib
 import json
-import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from config import SettingError, UserError, launch
-from finetune import Row, Task, Tuned, predict, task_of
-from lib.run import write_text
+from config import SettingError, UserError, at_least, launch
+from finetune import Tuned, collate, predict
+from lib.run import newest_run, pick_device, write_text
 from lib.tokenizer import HubTokenizer, Tokenizer
 from model import Transformer
-from sample import build, newest_run, read_prompt, read_run
-from train import pick_device
+from sample import load, read_prompt
 
 # -----------------------------------------------------------------------------
 # Settings
@@ -37,7 +37,7 @@ out_dir: str = "out"  # a run's folder, or a folder of runs: the newest of them;
 start: str = "the cat sat on the mat, and the dog sat on the"  # the text; FILE:path reads it from a file
 pair: str = ""  # the second text of a classifier of two, the context of a question
 target: str = ""  # what to explain: a token behind the text or in its gap, or a class; empty: the likeliest
-samples: int = 1000  # masked copies of the text that LIME is fitted to
+samples: at_least(1) = 1000  # masked copies of the text that LIME is fitted to
 seed: int = 1337  # of their masks
 device: str = "auto"  # auto: cuda, else mps, else cpu
 # -----------------------------------------------------------------------------
@@ -45,6 +45,81 @@ device: str = "auto"  # auto: cuda, else mps, else cpu
 BATCH = 32  # copies of the text that go through the model together
 LONGEST = 128  # tokens looked at; of a longer text, the last ones
 
+
+# -----------------------------------------------------------------------------
+# What is explained
+
+class Case(NamedTuple):
+    """A text's token ids, (1, T), and what the model makes of them."""
+    idx: torch.Tensor
+    score: Callable  # (B, T) ids -> (B,), what the tokens are to explain
+    answer: str  # what it is the score of
+    facts: str  # more about it
+    neutral: int  # the token that stands for none
+
+
+@torch.no_grad()
+def of_a_token(model: Transformer, tokenizer, text: str, target: str) -> Case:
+    """A language model's logit of a token behind the text, or in its gap: of target, else the likeliest."""
+    ids = tokenizer.encode(text, specials=True)
+    most = min(LONGEST, model.config.block_size)
+    if model.config.causal:
+        if len(ids) > most:
+            print(f"(the last {most} of the text's {len(ids)} tokens)")
+        ids = ids[-most:] or [tokenizer.eot]
+        at, neutral = -1, tokenizer.eot
+    else:
+        ids, _ = tokenizer.wrap(ids)
+        if tokenizer.mask not in ids or len(ids) > most:
+            raise UserError("--start: a masked model fills a gap: write its mask token there, <|mask|> or "
+                            f"[MASK] for instance, in {most} tokens at most (here are {len(ids)})")
+        at, neutral = ids.index(tokenizer.mask), tokenizer.mask
+    idx = torch.tensor([ids], device=model.wte.weight.device)
+
+    def logits(ids):  # (B, T) -> (B, V)
+        return model.logits(model.hidden(ids)[:, at])
+
+    probs = logits(idx)[0].softmax(-1)
+    k, *more = tokenizer.encode(target, specials=True) or [probs[:tokenizer.vocab_size].argmax().item()]
+    name = shown(tokenizer, k)
+    if more:
+        raise SettingError(f"--target={target}: one token is wanted; these are {1 + len(more)}, of which the "
+                           f"first is {name!r}")
+    return Case(idx, lambda ids: logits(ids)[:, k], name, f"probability {probs[k].item():.1%}", neutral)
+
+
+@torch.no_grad()
+def of_a_task(tuned: Tuned, text: str, pair: str, target: str) -> Case:
+    """The sum of those of a fine-tuned model's outputs that the task says explain its answer, or a class."""
+    task, tokenizer = tuned.task, tuned.task.tokenizer
+    if bool(pair) != task.head["paired"]:
+        wanted = "two texts" if task.head["paired"] else "one text"
+        raise SettingError(f"--pair={pair}: the model reads {wanted}")
+    row = task.row("--start", text, pair or None)
+    device, found = tuned.head.weight.device, []
+    for example in task.examples([row]):  # several are windows of a long context
+        batch = collate([example], task, device)
+        del batch["target"]
+        out = tuned(**batch)[0].cpu().numpy()
+        answer, part, places = task.explained(row, example, out, target)
+        idx, segments = torch.tensor(example.parts[part], device=device).unsqueeze(1)  # (1, T) each
+        score = partial(sum_of_outputs, tuned, places, segments)
+        found.append((score(idx).item(), answer, idx, score))
+    _, answer, idx, score = max(found, key=lambda one: one[0])
+    header, (cells,) = task.table([row], predict(tuned, [row]))
+    told = ("prediction", "score", f"prob_{answer}")
+    facts = ", ".join(f"{name} {cell}" for name, cell in zip(header, cells) if name in told)
+    neutral = tokenizer.pad if tokenizer.mask is None else tokenizer.mask
+    return Case(idx, score, answer.strip(), facts, neutral)
+
+
+def sum_of_outputs(tuned: Tuned, places: list[int], segments: torch.Tensor, idx: torch.Tensor):
+    """(B, T) ids -> (B,)"""
+    return tuned(idx, None, segments.expand(len(idx), -1)).flatten(1)[:, places].sum(1)
+
+
+# -----------------------------------------------------------------------------
+# What it rests on
 
 def stages(model: Transformer) -> list[torch.nn.Module]:
     return [*model.blocks, model.norm_f]
@@ -59,6 +134,78 @@ def watched(model: Transformer) -> Iterator[list[torch.Tensor]]:
             hooks.enter_context(stage.register_forward_pre_hook(lambda _, args: states.append(args[0])))
         yield states
 
+
+def attributions(model: Transformer, score: Callable, idx: torch.Tensor, neutral: int, samples: int = 1000,
+                 seed: int = 1337) -> tuple[dict[str, torch.Tensor], float]:
+    """What each token adds to the score of a text, idx (1, T): four methods' answers, (T,) each.
+
+    neutral: the token that stands for none. Also returned: how much less a text of these alone would score.
+    The methods ask about what goes into the first block, not the embeddings: a norm may follow those, and
+    then no gradient points along them.
+    """
+    with torch.no_grad(), watched(model) as states:
+        whole, nothing = score(torch.cat((idx, torch.full_like(idx, neutral)))).tolist()
+    x, baseline = states[0].split(1)  # (1, T, C) each
+    way, change = x - baseline, whole - nothing
+
+    def score_from(x, n=0):  # if x, (B, T, C), went into stage n: (B,)
+        with stages(model)[n].register_forward_pre_hook(lambda _, args: (x, *args[1:])):
+            return score(idx.expand(len(x), -1))
+
+    def slope(x, n=0):  # its gradient, (B, T, C)
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(score_from(x, n).sum(), x)[0]
+
+    def blends(shares):  # (n, T or 1) of the text, the rest neutral: (B, T, C), batch by batch
+        return (torch.lerp(baseline, x, part.unsqueeze(-1)) for part in shares.to(x).split(BATCH))
+
+    found = {"gradient x input": (way * slope(x)).sum(-1)[0]}
+
+    # The gradient on average over the way from neutral to the text, times the way: the sum is the change of
+    # the score (Sundararajan et al. 2017). More points where it is not yet: relu makes a way of many kinks.
+    for points in (32, 128, 512, 2048):
+        places, weights = torch.tensor(np.array(np.polynomial.legendre.leggauss(points)) / 2)
+        slopes = torch.cat([slope(part) for part in blends(places.unsqueeze(1) + 0.5)])  # (points, T, C)
+        average = torch.einsum("n,ntc->tc", weights.to(x), slopes)
+        found["integrated gradients"] = (way[0] * average).sum(-1)
+        if abs(found["integrated gradients"].sum().item() - change) <= 1e-3 * abs(change):
+            break
+
+    # How far each hidden state, half way up, points to where the score rises: the gradient there, on average
+    # over the tokens. Less than 0 is 0 (Selvaraju et al. 2017).
+    half = len(states) // 2
+    state = states[half][:1]  # (1, T, C)
+    found["Grad-CAM"] = (state * slope(state, half).mean(1, keepdim=True)).sum(-1)[0].clamp(min=0)
+
+    found["LIME"] = lime(lambda there: torch.cat([score_from(part) for part in blends(there)]),
+                         idx.size(1), samples, seed)
+    return {method: values.detach().cpu().double() for method, values in found.items()}, change
+
+
+@torch.no_grad()
+def lime(score_with: Callable, T: int, samples: int, seed: int) -> torch.Tensor:
+    """The weights, (T,), of a linear model of the score by which tokens are there (Ribeiro et al. 2016).
+
+    score_with: (n, T), 1 for a token that is there and 0 for one that is neutral, -> (n,). It is fitted to
+    copies with few or many of them neutral; the nearer to the whole text, the more a copy counts.
+    """
+    rand = partial(torch.rand, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    there = (rand(samples, T) >= rand(samples, 1)).double()  # (n, T); any number of them as often
+    scores = score_with(there).cpu().double()
+    nearness = torch.exp(-(1 - there.mean(1, keepdim=True).sqrt()) ** 2 / 0.25 ** 2)  # (n, 1)
+    columns = F.pad(there, (0, 1), value=1.0)  # and a constant
+    fit = torch.linalg.lstsq(nearness.sqrt() * columns, nearness.sqrt() * scores.unsqueeze(1))
+    return fit.solution[:-1, 0]
+
+
+def rank_agreement(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Spearman's: 1 where both put the tokens in the same order, -1 in the opposite; 0 if one has none."""
+    ranks = [torch.sign(v.unsqueeze(1) - v).sum(1) for v in (a, b)]  # how many are below, less those above
+    return F.cosine_similarity(*ranks, dim=0).item()
+
+
+# -----------------------------------------------------------------------------
+# What the model does inside
 
 class AttentionMaps(TorchFunctionMode):
     """Inside `with`, keeps what the fused kernels never write down: each layer's weights, (B, H, T, S)."""
@@ -75,69 +222,8 @@ class AttentionMaps(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def attributions(model: Transformer, score: Callable, idx: torch.Tensor, neutral: int, samples: int = 1000,
-                 seed: int = 1337) -> tuple[dict[str, torch.Tensor], float]:
-    """What each token adds to the score of a text, idx (1, T): four methods' answers, (T,) each.
-
-    neutral: the token that stands for none. Also returned: how much less a text of these alone would score.
-    The methods ask about what goes into the first block, not the embeddings: a norm may follow those, and
-    then no gradient points along them.
-    """
-    with torch.no_grad(), watched(model) as states:
-        whole, nothing = score(torch.cat((idx, torch.full_like(idx, neutral)))).tolist()
-    x, baseline = states[0].split(1)  # (1, T, C) each
-    change = whole - nothing
-
-    def score_from(x, n=0):  # were x, (B, T, C), what goes into stage n: (B,)
-        with stages(model)[n].register_forward_pre_hook(lambda _, args: (x, *args[1:])):
-            return score(idx.expand(len(x), -1))
-
-    def slope(x, n=0):  # its gradient, (B, T, C)
-        x = x.detach().requires_grad_()
-        return torch.autograd.grad(score_from(x, n).sum(), x)[0]
-
-    def blends(shares):  # (n, T or 1) of the text, the rest neutral: (B, T, C), batch by batch
-        return (torch.lerp(baseline, x, part.unsqueeze(-1)) for part in shares.to(x).split(BATCH))
-
-    found = {"gradient x input": ((x - baseline) * slope(x)).sum(-1)[0]}
-
-    # The gradient on average over the way from neutral to the text, times the way: the sum is the change of
-    # the score (Sundararajan et al. 2017). More points where it is not yet: relu makes a way of many kinks.
-    for points in (32, 128, 512, 2048):
-        places, weights = torch.tensor(np.array(np.polynomial.legendre.leggauss(points)) / 2)
-        slopes = torch.cat([slope(part) for part in blends(places.unsqueeze(1) + 0.5)])  # (points, T, C)
-        average = torch.einsum("n,ntc->tc", weights.to(x), slopes)
-        found["integrated gradients"] = ((x - baseline)[0] * average).sum(-1)
-        if abs(found["integrated gradients"].sum().item() - change) <= 1e-3 * abs(change):
-            break
-
-    # How far each hidden state, half way up, points to where the score rises: the gradient there, on average
-    # over the tokens. Less than 0 is 0 (Selvaraju et al. 2017).
-    half = len(states) // 2
-    state = states[half][:1]
-    found["Grad-CAM"] = (state * slope(state, half).mean(1, keepdim=True)).sum(-1)[0].clamp(min=0)
-
-    # A linear model of the score by which tokens are there, fitted to copies with few or many of them
-    # neutral; the nearer to the whole text, the more a copy counts (Ribeiro et al. 2016).
-    rand = partial(torch.rand, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    there = (rand(samples, idx.size(1)) >= rand(samples, 1)).double()  # (n, T); any number of them as often
-    with torch.no_grad():
-        scores = torch.cat([score_from(part) for part in blends(there)]).cpu().double()
-    nearness = torch.exp(-(1 - there.mean(1, keepdim=True).sqrt()) ** 2 / 0.25 ** 2)  # (n, 1)
-    columns = F.pad(there, (0, 1), value=1.0)  # and a constant
-    fit = torch.linalg.lstsq(nearness.sqrt() * columns, nearness.sqrt() * scores.unsqueeze(1))
-    found["LIME"] = fit.solution[:-1, 0]
-    return {method: values.cpu().double() for method, values in found.items()}, change
-
-
-def rank_agreement(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Spearman's: 1 where both put the tokens in the same order, -1 in the opposite; 0 where one has none."""
-    ranks = [torch.sign(v.unsqueeze(1) - v).sum(1) for v in (a, b)]  # how many are below, less those above
-    return F.cosine_similarity(*ranks, dim=0).item()
-
-
 def habit(weights: torch.Tensor, ids: torch.Tensor) -> str:
-    """Where most of a head's attention, (T, T), goes on this text, and how much; empty where unclear."""
+    """Where most of a head's attention, (T, T), goes on this text, and how much; empty if unclear."""
     T = len(ids)
     itself, same = torch.eye(T), (ids.unsqueeze(1) == ids).float().fill_diagonal_(0)
     habits = {"itself": itself, "first token": itself[:1].expand(T, T), "same token": same,
@@ -171,142 +257,92 @@ def guesses(model: Transformer, idx: torch.Tensor, mask: Optional[int], name: Ca
     guesses each token, masked.
     """
     causal, ids = model.config.causal, idx[0].tolist()
-    found = [{"token": name(ids[0]), "best": [], "lens": []}] if causal else []
-    for i, token in enumerate([*ids[1:], None] if causal else [None if t == mask else t for t in ids]):
+    found, truths = [], [None if token == mask else token for token in ids]
+    if causal:
+        found, truths = [{"token": name(ids[0]), "best": [], "lens": []}], [*ids[1:], None]
+
+    def named(probs, tokens):
+        return [[name(token), p] for token, p in zip(tokens.tolist(), probs.tolist())]
+
+    for i, token in enumerate(truths):
         if i == 0 or not causal:
             with watched(model) as states:
                 model.hidden(idx if causal else idx.index_fill(1, torch.tensor([i]).to(idx.device), mask))
         at_i = torch.stack([state[0, i] for state in states])  # (L + 1, C)
         probs = model.logits(model.norm_f(at_i)).softmax(-1)  # (L + 1, V)
-        row = {key: [[name(t), p] for p, t in zip(values.tolist(), tokens.tolist())]
-               for key, (values, tokens) in (("best", probs[-1].topk(6)), ("lens", probs.max(-1)))}
-        row["token"] = "?" if token is None else name(token)
+        row = {"token": "?", "best": named(*probs[-1].topk(6)), "lens": named(*probs.max(-1))}
         if token is not None:
             p = probs[-1, token]
-            row |= {"p": p.item(), "rank": int((probs[-1] > p).sum()) + 1, "bits": -p.log2().item()}
+            rank = int((probs[-1] > p).sum()) + 1
+            row |= {"token": name(token), "p": p.item(), "rank": rank, "bits": -p.log2().item()}
         found.append(row)
     return found
 
 
-# What is to be explained: a text's token ids, (1, T); a score of it; whose score that is, and more about it;
-# the token that stands for none.
-
-@torch.no_grad()
-def of_a_token(model: Transformer, tokenizer, text: str, target: str) -> tuple:
-    """A language model's logit of a token behind the text, or in its gap: of target, else the likeliest."""
-    ids, most = tokenizer.encode(text, specials=True), min(LONGEST, model.config.block_size)
-    if model.config.causal:
-        if len(ids) > most:
-            print(f"(the last {most} of the text's {len(ids)} tokens)")
-        ids, at, neutral = ids[-most:] or [tokenizer.eot], -1, tokenizer.eot
-    else:
-        ids, _ = tokenizer.wrap(ids)
-        if tokenizer.mask not in ids or len(ids) > most:
-            raise UserError("--start: a masked model fills a gap: write its mask token there, <|mask|> or "
-                            f"[MASK] for instance, in {most} tokens at most (here are {len(ids)})")
-        at, neutral = ids.index(tokenizer.mask), tokenizer.mask
-    idx = torch.tensor([ids], device=model.wte.weight.device)
-
-    def logits(ids):  # (B, T) -> (B, V)
-        return model.logits(model.hidden(ids)[:, at])
-
-    probs = logits(idx)[0].softmax(-1)
-    k, *more = tokenizer.encode(target, specials=True) or [probs[:tokenizer.vocab_size].argmax().item()]
-    if more:
-        raise SettingError(f"--target={target}: one token is wanted; these are {1 + len(more)}, of which the "
-                           f"first is {shown(tokenizer, k)!r}")
-    facts = f"probability {probs[k].item():.1%}"
-    return idx, lambda ids: logits(ids)[:, k], shown(tokenizer, k), facts, neutral
-
-
-@torch.no_grad()
-def of_a_task(tuned: Tuned, task: Task, text: str, pair: str, target: str) -> tuple:
-    """A fine-tuned model's score of a class or a number, or of an answer's first and last token together."""
-    kind, paired, tokenizer = task.head["task"], task.head["paired"], task.tokenizer
-    if kind == "tag" or task.head["apart"]:
-        raise UserError("--out_dir: a model that tags words, or reads two texts apart, is not explained")
-    if bool(pair) != paired:
-        raise SettingError(f"--pair={pair}: the model reads {'two texts' if paired else 'one text'}")
-    if target and (kind != "classify" or target not in task.number):
-        raise SettingError(f"--target={target}: must be a class, one of {', '.join(task.labels)}")
-    row, found = Row("--start", text, pair or None), []
-    for example in task.examples([row]):  # several are windows of a long context
-        idx, segments = (torch.tensor([part], device=tuned.head.weight.device) for part in example.parts[0])
-        out = tuned(idx, None, segments)[0]  # (K,); of an answer's ends (T, 2)
-        if kind == "qa":
-            firsts, lasts = out[example.places].cpu().T  # (n,) each, of the context's tokens
-            fine = torch.ones(len(firsts), len(firsts), dtype=torch.bool).triu().tril(task.longest - 1)
-            spans = (firsts.unsqueeze(1) + lasts).masked_fill(~fine, -math.inf)
-            first, last = example.places[list(divmod(spans.argmax().item(), len(firsts)))].tolist()
-            what, columns = tokenizer.decode(idx[0, first:last + 1].tolist()), [2 * first, 2 * last + 1]
-        else:
-            k = task.number[target] if target else out.argmax().item()
-            what, columns = task.labels[k], [k]
-        found.append((out.flatten()[columns].sum().item(), what, columns, idx, segments))
-    _, what, columns, idx, segments = max(found, key=lambda one: one[0])
-
-    def score(ids):
-        return tuned(ids, None, segments.expand(len(ids), -1)).flatten(1)[:, columns].sum(1)
-
-    header, (cells,) = task.table([row], predict(tuned, task, [row]))
-    facts = ", ".join(f"{name} {cell}" for name, cell in zip(header, cells)
-                      if name in ("prediction", "score", f"prob_{what}"))
-    if "linear" in task.head:
-        facts += f" with the linear model; explained is the Transformer, {task.head['share']:.0%} of it"
-    return idx, score, what.strip(), facts, tokenizer.pad if tokenizer.mask is None else tokenizer.mask
-
+# -----------------------------------------------------------------------------
 
 def main():
-    if samples < 1:
-        raise SettingError(f"--samples={samples}: must be at least 1")
-    checkpoint, where, text = read_run(out_dir), pick_device(device), read_prompt(start)
-    speaks = checkpoint is None or checkpoint.get("head", {"task": "lm"})["task"] == "lm"
-    if speaks:
-        model, tokenizer = build(out_dir, checkpoint, where, torch.float32)
-        if model.head is None:
-            raise UserError(f"{out_dir}: an encoder without a head for tokens predicts nothing to explain")
-        idx, score, what, facts, neutral = of_a_token(model, tokenizer, text, target)
+    model, tokenizer = load(out_dir, pick_device(device))
+    body = getattr(model, "body", model)
+    speaks = body is model or model.task.writes
+    text = read_prompt(start)
+    if not speaks:
+        case = of_a_task(model, text, pair, target)
+    elif body.head is None:
+        raise UserError(f"{out_dir}: an encoder without a head for tokens predicts nothing to explain")
     else:
-        tuned, task = task_of(checkpoint, where)
-        model, tokenizer = tuned.body, task.tokenizer
-        idx, score, what, facts, neutral = of_a_task(tuned, task, text, pair, target)
-    methods, change = attributions(model, score, idx, neutral, samples, seed)
-    with torch.no_grad(), AttentionMaps() as maps:
-        value = score(idx).item()
-    name, total = partial(shown, tokenizer), methods["integrated gradients"].sum().item()
-    tokens = [name(i) for i in idx[0].tolist()]
-    said = guesses(model, idx, tokenizer.mask, name) if speaks else []
-    found = {
-        "title": f"{out_dir}: {len(model.blocks)} layers, {model.config.n_head} heads",
-        "summary": f"output {value:.3f}, {facts}; {change:+.4f} against a text of {name(neutral)} alone; "
-                   f"integrated gradients add up to {total:+.4f}, "
-                   f"{abs(total - change) / max(abs(change), 1e-9):.2%} off",
-        "token": what, "tokens": tokens, "said": said,
-        "methods": {method: values.tolist() for method, values in methods.items()},
-        "agreement": [[rank_agreement(a, b) for b in methods.values()] for a in methods.values()],
-        "heads": [[{"habit": habit(head, idx[0].cpu()),
-                    "weights": base64.b64encode((head * 255).round().byte().numpy().tobytes()).decode()}
-                   for head in layer[0].cpu()] for layer in maps.layers]}
+        case = of_a_token(body, tokenizer, text, target)
+    found = look_inside(body, tokenizer, case, speaks)
+    print_short(found)
+    folder = newest_run(Path(out_dir))
+    file = (folder if folder.is_dir() else Path()) / "explain.html"
+    data = json.dumps(found, ensure_ascii=False).replace("<", "\\u003c")  # no token ends the script
+    write_text(file, PAGE.replace("DATA", data))
+    print(f"\n{file}: all of it, for a browser")
 
-    # The short form, and the page.
+
+def look_inside(model: Transformer, tokenizer, case: Case, speaks: bool) -> dict:
+    """All that the page shows: plain values."""
+    idx, name = case.idx, partial(shown, tokenizer)
+    methods, change = attributions(model, case.score, idx, case.neutral, samples, seed)
+    with torch.no_grad(), AttentionMaps() as maps:
+        value = case.score(idx).item()
+    total = methods["integrated gradients"].sum().item()
+    agreement = [[rank_agreement(a, b) for b in methods.values()] for a in methods.values()]
+    heads = []
+    for layer in maps.layers:  # (1, H, T, T) each
+        heads.append([])
+        for head in layer[0].cpu():
+            weights = base64.b64encode((head * 255).round().byte().numpy().tobytes()).decode()
+            heads[-1].append({"habit": habit(head, idx[0].cpu()), "weights": weights})
+    return {
+        "title": f"{out_dir}: {len(model.blocks)} layers, {model.config.n_head} heads",
+        "summary": f"output {value:.3f}, {case.facts}; {change:+.4f} against a text of {name(case.neutral)} "
+                   f"alone; integrated gradients add up to {total:+.4f}, "
+                   f"{abs(total - change) / max(abs(change), 1e-9):.2%} off",
+        "token": case.answer, "tokens": [name(i) for i in idx[0].tolist()],
+        "said": guesses(model, idx, tokenizer.mask, name) if speaks else [],
+        "methods": {method: values.tolist() for method, values in methods.items()},
+        "agreement": agreement, "heads": heads}
+
+
+def print_short(found: dict) -> None:
+    """What of it fits a terminal."""
+    tokens, methods = found["tokens"], found["methods"]
     wide = max(map(len, tokens))
     print(f"{found['title']}\n\n{'token':>{wide}}     bits   rank  " + "  ".join(methods))
-    for token, row, *values in zip(tokens, said or [{}] * len(tokens), *methods.values()):
-        cells = [f"{row['bits']:7.2f} {row['rank']:6}" if "bits" in row else " " * 14,
-                 *(f"{value:{len(method)}.3f}" for method, value in zip(methods, values))]
+    for i, token in enumerate(tokens):
+        said = found["said"][i] if found["said"] else {}
+        cells = [f"{said['bits']:7.2f} {said['rank']:6}" if "bits" in said else " " * 14]
+        cells += [f"{values[i]:{len(method)}.3f}" for method, values in methods.items()]
         print(f"{token:>{wide}}", *cells, sep="  ")
-    print(f"\nexplained: {what!r}, {found['summary']}\n\nrank agreement (Spearman)")
+    print(f"\nexplained: {found['token']!r}, {found['summary']}\n\nrank agreement (Spearman)")
     for method, row in zip(methods, found["agreement"]):
         print(f"{method:>22}" + "".join(f"{value:7.2f}" for value in row))
     print("\nwhat heads do on this text")
     for n, layer in enumerate(found["heads"]):
         habits = [f"head {h}: {head['habit']}" for h, head in enumerate(layer) if head["habit"]]
         print(f"layer {n:2}  {',  '.join(habits) or '-'}")
-    folder = newest_run(Path(out_dir))
-    file = (folder if folder.is_dir() else Path()) / "explain.html"
-    data = json.dumps(found, ensure_ascii=False).replace("<", "\\u003c")  # no token ends the script
-    write_text(file, PAGE.replace("DATA", data))
-    print(f"\n{file}: all of it, for a browser")
 
 
 PAGE = """<!doctype html>

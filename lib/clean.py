@@ -1,0 +1,205 @@
+"""
+What is done to a text before it is learned from: rules, personal data, copies.
+
+Nothing here knows of tokens: it serves for any text.
+"""
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+import struct
+import time
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from lib.text import note
+
+MIX = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9  # odd numbers whose multiples mix the bits of a hash
+K, NONE = 64, 2**32 - 1  # values in the sketch of a document; fills it up where it has fewer
+
+
+# -----------------------------------------------------------------------------
+# Clean
+
+RULES = {  # in this order: what to find, what to put there
+    "line_ends": [(re.compile(r"\r\n?"), "\n")],
+    "control_chars": [(re.compile("[\0-\x08\x0b\x0e-\x1f\x7f-\x9f\ufeff\ufffe\uffff]"), "")],
+    "html": [(re.compile(r"(?is)<!--.*?-->|<(script|style)\b.*?</\1\s*>"), ""),
+             (re.compile(r"(?i)</?(?:p|br|div|li|ul|ol|tr|table|h[1-6]|section|article)\b[^<>]*>"), "\n"),
+             (re.compile(r"</?[a-zA-Z][^<>]*>|<![a-zA-Z][^<>]*>"), "")],
+    "repeated_lines": [(re.compile(r"(?m)^(.+)$(?:\n\1$)+"), r"\1")],
+    "scrub_pii": [
+        (re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?-----END [A-Z ]*PRIVATE KEY-----"
+                    r"|\b(?:sk-|ghp_|gho_|github_pat_|glpat-|hf_|xox[abprs]-|AKIA|AIza)[\w-]{16,}"
+                    r"|\beyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{10,}", re.DOTALL), "[KEY]"),
+        (re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@[\w-]+(?:\.[\w-]+)+"), "[EMAIL]"),
+        (re.compile(r"(?<![\w.])(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)(?![\w.]*\d)"
+                    r"|(?<![\w:])(?:[0-9a-fA-F]{1,4}:){7}[0-9a-fA-F]{1,4}(?![\w:])"
+                    r"|(?<![\w:])(?=[a-f:]*\d)(?:[0-9a-fA-F]{1,4}:){1,6}(?::[0-9a-fA-F]{1,4}){1,6}(?![\w:])"),
+         "[IP]"),
+        (re.compile(r"(?<![\w.+-])(?:\+\d{1,3}[ .-]?)?(?:\(\d{2,4}\)|\d{2,4})[ .-]?\d{3,4}[ .-]\d{3,4}"
+                    r"(?![\w-])|(?<![\w.])\+\d{9,14}(?!\w)|(?<!\d)1[3-9]\d{9}(?!\d)"), "[PHONE]")],
+}
+
+
+def clean(text: str, rules: list[str], title: str, found: dict) -> tuple[str, dict[str, int]]:
+    """The text by these rules, and how often each was applied. found: keeps the first place as an example."""
+    touched = {}
+    for rule in rules:
+        before, times = text, 0
+        if rule == "nfc":
+            text = text if text.isascii() else unicodedata.normalize("NFC", text)
+            times = int(text != before)
+        else:
+            for pattern, replacement in RULES[rule]:
+                text, n = pattern.subn(replacement, text)
+                times += n
+        if times:
+            touched[rule] = times
+            if rule not in found:
+                at = next((i for i, (a, b) in enumerate(zip(before, text)) if a != b), 0)
+                if "scrub_pii" in rules:  # meta.json is no place for what is to be scrubbed
+                    before = text if rule == "scrub_pii" else ""
+                note(found, rule, f"{title}: {before[max(at - 30, 0):at + 30]!r}", documents=0)
+    return text, touched
+
+
+# -----------------------------------------------------------------------------
+# The spool and its index
+
+# Of each document: where it is (in bytes), its characters, and a hash of it that stands for it; and its
+# sketch, if near copies are looked for.
+INDEX = [("start", "<i8"), ("size", "<i8"), ("chars", "<i8"), ("hash", ">u8")]
+
+
+def collect(docs: Iterator[tuple[str, str]], spool: Path, rules: list[str], min_chars: int, min_text: float,
+            sketches: bool, found: dict) -> np.ndarray:
+    """The first pass: clean the documents, write them one behind the other, and return the index.
+
+    found: counts, as in note().
+    """
+    tick, rows, n_read = Progress("reading"), bytearray(), 0
+
+    def which(block):  # document it belongs to
+        nonlocal n_read
+        n_read += block[0] != ""
+        return n_read
+
+    with open(spool, "wb") as f:
+        for _, parts in itertools.groupby(docs, which):
+            start, chars, plain, times = f.tell(), 0, 0, Counter()
+            sha, low = hashlib.sha256(), np.zeros(0, "<u4")
+            title = head = ""
+            for name, text in parts:
+                title = title or name
+                text, touched = clean(text, rules, title, found)
+                times.update(touched)
+                head = head or text[:60]
+                data = text.encode("utf-8", "replace")
+                f.write(data)
+                sha.update(data)
+                chars += len(text)
+                if min_text:
+                    plain += len(text) - len(re.findall(r"[^\w\s]", text))
+                if sketches:
+                    low = sketch(data, low)
+                tick(len(data))
+            note(found, "read", title)
+            for rule, n in times.items():
+                note(found, rule, "", n)
+            if chars < min_chars:  # it stays in the spool, but not in the index
+                note(found, "too_short", f"{title}: {head!r}")
+            elif plain < min_text * chars:
+                note(found, "mostly_not_text", f"{title}: {head!r}")
+            else:
+                rows += struct.pack("<qqq", start, f.tell() - start, chars) + sha.digest()[:8]
+                if sketches:
+                    rows += np.append(low, np.full(K - len(low), NONE, "<u4")).tobytes()
+    return np.frombuffer(bytes(rows), INDEX + [("sketch", "<u4", (K,))] * sketches)
+
+
+# -----------------------------------------------------------------------------
+# Near copies
+
+def sketch(data: bytes, low: np.ndarray) -> np.ndarray:
+    """The K smallest hashes of the text's shingles (any 12 bytes in a row), those in `low` among them.
+
+    Two documents' share of common shingles is that among the K smallest of both (Broder 1997), +-0.05 or so.
+    """
+    n = len(data) - 11
+    if n < 1:
+        return low
+    first = np.ndarray((n,), "<u8", data, 0, (1,))  # the 8 bytes from each on
+    last = np.ndarray((n,), "<u8", data, 4, (1,))
+    shingles = first * np.uint64(MIX[0]) + last
+    shingles ^= shingles >> np.uint64(29)
+    hashes = (shingles * np.uint64(MIX[1]) >> np.uint64(32)).astype("<u4")
+    few = np.unique(hashes[hashes < 2**32 * min(4 * K / n, 1)])
+    lowest = few if len(few) >= K else np.unique(hashes)  # if much comes again and again
+    return np.union1d(low, lowest)[:K] if len(low) else lowest[:K]
+
+
+def near_copies(sketches: np.ndarray, split: np.ndarray, threshold: float) -> np.ndarray:
+    """Which documents to drop, (N,) bool, so that no two are left that share `threshold` of their shingles.
+
+    Of two, the one in train (split 0) goes before that in val (1), and that before the one in test (2): what
+    is tested on is not to be seen in training; within a split the later one goes.
+    """
+    n = len(sketches)
+    rank = np.array([2, 1, 0])[split] * n + np.arange(n)  # the higher goes
+    drop = np.zeros(n, bool)
+    pairs = candidates(sketches)
+    for i in range(0, len(pairs), 2**13):
+        a, b = np.divmod(pairs[i:i + 2**13], n)
+        both = np.sort(np.concatenate((sketches[a], sketches[b]), axis=1), axis=1)
+        new = np.diff(both, axis=1, prepend=np.uint32(NONE)) != 0
+        nth = np.cumsum(new & (both != NONE), axis=1)  # of the union's values
+        common = (~new & (both != NONE) & (nth <= K)).sum(axis=1)
+        near = (common >= threshold * np.minimum(nth[:, -1], K)) & (a != b)
+        drop[np.where(rank[a] > rank[b], a, b)[near]] = True
+    return drop
+
+
+def candidates(sketches: np.ndarray) -> np.ndarray:
+    """Pairs of documents to compare, each as a * N + b, (pairs,) int64.
+
+    They have three neighbours in common among the 32 lowest values: at a share of 0.7, 99.9% of pairs have.
+    Takes about 1 kB a document.
+    """
+    n = len(sketches)
+    low = sketches[:, :32].astype(np.uint64)
+    real = low[:, 2:] != NONE
+    keys = low[:, :-2] * np.uint64(MIX[0]) + low[:, 1:-1] * np.uint64(MIX[1]) + low[:, 2:]
+    keys = (keys * np.uint64(MIX[0]) >> np.uint64(32)).astype(np.uint32)[real]
+    order = np.argsort(keys, kind="stable")
+    keys, documents = keys[order], np.repeat(np.arange(n), real.sum(axis=1))[order]
+    pairs = np.zeros(0, np.int64)
+    for back in range(1, 5):  # with a few before it, and not all: some passages are in every document
+        same = np.flatnonzero(keys[back:] == keys[:-back])
+        pairs = np.union1d(pairs, documents[same] * n + documents[same + back])
+    return pairs
+
+
+# -----------------------------------------------------------------------------
+
+class Progress:
+    """Prints, every few seconds, how far it is: MB, MB a second, and the time left if the end is known."""
+
+    def __init__(self, what: str, total: int = 0):
+        self.what, self.total = what, total
+        self.done, self.next = 0, 5
+        self.start = time.monotonic()
+
+    def __call__(self, n_bytes: int):
+        self.done += n_bytes
+        seconds = time.monotonic() - self.start
+        if seconds > self.next:
+            self.next = seconds + 5
+            rate = self.done / seconds
+            left = f", {max(self.total - self.done, 0) / rate:,.0f} s left" if self.total else ""
+            print(f"{self.what}: {self.done / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s{left}", flush=True)

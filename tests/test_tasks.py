@@ -1,0 +1,214 @@
+"""Tasks: what becomes of rows, what is minimised, what the outputs mean."""
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from config import SettingError, UserError
+from lib.tasks import LM, TASKS, Answer, Classify, Regress, Tag
+from lib.text import Row
+from lib.tokenizer import make_tokenizer
+
+PLAIN = {"max_length": 64, "paired": False, "apart": False}
+BYTES = make_tokenizer("bytes", [], 0)
+CLASSES = {**PLAIN, "labels": ["a", "b", "c"]}
+
+
+def contexts(n):
+    """Questions on contexts, several of them longer than 64 tokens."""
+    rng, rows = np.random.default_rng(0), []
+    for i in range(n):
+        names = [f"n{j}" for j in rng.permutation(30)[:rng.integers(2, 25)]]
+        context = " ".join(f"{name} has {rng.integers(100)}." for name in names)
+        name = names[rng.integers(len(names))]
+        begin = context.index(f"{name} has ") + len(f"{name} has ")
+        answer = context[begin:context.index(".", begin)]
+        rows.append(Row("", f"what has {name}?", context, [(answer, begin)], f"article {i % 20}"))
+    return rows
+
+
+WEIGHT = torch.tensor([0.5, 1.0, 3.0])
+LOSSES = {  # the task, outputs, targets, weight, label smoothing, and torch's mean
+    "class": (Classify(CLASSES, None), (9, 3), torch.arange(9) % 3, None, 0.0, F.cross_entropy),
+    "smoothed": (Classify(CLASSES, None), (9, 3), torch.arange(9) % 3, None, 0.1,
+                 lambda out, y: F.cross_entropy(out, y, label_smoothing=0.1)),
+    "weighted": (Classify(CLASSES, None), (9, 3), torch.arange(9) % 3, WEIGHT, 0.1,
+                 lambda out, y: F.cross_entropy(out, y, WEIGHT, label_smoothing=0.1)),
+    "labels": (Classify({**CLASSES, "several": True}, None), (9, 3),
+               (torch.arange(27).view(9, 3) % 2).float(), WEIGHT, 0.0,
+               lambda out, y: F.binary_cross_entropy_with_logits(out, y, pos_weight=WEIGHT)),
+    "number": (Regress({**PLAIN, "labels": ["number"]}, None), (9, 1), torch.arange(9.0), None, 0.0,
+               lambda out, y: F.mse_loss(out[:, 0], y)),
+    "answer": (Answer({**PLAIN, "labels": ["first", "last"]}, None), (9, 20, 2),
+               torch.arange(18).view(9, 2), None, 0.0, F.cross_entropy),
+    "tokens": (LM({**PLAIN, "labels": []}, None), (9, 50), torch.arange(9), None, 0.0, F.cross_entropy)}
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_sums_of_the_loss_over_parts_of_a_batch_are_its_mean(kind):
+    task, shape, target, weight, smoothing, mean = LOSSES[kind]
+    out = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    whole, parts = out.clone().requires_grad_(), out.clone().requires_grad_()
+    mean(whole, target).backward()
+    count = sum(task.count(y, weight) for y in target.split(4))
+    total = sum(task.loss(x, y, weight, smoothing) for x, y in zip(parts.split(4), target.split(4))) / count
+    total.backward()
+    torch.testing.assert_close(total, mean(out, target))
+    torch.testing.assert_close(parts.grad, whole.grad)
+    if kind in ("class", "number", "answer", "tokens"):  # one batch: bit for bit
+        once = task.loss(out, target, weight, smoothing) / task.count(target, weight)
+        assert torch.equal(once, mean(out, target))
+
+
+def test_splits_are_alike_in_labels_and_keep_together_what_belongs_together():
+    rows = [Row("", f"t{i // 2}", None, "rare" if i < 40 else "often") for i in range(400)]
+    part = Classify.split(rows, 10, 0)
+    assert np.bincount(part).tolist() == [40] * 10
+    assert np.bincount(part[:40], minlength=10).tolist() == [4] * 10  # the rare ones
+    assert (part[::2] == part[1::2]).all()
+    part = Answer.split(contexts(100), 10, 0)
+    assert all(len(set(part[i::20])) == 1 for i in range(20))
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_of_two_texts_the_longer_is_cut_first(apart):
+    task = Classify({**CLASSES, "paired": True, "apart": apart}, BYTES)
+    for a, b in ((5, 7), (100, 7), (7, 100), (100, 100), (0, 100), (31, 31)):
+        example, = task.examples([Row("", "x" * a, "y" * b)])
+        ids = [i for part, _ in example.parts for i in part]
+        x, y = ids.count(ord("x")), ids.count(ord("y"))
+        assert all(len(part) <= 64 for part, _ in example.parts)
+        if apart:
+            assert (x, y) == (min(a, 63), min(b, 63))
+        else:
+            assert x + y == min(a + b, 62)
+            assert x >= min(a, 31) and y >= min(b, 31)
+    assert sum(task.notes.values()) == (5 if apart else 4)
+    with pytest.raises(UserError, match="^a.csv:7: two texts are wanted"):
+        task.examples([Row("a.csv:7", "x")])
+
+
+def test_predictions_are_told_as_the_file_has_them():
+    rows, probs = [Row("", "x", None, "a"), Row("", "y", "z", "b")], np.array([0.7, 0.2, 0.1])
+    header, lines = Classify(CLASSES, None).table(rows[:1], [probs])
+    assert header == ["text", "label", "prediction", "prob_a", "prob_b", "prob_c"]
+    assert lines == [["x", "a", "a", "0.700000", "0.200000", "0.100000"]]
+    several = Classify({**CLASSES, "several": True}, None)
+    assert several.said(np.array([0.7, 0.6, 0.1]))["prediction"] == ["a", "b"]
+    assert several.table(rows[1:], [probs])[1] == [["y", "z", "b", "a", "0.700000", "0.200000", "0.100000"]]
+    number = Regress({**PLAIN, "labels": ["number"], "mean": 3.0, "std": 2.0}, None)
+    answer, = number.answers(rows[:1], [], [np.array([0.5])])
+    assert number.said(answer) == {"prediction": 4.0} and number.target(Row("", "", label="4")) == 0.5
+    tag = Tag({**PLAIN, "labels": ["B", "O"]}, None)
+    row = tag.row("", "Rome is")
+    assert tag.said((["B", "O"], None)) == {"prediction": ["B", "O"]}
+    assert tag.table([row], [(["B", "O"], None)])[1] == [["", "Rome", "", "B"], ["", "is", "", "O"]]
+
+
+def test_answers_are_scored_only_if_their_labels_were_learned():
+    task = Classify(CLASSES, None)
+    assert task.is_labelled([Row("", "x", label="a"), Row("", "y", label="c")])
+    for label in ("d", "", None, ["a"]):
+        assert not task.is_labelled([Row("", "x", label="a"), Row("", "y", label=label)])
+
+
+def test_what_is_explained_is_the_likeliest_class_or_the_one_asked_for():
+    task, out = Classify(CLASSES, None), np.array([0.1, 0.9, 0.3])
+    assert task.explained(None, None, out, "") == ("b", 0, [1])
+    assert task.explained(None, None, out, "c") == ("c", 0, [2])
+    with pytest.raises(SettingError, match="--target=d: must be a class, one of a, b, c"):
+        task.explained(None, None, out, "d")
+    for task in (Classify({**CLASSES, "apart": True}, None), Tag(CLASSES, None)):
+        with pytest.raises(UserError, match="explain"):
+            task.explained(None, None, out, "")
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_answers_are_exact_and_in_some_window(kind):
+    rows = contexts(40)
+    tokenizer = make_tokenizer(kind, [row.pair for row in rows], 300)
+    task = Answer({**PLAIN, "labels": ["first", "last"], "no_answer": False}, tokenizer)
+    examples, answered = task.examples(rows), set()
+    assert len(examples) > len(rows) and max(len(one.parts[0][0]) for one in examples) <= 64
+    for example in examples:
+        row = rows[example.row]
+        # outputs that point at the target give the answer, and only what stands in the context
+        out = np.full((len(example.parts[0][0]), 2), -1.0, dtype=np.float32)
+        out[example.target, [0, 1]] = 5
+        (text, p), = task.answers([row], [example._replace(row=0)], [out])
+        read = np.array(example.parts[0][0])[example.places]
+        assert text in row.pair and tokenizer.decode(read) in row.pair
+        if example.target.any():
+            gold = row.label[0][0]
+            assert gold in text and len(text) <= len(gold) + 3 and p > 0.5  # whole tokens
+            assert task.explained(row, example, out, "") == (text, 0, [2 * example.target[0],
+                                                                       2 * example.target[1] + 1])
+            answered.add(example.row)
+    assert answered == set(range(40))
+
+
+def test_the_best_answer_is_the_best_of_all_spans_that_are_not_too_long():
+    task, row = Answer({**PLAIN, "max_length": 128, "labels": ["first", "last"]}, BYTES), contexts(1)[0]
+    row.pair = row.pair[:70]
+    example, = task.examples([row])
+    for seed in range(5):
+        out = np.random.default_rng(seed).normal(size=(len(example.parts[0][0]), 2)).astype(np.float32)
+        best = max((out[a, 0] + out[b, 1], a, b) for a in example.places for b in example.places
+                   if a <= b < a + task.longest)
+        score, text, ends = task.best_span(row, example, out)
+        assert score == best[0] and tuple(ends) == best[1:]
+        assert text == BYTES.decode(example.parts[0][0][ends[0]:ends[1] + 1]).strip()
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_each_word_has_its_tag_in_some_window(kind):
+    rng, rows = np.random.default_rng(0), []
+    for n in (120, 1, 0, 7):  # the first is longer than the model
+        words = [("Rome", f"w{rng.integers(20)}é")[rng.integers(2)] for _ in range(n)]
+        rows.append(Row("", " ".join(words), label=[f"B-{word[0]}" for word in words], words=words))
+    tokenizer = make_tokenizer(kind, [row.text for row in rows], 300)
+    task = Tag({**PLAIN, "labels": Tag.learn(rows, None)["labels"]}, tokenizer)
+    examples = task.examples(rows)
+    assert len(examples) > len(rows)
+    for example in examples:
+        ids, words = example.parts[0][0], rows[example.row].words
+        for place, w in zip(example.places, example.spans):
+            assert words[w].startswith(tokenizer.decode(ids[place:place + 1]).strip() or "?")
+    answers = task.answers(rows, examples, [np.eye(2, dtype=np.float32)[one.target] for one in examples])
+    assert [tags for tags, _ in answers] == [row.label for row in rows]
+    scores = task.scores(*task.arrays(rows, answers))
+    assert scores["f1"] == 1 and scores["loss"] == pytest.approx(np.log(1 + np.exp(-1)))
+
+
+def test_empty_contexts_have_empty_answers():
+    task = Answer({**PLAIN, "labels": ["first", "last"], "no_answer": True}, BYTES)
+    rows = [Row("", "?", ""), Row("", "?", "a b")]
+    examples = task.examples(rows)
+    outputs = [np.zeros((len(one.parts[0][0]), 2), dtype=np.float32) for one in examples]
+    assert task.answers(rows, examples, outputs)[0] == ("", pytest.approx(0))
+
+
+def test_loss_is_on_the_response_alone_and_on_each_token_of_a_text():
+    head = {**PLAIN, "labels": [], "instruct": True}
+    example, = LM(head, BYTES).examples([Row("", "Say", None, "yes")])
+    assert BYTES.decode(example.target[:-1]) == "yes" and example.target[-1] == BYTES.eot
+    ids = np.array(example.parts[0][0])
+    assert BYTES.decode(ids[example.places[1:]]) == "yes"  # seen before the next is guessed
+    examples = LM({**head, "instruct": False}, BYTES).examples([Row("", "x" * 200)])
+    assert sum(len(one.target) for one in examples) == 200  # all but the first, and the end
+    assert max(len(one.parts[0][0]) for one in examples) == 64
+
+
+def test_classes_that_are_rare_weigh_as_much_as_frequent_ones():
+    rows = [Row("", "", label=label) for label in "aaaabbc"]
+    weight = Classify(CLASSES, None).class_weight(rows)
+    assert (weight * torch.tensor([4, 2, 1])).tolist() == pytest.approx([7 / 3] * 3)
+    weight = Classify({**CLASSES, "several": True}, None).class_weight(rows)
+    assert weight.tolist() == pytest.approx([3 / 4, 5 / 2, 6])
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_says_in_one_way_what_its_outputs_are_of(name):
+    task = TASKS[name]
+    assert task.of_texts + task.by_token <= 1 and task.writes <= task.by_token
+    assert task.metric in task.metrics

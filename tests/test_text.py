@@ -1,0 +1,302 @@
+"""From any file to texts: labelled rows and documents."""
+import bz2
+import csv
+import functools
+import gzip
+import hashlib
+import http.server
+import io
+import json
+import lzma
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from config import UserError
+from lib import text as text_file
+from lib.text import (
+    as_csv,
+    documents,
+    locked,
+    python_packages,
+    read_conll,
+    read_paragraphs,
+    read_rows,
+    read_squad,
+    split_rows,
+    standard_library,
+)
+from tests.helpers import CHINESE, MIXED, ROOT, words, write_rows
+
+COLUMNS = dict.fromkeys(("text", "pair", "label", "group"), "")
+PAGES = [f"Page {i}: " + " ".join(words(30, i)) for i in range(80)]
+
+
+def rows_of(path, labelled=True, lists=(), optional=(), **columns):
+    return read_rows(str(path), {**COLUMNS, **columns}, labelled, lists, optional)
+
+
+def texts_of(path, **settings):
+    return [text for _, text in documents(str(path), **settings)]
+
+
+def write_pages(folder, suffix: str):
+    """PAGES in one file of this kind, each with what is special in it at its end. Returns both."""
+    kind, _, packed = suffix.partition(".")
+    end = '"' if kind == "tsv" else "\r\n\u2028"
+    out = io.StringIO()
+    if "json" in kind:
+        objects = [json.dumps({"mood": i, "body": page + end}) for i, page in enumerate(PAGES)]
+        out.write("\n".join(objects) if kind == "jsonl" else f"[{', '.join(objects)}]")
+    else:
+        rows = [["mood", "body"], *([i, page + end] for i, page in enumerate(PAGES))]
+        if kind == "csv":
+            csv.writer(out).writerows(rows)
+        else:
+            out.writelines("\t".join(map(str, row)) + "\n" for row in rows)
+    data = out.getvalue().encode()
+    path = folder / f"pages.{suffix}"
+    path.write_bytes({"gz": gzip, "bz2": bz2, "xz": lzma}[packed].compress(data) if packed else data)
+    return path, [page + end for page in PAGES]
+
+
+@pytest.mark.parametrize("block", [50, 2**22])
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv", "jsonl.gz", "json.xz", "csv.bz2", "tsv.xz"])
+def test_one_reader_of_records_has_two_doors(tmp_path, monkeypatch, suffix, block):
+    monkeypatch.setattr(text_file, "BLOCK", block)
+    path, expected = write_pages(tmp_path, suffix)
+    assert texts_of(path, text_key="body") == expected
+    rows = rows_of(path, text="body", label="mood")
+    assert [(row.text, row.label) for row in rows] == [(text, str(i)) for i, text in enumerate(expected)]
+    if "json" not in suffix:  # by number the header is a document like the others
+        assert texts_of(path, text_key="1") == ["body", *expected]
+
+
+GOOD = "text,label\n" + "".join(f"a{i},x\nb{i},y\n" for i in range(30))
+lists = functools.partial(rows_of, lists=("text", "label"))
+answers = functools.partial(rows_of, optional=("label", "pair"))
+
+
+@pytest.mark.parametrize("name, content, read, said", [
+    ("a.csv", GOOD, functools.partial(rows_of, label="mood"), ["a.csv", "'mood'", "text, label"]),
+    ("a.csv", "text,other\na,b\n", rows_of, ["a.csv", "label", "--label_column"]),
+    ("a.csv", GOOD + "lonely\n", rows_of, ["a.csv:62", "'label'"]),
+    ("a.csv", GOOD + "a text, with a comma,x\n", rows_of, ["a.csv:62", "3 cells", "quotes"]),
+    ("a.csv", GOOD + "a text, with a comma,x\n", texts_of, ["a.csv:62", "3 cells", "quotes"]),
+    ("a.tsv", "text\tlabel\na\tb\tc\n", rows_of, ["a.tsv:2", "3 cells", "tab"]),
+    ("a.csv", GOOD + '"open,x\n', rows_of, ["a.csv:62", "CSV"]),
+    ("a.csv", GOOD + '"open,x\n', texts_of, ["a.csv:62", "CSV"]),
+    ("a.csv", "text,label\n", rows_of, ["a.csv", "no examples"]),
+    ("a.csv", b"text,label\na,x\n\xff,y\n", rows_of, ["a.csv:3", "UTF-8", "0xff", "convert"]),
+    ("a.csv", "label,body\n1,x\n", texts_of, ["a.csv:1", "'text'", "--text_key"]),
+    ("a.csv", "label,text\n1\n", texts_of, ["a.csv:2", "'text'"]),
+    ("missing.csv", None, rows_of, ["missing.csv", "cannot be read"]),
+    ("missing.txt", None, texts_of, ["missing.txt", "no such file"]),
+    ("a.jsonl", '{"text": "a", "label": "x"}\n\n{"text": \n', rows_of, ["a.jsonl:3", "JSON"]),
+    ("a.jsonl", '{"text": "a"}\n\n{"text": \n', texts_of, ["a.jsonl:3", "JSON"]),
+    ("a.jsonl", '{"text": "a", "label": "x"}\n{"text": "b"}\n', rows_of, ["a.jsonl:2", "label"]),
+    ("a.jsonl", '{"text": "a", "output": "x"}\n{"text": "b"}\n', answers, ["a.jsonl:2", "'output'"]),
+    ("a.jsonl", '{"text": "x"}\n{"tekst": "y"}\n', texts_of, ["a.jsonl:2", "'text'", "--text_key"]),
+    ("a.jsonl", '{"text": 5}\n', texts_of, ["a.jsonl:1", "'text'"]),
+    ("a.json", '[{"text": "x"}, {"text": 5}]', texts_of, ["a.json:2", "'text'"]),
+    ("a.json", "[1, 2]", rows_of, ["a.json:1", "object"]),
+    ("a.json", "null", rows_of, ["a.json", "list of objects"]),
+    ("a.json", "[" * 100_000, rows_of, ["a.json:1", "recursion"]),
+    ("a.json", '[{"text": ["a"], "label": "x"}]', rows_of, ["a.json:1", "'text' is no text"]),
+    ("a.json", '[{"text": {}, "label": "x"}]', lists, ["a.json:1", "'text' is no text"]),
+    ("a.json", '[{"text": "a", "label": ["x"]}]', rows_of, ["a.json:1", "'label' is no text"]),
+    ("a.json", '{"data": [{"paragraphs": [{"qas": []}]}]}', read_squad, ["a.json: article 1", "context"]),
+    ("a.json", '{"data": [{"paragraphs": [{"context": null, "qas": [{"id": 7, "question": "?"}]}]}]}',
+     read_squad, ["article 1, question 7", "context is None"]),
+    ("a.json", '{"data": [{"paragraphs": [{"context": "c", "qas": ["?"]}]}]}', read_squad, ["article 1"]),
+    ("a.conll", "a\tO\nb\n", read_conll, ["a.conll:2", "'b'"]),
+    ("a.conll", "a\tO\nb\t\n", read_conll, ["a.conll:2", "without a tag"]),
+    ("a.conll", "a\tO\n\tO\n", read_conll, ["a.conll:2", "without a word"]),
+    ("a.txt", b"", texts_of, ["a.txt", "empty"]),
+    ("a.dat", b"\x7fELF\0\0\1", texts_of, ["a.dat", "binary"]),
+    ("a.txt", "café".encode("latin-1"), texts_of, ["a.txt:1", "offset 3", "0xe9", "--encoding", "--errors"]),
+    ("a.txt.gz", b"\x1f\x8b\x08\0\0\0\0\0\0\x03\xcbH", texts_of, ["a.txt.gz", "end-of-stream"]),
+    ("a.csv.gz", b"this is no gzip", rows_of, ["a.csv.gz", "gzip"]),
+    ("a.txt.bz2", b"BZh9nonsense", texts_of, ["a.txt.bz2"]),
+    ("a.txt.xz", b"nonsense at all", texts_of, ["a.txt.xz"]),
+    ("", None, texts_of, ["no text in this folder"]),
+])
+def test_bad_files_are_one_line(tmp_path, name, content, read, said):
+    if content is not None:
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError) as error:
+        read(str(tmp_path / name))
+    assert "\n" not in str(error.value)
+    for word in said:
+        assert word in str(error.value), str(error.value)
+
+
+@pytest.mark.parametrize("name, content, expected", [
+    ("a.tsv", 'he said "no\t1\nyes\t0\n', [('he said "no', "1"), ("yes", "0")]),  # no header, a lone quote
+    ("a.txt", "text\tlabel\na, b\tx\n", [("a, b", "x")]),
+    ("a.csv", '\ufeff Text ,LABEL\r\n"a\r\nb",x\r\n', [("a\r\nb", "x")]),
+    ("a.csv", "a,1\rb,2\r", [("a", "1"), ("b", "2")]),
+    ("a.csv", "text,label\na, x \n,\n\nb,y,,\n", [("a", "x"), ("b", "y")]),
+    ("a.jsonl", '{"text": 5, "label": 0.5}\r\n\n{"text": "carriage\\rreturn", "label": ["x", null]}\n',
+     [("5", "0.5"), ("carriage\rreturn", ["x", None])]),
+])
+def test_odd_files_are_read_as_they_are_meant(tmp_path, name, content, expected):
+    (tmp_path / name).write_text(content, encoding="utf-8", newline="")
+    assert [(row.text, row.label) for row in rows_of(tmp_path / name, lists=("label",))] == expected
+
+
+def test_odd_texts_come_back_as_they_were(tmp_path, capsys):
+    texts = ["", "nul\0here", 'quote " and, comma', "x" * 10_000_000, "\u4e2d\u6587", "two\nlines", "last"]
+    rows = rows_of(write_rows(tmp_path / "a.csv", ("text", "label"), texts, "abcdefg"))
+    assert [row.text for row in rows] == [text.replace("\0", "\ufffd") for text in texts]
+    assert rows[6].where.endswith(":9")  # two\nlines took two
+    assert "a.csv:3: a NUL byte" in capsys.readouterr().err
+    texts = ["half \ud83d", "whole \ud83d\ude00", r"\ud83d spelt", "another \ude00", "carriage\rreturn", ""]
+    lines = [json.dumps({"text": text, "label": "x"}) for text in texts]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    expected = ["half ?", "whole \U0001f600", r"\ud83d spelt", "another ?", "carriage\rreturn", ""]
+    assert [row.text for row in rows_of(tmp_path / "a.jsonl")] == expected == texts_of(tmp_path / "a.jsonl")
+    assert capsys.readouterr().err.count("a.jsonl:1: half a character") == 2  # once for each reading
+    written = as_csv([text, i] for i, text in enumerate(expected))
+    assert "\r\n" not in written
+    assert [row[0] for row in csv.reader(written.splitlines(keepends=True))] == expected
+
+
+def test_rows_to_be_answered_need_no_label_and_are_all_kept(tmp_path):
+    (tmp_path / "a.csv").write_text('text,label\na,x\n"",\nb\n', encoding="utf-8")
+    rows = rows_of(tmp_path / "a.csv", labelled=False)
+    assert [(row.text, row.label) for row in rows] == [("a", "x"), ("", ""), ("b", None)]
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "input": "b"}\n{"text": "c", "id": 7}', encoding="utf-8")
+    rows = rows_of(tmp_path / "a.jsonl", optional=("label", "pair"))
+    assert [(row.text, row.pair, row.label, row.id) for row in rows] == [("a", "b", None, "1"),
+                                                                         ("c", None, None, "7")]
+
+
+def test_sentences_questions_and_paragraphs(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("\ufeffa x O\nb B\n\n\n\ufeffc O\n \nd O", encoding="utf-8")  # joined of two files
+    rows = read_conll(path)
+    assert [(row.words, row.label, row.id) for row in rows] == [
+        (["a", "b"], ["O", "B"], "1"), (["c"], ["O"], "2"), (["d"], ["O"], "3")]
+    assert rows[1].where == f"{path}:5" and read_conll(path, labelled=False)[0].label is None
+    assert [row.text for row in read_paragraphs(path)] == ["a x O\nb B", "\ufeffc O\n \nd O"]
+    golds = [{"text": "b", "answer_start": 7}, {"text": "z"}, {"text": ""}]
+    paragraph = {"context": "abc abc b", "qas": [{"id": 1, "question": "?", "answers": golds}]}
+    path.write_text(json.dumps({"data": [{"paragraphs": [paragraph]}]}), encoding="utf-8")
+    row, = read_squad(path)
+    assert (row.text, row.pair, row.group, row.label) == ("?", "abc abc b", "article 0", [("b", 8), ("z", -1)])
+
+
+def test_parts_are_alike_in_labels_and_keep_equal_keys_together():
+    keys = [i // 2 for i in range(400)]
+    part = split_rows(keys, ["rare" if i < 40 else "often" for i in range(400)], 10, 0)
+    assert np.bincount(part).tolist() == [40] * 10
+    assert np.bincount(part[:40], minlength=10).tolist() == [4] * 10
+    assert (part[::2] == part[1::2]).all()
+    assert (split_rows(keys, None, 10, 0) != split_rows(keys, None, 10, 1)).any()
+
+
+def test_the_library_of_python_is_there_without_a_download():
+    files = dict(standard_library())
+    assert len(files) > 300 and sum(map(len, files.values())) > 5_000_000
+    assert not any("site-packages" in name or "/test/" in f"/{name}" for name in files)
+    splits = python_packages()
+    train, val, test = ({row.where.partition(":")[0] for row in rows} for rows in splits)
+    assert not train & val and not train & test and not val & test
+    for rows in splits:
+        assert {row.label for row in rows} >= {"asyncio", "email", "xml"}
+        assert all(row.text and len(row.text) <= 400 and row.where.startswith(row.label) for row in rows)
+
+
+def test_several_sources_and_the_files_of_a_folder(tmp_path):
+    for i, page in enumerate(PAGES[:20]):
+        (tmp_path / f"a/{i % 3}").mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"a/{i % 3}/{i}.txt").write_text(page, encoding="utf-8")
+    (tmp_path / "a/picture.png").write_bytes(b"\x89PNG\0\0")
+    (tmp_path / "a/.hidden").write_text("secret")
+    (tmp_path / "a/package.json").write_text(PAGES[20])
+    (tmp_path / "a/other.json").write_text('[{"a": 1}]')  # a list, but not of texts: a text itself
+    for i, page in enumerate(PAGES[21:30]):
+        (tmp_path / f"{i}.md").write_text(page, encoding="utf-8")
+    with gzip.open(tmp_path / "b.txt.gz", "wt", encoding="utf-8-sig") as f:  # a byte order mark is no text
+        f.write(PAGES[30])
+    found = {}
+    texts = texts_of(f"{tmp_path}/a, {tmp_path}/*.md,{tmp_path}/b.txt.gz", found=found)
+    assert sorted(texts) == sorted([*PAGES[:31], '[{"a": 1}]'])
+    assert {what: entry["documents"] for what, entry in found.items()} == {"hidden": 1, "empty_or_binary": 1}
+
+
+def test_a_large_file_is_read_in_blocks_as_if_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_file, "BLOCK", 64)
+    text = MIXED * 5 + "y" * 3000 + "\n" + CHINESE * 20
+    path = tmp_path / "a.txt"
+    for encoding in ("utf-8", "utf-16", "gb18030"):
+        path.write_text(text, encoding=encoding, newline="")
+        parts = list(documents(str(path), encoding))
+        assert "".join(part for _, part in parts) == text
+        assert len(parts) > 20 and not any(name for name, _ in parts[1:])
+    path.write_bytes(b"fine \xc3\xa9\n" * 50 + b"abc\xff")
+    with pytest.raises(UserError, match="txt:51.*0xff at offset 403.*latin-1.*--errors=replace"):
+        texts_of(path)
+    assert texts_of(path, errors="replace")[-1].endswith("abc\ufffd")
+
+
+def test_parquet_comes_by_the_datasets_library(tmp_path):
+    pytest.importorskip("datasets")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    (tmp_path / "hub").mkdir()
+    parquet.write_table(pyarrow.table({"text": PAGES, "n": list(range(80))}), tmp_path / "hub/pages.parquet")
+    assert texts_of(f"hf:{tmp_path}/hub") == PAGES
+    with pytest.raises(UserError, match="--text_key"):
+        texts_of(f"hf:{tmp_path}/hub", text_key="n")
+
+
+def test_a_url_is_fetched_once_whole_and_checked(tmp_path):
+    path, expected = write_pages(tmp_path, "jsonl.gz")
+    data, asked = path.read_bytes(), []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data[:-9] if "broken" in self.path else data)
+
+        def log_message(self, *args):
+            pass
+
+    read = functools.partial(texts_of, text_key="body", downloads=tmp_path / "kept")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(UserError, match="another file"):
+            read(f"{url}/pages.jsonl.gz#sha256={'0' * 64}")
+        with pytest.raises(UserError, match="broke off"):
+            read(f"{url}/broken.jsonl.gz")
+        for _ in range(2):
+            assert read(f"{url}/pages.jsonl.gz#sha256={hashlib.sha256(data).hexdigest()}") == expected
+        server.shutdown()
+    assert len(asked) == 3 and len(list((tmp_path / "kept").iterdir())) == 1
+    with pytest.raises(UserError, match="cannot be downloaded.*--source=FILE"):
+        read(f"{url}/other.txt")
+
+
+def test_a_lock_is_waited_for_and_dies_with_its_process(tmp_path, capsys):
+    holder = ("import lib.text, pathlib, sys\n"
+              "with lib.text.locked(pathlib.Path(sys.argv[1])): print('held', flush=True); input()")
+    with subprocess.Popen([sys.executable, "-c", holder, str(tmp_path / "a")], cwd=ROOT,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        threading.Timer(0.5, other.kill).start()
+        with locked(tmp_path / "a"):
+            assert other.wait() and "another process" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    (tmp_path / ".b.lock").mkdir()  # there can be none
+    with locked(tmp_path / "b"):
+        assert "no lock here" in capsys.readouterr().out
