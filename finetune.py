@@ -33,21 +33,8 @@ from torch.nn import functional as F
 from config import SettingError, UserError, above, at_least, defaults_of, launch, values_of
 from lib import metrics, text
 from lib.optim import Pruning
-from lib.run import (
-    BadSteps,
-    Machine,
-    Pace,
-    Run,
-    State,
-    cannot_write,
-    find_checkpoint,
-    load_body,
-    memory_advice,
-    model_of,
-    stored_settings,
-    write_json,
-    write_text,
-)
+from lib.run import (BadSteps, Machine, Pace, Run, State, cannot_write, find_checkpoint, in_words, load_body,
+                     memory_advice, model_of, step_line, stored_settings, write_json, write_text)
 from lib.tasks import TASKS, Example, Task
 from lib.text import Row
 from lib.tokenizer import Tokenizer, make_tokenizer
@@ -578,7 +565,7 @@ def fine_tune(run: Run, train: list[Row], val: list[Row], test: list[Row], given
             if penalty:
                 row["penalty"] = penalty.item()
             run.log(**row)
-            machine.say(step_line(row, len(plan.steps), left))
+            machine.say(step_line(row, len(plan.steps), f"{seconds * 1e3:6.0f} ms a step", left))
 
         if state.step % s.eval_interval == 0 or last if s.eval_interval else state.step in plan.epoch_ends:
             scores = evaluate(model, val, val_examples, 2 * s.batch_size, machine)
@@ -659,15 +646,6 @@ def introduce(model: Tuned, plan: Plan, train: list[Row], val: list[Row], test: 
         if count:
             say(f"          {count:,} texts {note}")
     say(f"training  {plan.s.epochs} epochs, {len(plan.steps):,} steps, into {run.folder}\n")
-
-
-def step_line(row: dict, steps: int, left: str) -> str:
-    return (f"iter {row['iter']:{len(str(steps))}}/{steps}  loss {row['loss']:7.4f}  lr {row['lr']:.2e}  "
-            f"norm {row['grad_norm']:6.2f}  {row['dt'] * 1e3:6.0f} ms a step  {left} left")
-
-
-def in_words(scores: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
 
 
 def report(run: Run, train: list[Row], test: list[Row], examples: list[Example], best: dict,
@@ -781,8 +759,8 @@ def main(given: dict):
         earlier = stored(out_dir)[0]
         origin = earlier.get("init_from")
         if earlier.get("folds", folds) != folds:
-            raise SettingError(f"folds={folds}: the run has {earlier['folds']}: leave it out, or start another "
-                               "with --out_dir=FOLDER")
+            raise SettingError(f"folds={folds}: the run has {earlier['folds']}: leave it out, or start "
+                               "another with --out_dir=FOLDER")
     unused = [name for name in given if name != "dropout"]
     if unused and origin != "scratch" and init_from != "resume":
         # a recipe that says how a new body is made serves for a pretrained one too

@@ -23,22 +23,8 @@ from config import SettingError, UserError
 from lib.optim import optimizer_state
 from lib.run import Machine, memory_advice
 from model import MLP, POSITIONS, Config, KVCache, Learned, Sampling, Transformer, block_matrices, draw
-from tests.helpers import (
-    ROOT,
-    TOY,
-    Half,
-    checkpoint,
-    difference,
-    log_of,
-    posix,
-    run_here,
-    same,
-    script,
-    slow,
-    tiny,
-    together,
-    tokens,
-)
+from tests.helpers import (ROOT, TOY, Half, checkpoint, difference, log_of, posix, run_here, same, script,
+                           slow, tiny, together, tokens)
 
 TINY = dict(block_size=16, vocab_size=61, n_layer=2, n_head=4, n_embd=32)
 

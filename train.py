@@ -16,7 +16,7 @@ import contextlib
 import math
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -33,7 +33,8 @@ from torch.utils.checkpoint import checkpoint as recomputed
 import prepare
 from config import SettingError, UserError, above, at_least, defaults_of, launch, values_of
 from lib.optim import Momentum, Muon, Pruning
-from lib.run import BadSteps, Machine, Pace, Run, clock, load_body, memory_advice, model_of, stored_settings
+from lib.run import (BadSteps, Machine, Pace, Run, clock, in_words, load_body, memory_advice, model_of,
+                     step_line, stored_settings)
 from lib.tokenizer import HubTokenizer, Tokenizer
 from model import Config, TokenEmbedding, Transformer, block_matrices
 
@@ -162,29 +163,19 @@ def count_masked(block_size: int, rate: float) -> int:
     return max(1, int(rate * block_size + 0.5))
 
 
-class Reader:
-    """Reads this process's share of a step's windows while the step before is computed."""
+def read_ahead(windows: Windows, machine: Machine, step_windows: int, seen: int) -> Iterator[tuple]:
+    """This process's share of each step's windows, read while the step before is computed.
 
-    def __init__(self, windows: Windows, machine: Machine, step_windows: int, seen: int):
-        self.windows, self.machine = windows, machine
-        self.step_windows, self.seen = step_windows, seen
-        self.share = step_windows // machine.world
-        self.thread = ThreadPoolExecutor(1)
-        self.read_ahead()
-
-    def read_ahead(self) -> None:
-        first = self.seen + self.machine.rank * self.share
-        self.upcoming = self.thread.submit(self.windows.get, first, self.share)
-
-    def next(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The next step's inputs and targets, (N, T) each, on the device."""
-        x, y = self.upcoming.result()
-        self.seen += self.step_windows
-        self.read_ahead()
-        return self.machine.to(x), self.machine.to(y)
-
-    def close(self) -> None:
-        self.thread.shutdown(cancel_futures=True)
+    seen: windows that earlier steps took. Yields inputs and targets, (N, T) each, on the device.
+    """
+    share = step_windows // machine.world
+    with ThreadPoolExecutor(1) as thread:
+        upcoming = thread.submit(windows.get, seen + machine.rank * share, share)
+        while True:
+            x, y = upcoming.result()
+            seen += step_windows
+            upcoming = thread.submit(windows.get, seen + machine.rank * share, share)
+            yield machine.to(x), machine.to(y)
 
 
 class Data(NamedTuple):
@@ -611,14 +602,6 @@ def sample_text(model, data: Data, count: int, machine: Machine, mask: Optional[
     return text
 
 
-WORDS = {"train_loss": "train loss {:.4f}", "val_loss": "val loss {:.4f}", "val_bpb": "{:.4f} bits per byte",
-         "val_accuracy": "accuracy {:.1%}"}
-
-
-def in_words(metrics: dict[str, float]) -> str:
-    return ", ".join(WORDS.get(name, name + " {:.4f}").format(value) for name, value in metrics.items())
-
-
 # -----------------------------------------------------------------------------
 # The run
 
@@ -723,7 +706,7 @@ def main(given: dict):
     if wandb_log:
         run.start_wandb(wandb_project, wandb_run_name)
 
-    reader = Reader(windows, machine, step_windows, state.seen)
+    batches = read_ahead(windows, machine, step_windows, state.seen)
     bad_steps = BadSteps(max_bad_steps, 1 if machine.looks_each_step() else log_interval, machine.main)
     pace = Pace(state, max_iters)
     enough = False  # patience has ended
@@ -733,7 +716,7 @@ def main(given: dict):
         factor = lr_factor(state.step, schedule if decay_lr else "constant", warmup_iters,
                            lr_decay_iters or max_iters, min_lr / learning_rate, decay_fraction)
         set_lr(optimizers, factor)
-        x, y = reader.next()  # (N, T) each
+        x, y = next(batches)  # (N, T) each
         state.seen += step_windows
         micro_batches = list(zip(x.split(batch_size), y.split(batch_size), strict=True))
         with memory_advice(batch_size, gradient_accumulation_steps, "" if remat else REMAT):
@@ -758,7 +741,8 @@ def main(given: dict):
             if penalty:
                 row["penalty"] = penalty.item()
             run.log(**row)
-            print(step_line(row, max_iters, left), flush=True)
+            mfu = f", mfu {row['mfu']:.0%}" if row["mfu"] else ""
+            machine.say(step_line(row, max_iters, f"{tokens_per_s / 1e3:7.1f}k tok/s{mfu}", left))
 
         if state.step % eval_interval == 0 or last:
             metrics = validate(objective, data, eval_iters, batch_size, config, machine, mask)
@@ -779,7 +763,7 @@ def main(given: dict):
             pace.restart(state)
 
     # Leave everything in order.
-    reader.close()
+    batches.close()
     interrupted = run.stop.signal and state.step < max_iters and not enough
     if interrupted:
         run.save("ckpt.pt", state, model, optimizers)
@@ -803,13 +787,6 @@ def introduce(model: Transformer, data: Data, machine: Machine, is_compiled: boo
     machine.say(f"machine   {machine}{', compiled' if is_compiled else ''}")
     machine.say(f"data      {data.name}: {len(data.train):,} tokens to train on, {len(data.val):,} to "
                 "validate")
-
-
-def step_line(row: dict, max_iters: int, left: str) -> str:
-    mfu = f"  mfu {row['mfu']:.0%}" if row["mfu"] else ""
-    return (f"iter {row['iter']:{len(str(max_iters))}}/{max_iters}  loss {row['loss']:7.4f}  "
-            f"lr {row['lr']:.2e}  norm {row['grad_norm']:6.2f}  {row['tokens_per_s'] / 1e3:7.1f}k tok/s"
-            f"{mfu}  {left} left")
 
 
 if __name__ == "__main__":

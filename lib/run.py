@@ -715,6 +715,20 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
+def step_line(row: dict, steps: int, speed: str, left: str) -> str:
+    """A step as it is printed; row: as it is logged."""
+    number = f"{row['iter']:{len(str(steps))}}/{steps}"
+    return (f"iter {number}  loss {row['loss']:7.4f}  lr {row['lr']:.2e}  norm {row['grad_norm']:6.2f}  "
+            f"{speed}  {left} left")
+
+
+WORDS = {"train_loss": "train loss {:.4f}", "val_loss": "val loss {:.4f}", "val_bpb": "{:.4f} bits per byte"}
+
+
+def in_words(metrics: dict[str, float]) -> str:
+    return ", ".join(WORDS.get(name, name + " {:.4f}").format(value) for name, value in metrics.items())
+
+
 def plot(log: Path, picture: Path) -> None:
     """The losses in log.jsonl as a picture, where matplotlib is installed."""
     try:

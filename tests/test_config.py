@@ -10,11 +10,7 @@ import config as settings
 import train
 from config import SettingError
 from model import Config
-from tests.helpers import (
-    ROOT,
-    one_line,
-    script,
-)
+from tests.helpers import ROOT, one_line, script
 
 
 @pytest.fixture

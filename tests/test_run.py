@@ -18,21 +18,8 @@ import sample
 import train
 from config import SettingError, UserError
 from lib.run import RESUME, find_checkpoint, locked
-from tests.helpers import (
-    ROOT,
-    TOY,
-    checkpoint,
-    log_of,
-    one_line,
-    posix,
-    run_here,
-    same,
-    script,
-    slow,
-    start,
-    together,
-    tune,
-)
+from tests.helpers import (ROOT, TOY, checkpoint, log_of, one_line, posix, run_here, same, script, slow,
+                           start, together, tune)
 
 
 def run(home, name, *args) -> str:

@@ -17,18 +17,8 @@ import pytest
 
 from config import UserError
 from lib import text as text_file
-from lib.text import (
-    as_csv,
-    documents,
-    locked,
-    python_packages,
-    read_conll,
-    read_paragraphs,
-    read_rows,
-    read_squad,
-    split_rows,
-    standard_library,
-)
+from lib.text import (as_csv, documents, locked, python_packages, read_conll, read_paragraphs, read_rows,
+                      read_squad, split_rows, standard_library)
 from tests.helpers import CHINESE, MIXED, ROOT, words, write_rows
 
 COLUMNS = dict.fromkeys(("text", "pair", "label", "group"), "")
