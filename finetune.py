@@ -389,11 +389,10 @@ class Objective(nn.Module):
             soft = (each * distil(out, taught, s.teacher_temperature)).sum()
             loss = (1 - s.teacher_share) * loss + s.teacher_share * soft
         penalty = self.model.body.penalty()
-        for p in self.model.parameters() if s.l1 or s.l2 else ():
-            if p.requires_grad:
-                penalty = penalty + (s.l1 * p.abs().sum() + s.l2 * p.square().sum())
-        penalty = penalty * task.count(target, self.weight)
-        sums = torch.stack((loss, penalty))
+        if s.l1 or s.l2:
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            penalty = penalty + sum(s.l1 * p.abs().sum() + s.l2 * p.square().sum() for p in trained)
+        sums = torch.stack((loss, penalty * task.count(target, self.weight)))
         return sums if counts is None else sums * counts
 
 
@@ -592,12 +591,8 @@ def evaluate(model: Tuned, rows: list[Row], examples: list[Example], batch_size:
              machine: Machine) -> dict[str, float]:
     """The task's metrics on labelled rows. Every process computes them, and all take the first one's."""
     answers = predict(model, rows, batch_size, machine, examples)
-    scores = as_floats(model.task.scores(*model.task.arrays(rows, answers)))
+    scores = model.task.scores(*model.task.arrays(rows, answers))
     return dict(zip(scores, machine.broadcast(list(scores.values())), strict=True))
-
-
-def as_floats(scores: dict) -> dict[str, float]:
-    return {name: float(value) for name, value in scores.items()}
 
 
 def goal_of(task: Task, scores: dict[str, float]) -> list[float]:
@@ -656,7 +651,7 @@ def report(run: Run, train: list[Row], test: list[Row], examples: list[Example],
     task = model.task
     answers = predict(model, test, 2 * s.batch_size, run.machine, examples)
     arrays = task.arrays(test, answers)
-    baselines = {name: as_floats(task.scores(*task.arrays(test, guesses)))
+    baselines = {name: task.scores(*task.arrays(test, guesses))
                  for name, guesses in task.baselines(train, test).items()}
     found = {**metrics.with_intervals(task.scores, arrays), "task": s.task, "test_rows": len(test),
              "best_epoch": best["epoch"], "baselines": baselines,
