@@ -62,6 +62,9 @@ class Number(NamedTuple):
         enough = value > self.low if self.above_low else value >= self.low
         return enough and (value < self.high if self.below_high else value <= self.high)
 
+    def __call__(self, value):  # Optional[...] of Python 3.10 takes nothing that cannot be called
+        return self.kind(value)
+
     def __str__(self) -> str:
         words = []
         if self.low != -math.inf:
