@@ -225,6 +225,8 @@ def time_transformers(prompt: torch.Tensor, new: int, machine: Machine) -> tuple
     """The same of transformers' generate, with the model in out_dir."""
     try:
         from transformers import AutoModelForCausalLM
+        from transformers.utils.logging import disable_progress_bar
+        disable_progress_bar()
         model = AutoModelForCausalLM.from_pretrained(out_dir, dtype=machine.dtype).to(machine.device).eval()
     except (ImportError, OSError, ValueError) as error:
         raise SettingError("compare=True: needs transformers, and a Hugging Face model in out_dir: "
