@@ -161,7 +161,7 @@ def step_by_parts(objective, micro_batches: list[tuple], counted: torch.Tensor, 
 
 
 def training_table(seconds: dict, tokens: int, model: Transformer, machine: Machine, started: float) -> str:
-    """seconds: of STEPS steps, by part; tokens: of a step, in all processes; started: seconds to the first."""
+    """seconds: of STEPS steps, by part; tokens: of a step, in all processes."""
     total = sum(seconds.values())
     speed = tokens * STEPS / total
     flops, best = speed * model.flops_per_token() / machine.world, product_rate(machine)
@@ -195,7 +195,7 @@ def model_to_write(given: dict, machine: Machine) -> Transformer:
         except ValueError as error:  # it names the field
             raise SettingError(str(error)) from None
     if model.head is None or not model.config.causal:
-        raise SettingError(f"{out_dir or 'causal=False'}: a masked model, or one without head, does not write")
+        raise SettingError(f"{out_dir or 'causal=False'}: only a causal model with a head can write")
     return model.eval()
 
 
