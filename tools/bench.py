@@ -161,7 +161,8 @@ def step_by_parts(objective, micro_batches: list[tuple], counted: torch.Tensor, 
 
 
 def training_table(seconds: dict, tokens: int, model: Transformer, machine: Machine, started: float) -> str:
-    """seconds: of STEPS steps, by part; tokens: of a step, in all processes."""
+    """seconds: of STEPS steps, by part; tokens: of a step, in all processes; started: seconds that the first
+    step came after."""
     total = sum(seconds.values())
     speed = tokens * STEPS / total
     flops, best = speed * model.flops_per_token() / machine.world, product_rate(machine)
