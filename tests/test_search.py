@@ -128,8 +128,9 @@ def test_what_a_search_refuses(stub, words, status, named):
 
 def test_settings_are_those_that_a_script_starts_with(tmp_path):
     assert {"learning_rate", "n_layer"} <= set(search.settings_of(ROOT / "train.py"))
-    (tmp_path / "broken.py").write_text("import nothing_of_this_name")
-    for file, reason in ((ROOT / "prepare.py", "no setting out_dir"), (tmp_path / "broken.py", "this_name")):
+    broken = tmp_path / "broken.py"
+    broken.write_text("import nothing_of_this_name")
+    for file, reason in ((ROOT / "prepare.py", "no setting out_dir"), (broken, "this_name")):
         with pytest.raises(search.UserError, match=reason):
             search.settings_of(file)
 

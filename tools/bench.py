@@ -161,7 +161,8 @@ def step_by_parts(objective, micro_batches: list[tuple], counted: torch.Tensor, 
 
 
 def training_table(seconds: dict, tokens: int, model: Transformer, machine: Machine, started: float) -> str:
-    """seconds: of STEPS steps by part; tokens: of one step, over all processes; started: seconds until then."""
+    """seconds: of STEPS steps, by part; tokens: of a step, in all processes; started: seconds that the first
+    step came after."""
     total = sum(seconds.values())
     speed = tokens * STEPS / total
     flops, best = speed * model.flops_per_token() / machine.world, product_rate(machine)
@@ -195,7 +196,7 @@ def model_to_write(given: dict, machine: Machine) -> Transformer:
         except ValueError as error:  # it names the field
             raise SettingError(str(error)) from None
     if model.head is None or not model.config.causal:
-        raise SettingError(f"{out_dir or 'causal=False'}: a masked model, or one without a head, does not write")
+        raise SettingError(f"{out_dir or 'causal=False'}: only a causal model with a head can write")
     return model.eval()
 
 
@@ -225,6 +226,8 @@ def time_transformers(prompt: torch.Tensor, new: int, machine: Machine) -> tuple
     """The same of transformers' generate, with the model in out_dir."""
     try:
         from transformers import AutoModelForCausalLM
+        from transformers.utils.logging import disable_progress_bar
+        disable_progress_bar()
         model = AutoModelForCausalLM.from_pretrained(out_dir, dtype=machine.dtype).to(machine.device).eval()
     except (ImportError, OSError, ValueError) as error:
         raise SettingError("compare=True: needs transformers, and a Hugging Face model in out_dir: "

@@ -4,7 +4,7 @@ Look inside a checkpoint: on what a prediction rests, where each head looks, wha
     python -m tools.explain                                              the newest run under out/
     python -m tools.explain --out_dir=out/small --start="import os, sys" a text of your own
     python -m tools.explain --start="x = [1, 2" --target="]"             why this token, or why not
-    python -m tools.explain --out_dir=out/bert --start="import <|mask|>" a masked model: what it puts into the gap
+    python -m tools.explain --out_dir=out/bert --start="import <|mask|>" a masked model: what fills the gap
 
 The answer is one page, explain.html in the run's folder, that any browser reads, without network; and a short
 form of it in the terminal.
