@@ -50,8 +50,8 @@ html: bool = False  # take out HTML tags
 repeated_lines: bool = False  # of a line that comes several times in a row, keep one
 scrub_pii: bool = False  # [EMAIL], [PHONE], [IP] and [KEY] for what looks like one
 min_chars: at_least(0) = 1  # drop shorter documents
-min_text: at_least(0.0, at_most=1.0) = 0.0  # drop documents with a smaller share of letters, digits and white space
-near_duplicates: at_least(0.0, at_most=1.0) = 0.0  # drop documents that share this much with another, 0.6 is a start; 0: keep them
+min_text: at_least(0.0, at_most=1.0) = 0.0  # drop those with less letters, digits and white space
+near_duplicates: at_least(0.0, at_most=1.0) = 0.0  # drop those that share so much with another; try 0.6
 
 tokenizer: str = ""  # bytes, bpe (of the text), gpt2, a .tiktoken file, a Hugging Face folder; empty: bpe
 vocab_size: at_least(258) = 4096  # tokens of a bpe, specials included
@@ -83,7 +83,7 @@ def prepare(dataset: str = "", *, root: str | Path = "data", **settings) -> Path
     new = folder.with_name(f".{folder.name}.preparing")
     old = folder.with_name(f".{folder.name}.replaced")
     with locked(folder):
-        settle(folder, new, old)  # one that was killed
+        settle(folder, new, old)  # after one that was killed
         if folder.exists() and not s.overwrite:
             if (folder / "meta.json").is_file() and read_meta(folder)["settings"] == of_the_data(s):
                 print(f"{folder} is there already, made with the same settings")
@@ -97,7 +97,8 @@ def prepare(dataset: str = "", *, root: str | Path = "data", **settings) -> Path
                 os.replace(folder, old)
             os.replace(new, folder)
         except OSError as error:  # the disk is full, for one
-            raise UserError(f"{error.filename or folder}: {error.strerror or error}: nothing changed") from None
+            what = f"{error.filename or folder}: {error.strerror or error}"
+            raise UserError(f"{what}: nothing changed") from None
         finally:
             settle(folder, new, old)
     print(f"{folder}: {done}")
@@ -106,8 +107,8 @@ def prepare(dataset: str = "", *, root: str | Path = "data", **settings) -> Path
 
 def settle(folder: Path, new: Path, old: Path) -> None:
     """Whatever became of a prepare: the data set is the new one or the old one, and nothing else is left."""
-    if old.exists() and not folder.exists():  # killed between the two renames
-        print(f"{folder}: put back as it was")
+    if old.exists() and not folder.exists():  # between the two renames
+        print(f"{folder}: put back as it was before a prepare that was killed")
         os.replace(old, folder)
     shutil.rmtree(new, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
@@ -123,7 +124,8 @@ def complete(dataset: str, given: dict) -> SimpleNamespace:
     s = SimpleNamespace(**values)
     s.dataset = dataset or (default_name(s.source) if s.source else "python")
     if not s.source and s.dataset not in BUILT_IN:
-        raise SettingError(f"--dataset={s.dataset}: not a built-in ({', '.join(BUILT_IN)}): give its --source=")
+        raise SettingError(f"--dataset={s.dataset}: not a built-in ({', '.join(BUILT_IN)}): give its "
+                           "--source=")
     own_source, own_tokenizer = BUILT_IN.get(s.dataset, ("", "bpe"))
     s.source = s.source or own_source
     s.tokenizer = s.tokenizer or own_tokenizer

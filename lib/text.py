@@ -81,7 +81,7 @@ def blocks(path: str | Path, encoding: str = "utf-8", errors: str = "strict",
     decoder = codecs.getincrementaldecoder("utf-8-sig" if name == "utf-8" else name)(errors)
     wide = name.startswith(("utf-16", "utf-32"))  # every other byte is 0
     offset, line = 0, 1  # where `data` ends, where `text` begins
-    rest, data, clean = "", None, True
+    rest, data = "", None
     try:
         with UNPACK.get(Path(path).suffix.lower(), open)(path, "rb") as f:
             while data != b"":
@@ -93,10 +93,8 @@ def blocks(path: str | Path, encoding: str = "utf-8", errors: str = "strict",
                 offset += len(data)
                 text = decoder.decode(data, final=not data)
                 if labelled and "\0" in text:
-                    if clean:
-                        at = line + text[:text.index("\0")].count("\n")
-                        print(f"warning: {path}:{at}: a NUL byte, read as \ufffd", file=sys.stderr)
-                    clean = False
+                    at = line + text[:text.index("\0")].count("\n")
+                    print(f"warning: {path}:{at}: a NUL byte, read as \ufffd", file=sys.stderr)
                     text = text.replace("\0", "\ufffd")
                 line += text.count("\n")
                 text = rest + text
@@ -144,7 +142,7 @@ def records(path: str | Path, text: Iterable[str], names: Collection[str],
     """
     kind = kind_of(path)
     if kind == ".json":
-        _, found = next(parse_json(path, [(1, "".join(text))]))
+        _, found = next(parse_json(path, [(1, "".join(text))]), (1, None))
         if not isinstance(found, list):
             raise UserError(f"{path}: wanted a list of objects with texts, got {str(found)[:40]!r}")
         values = enumerate(found, 1)
@@ -202,8 +200,8 @@ def parse_json(path: str | Path, texts: Iterable[tuple[int, str]]) -> Iterator[t
                 again = json.dumps(value, ensure_ascii=False)
                 whole = again.encode("utf-8", "replace").decode("utf-8")
                 if whole != again and not warned:
-                    print(f"warning: {path}:{line}: half a character (\\ud83d alone, or the like) is read as ?",
-                          file=sys.stderr)
+                    print(f"warning: {path}:{line}: half a character (\\ud83d alone, or the like) is read "
+                          "as ?", file=sys.stderr)
                     warned = True
                 value = json.loads(whole)
         except (ValueError, RecursionError) as error:
@@ -226,13 +224,12 @@ class Row:
     words: list[str] | None = None  # if each has a tag
 
 
-USUAL = {  # role -> names that its column often has
+USUAL = {  # role -> names that its column often has; a number if there is no header
     "text": ("text", "sentence", "sentence1", "review", "content", "question", "instruction", "prompt",
-             "tokens"),
+             "tokens", "0"),
     "pair": ("text_pair", "sentence2", "input"),
-    "label": ("label", "labels", "tags", "target", "class", "score", "output", "response", "completion"),
+    "label": ("label", "labels", "tags", "target", "class", "score", "output", "response", "completion", "1"),
 }
-NUMBER = {"text": "0", "label": "1"}  # if there is no header
 
 
 def read_rows(path: str, columns: dict[str, str | int], labelled: bool = True,
@@ -243,8 +240,8 @@ def read_rows(path: str, columns: dict[str, str | int], labelled: bool = True,
     labelled: every row must have a label. lists: the roles whose cells may be lists, which they stay.
     optional: pair may be missing in some rows, label in all of them.
     """
-    asked = [str(name).lower() for name in columns.values()]
-    names = {name for name in asked if name and not name.isdigit()}.union(*USUAL.values())
+    names = {str(name).lower() for name in columns.values()}.union(*USUAL.values())
+    names = {name for name in names if name and not name.isdigit()}
     if not labelled:
         lists = (*lists, "label")
     rows, found = [], None
@@ -274,11 +271,9 @@ def read_rows(path: str, columns: dict[str, str | int], labelled: bool = True,
 def find_column(path: str, role: str, asked: str | int, names: list[str]) -> str | None:
     """The column that was asked for, or one that is usually called so."""
     if asked == "":
-        for usual in (*USUAL.get(role, ()), NUMBER.get(role)):
-            for name in names:
-                if name.lower() == usual:
-                    return name
-        return None
+        lower = [name.lower() for name in names]
+        usual = [name for name in USUAL.get(role, ()) if name in lower]
+        return names[lower.index(usual[0])] if usual else None
     if str(asked) in names:
         return str(asked)
     if str(asked).isdigit() and int(asked) < len(names):
@@ -300,20 +295,19 @@ def read_paragraphs(path: str) -> list[Row]:
 
 def read_conll(path: str, labelled: bool = True) -> list[Row]:
     """A word a line, its tag in the last column; an empty line between sentences."""
-    rows, words, tags, first = [], [], [], 1
+    rows, words, tags = [], [], []
     for line, text in enumerate([*read_text(path).split("\n"), ""], 1):
         text = text.strip("\ufeff")  # within a file, if files were joined
-        cells = text.split("\t") if "\t" in text else text.split()
-        if any(cell.strip() for cell in cells):
-            if not cells[0].strip():
+        cells = [cell.strip() for cell in (text.split("\t") if "\t" in text else text.split())]
+        if any(cells):
+            if not cells[0]:
                 raise UserError(f"{path}:{line}: a tag without a word: {text[:40]!r}")
-            if labelled and (len(cells) < 2 or not cells[-1].strip()):
+            if labelled and (len(cells) < 2 or not cells[-1]):
                 raise UserError(f"{path}:{line}: a word without a tag: {text[:40]!r}")
-            first = first if words else line
-            words.append(cells[0].strip())
-            tags.append(cells[-1].strip())
+            words.append(cells[0])
+            tags.append(cells[-1])
         elif words:
-            rows.append(Row(f"{path}:{first}", " ".join(words), label=tags if labelled else None,
+            rows.append(Row(f"{path}:{line - len(words)}", " ".join(words), label=tags if labelled else None,
                             id=str(len(rows) + 1), words=words))
             words, tags = [], []
     return some(path, rows)
@@ -322,7 +316,7 @@ def read_conll(path: str, labelled: bool = True) -> list[Row]:
 def read_squad(path: str) -> list[Row]:
     """SQuAD's JSON. An answer that does not stand where it is said to is looked for nearby; -1: nowhere."""
     rows, where = [], "data"
-    _, found = next(parse_json(path, [(1, read_text(path))]))
+    _, found = next(parse_json(path, [(1, read_text(path))]), (1, None))
     try:
         for n, article in enumerate(found["data"]):
             where = f"article {n + 1}"
@@ -376,11 +370,12 @@ def split_rows(keys: Sequence, labels: Sequence | None, k: int, seed: int) -> np
     for i, key in enumerate(keys):
         groups.setdefault(key, []).append(i)
     groups = list(groups.values())
-    order = [groups[i] for i in np.random.default_rng(seed).permutation(len(groups))]
+    order = np.random.default_rng(seed).permutation(len(groups))
+    groups = [groups[i] for i in order]
     if labels is not None:
-        order.sort(key=lambda group: str(labels[group[0]]))  # stable: shuffled within a label
+        groups.sort(key=lambda group: str(labels[group[0]]))  # stable: shuffled within a label
     part = np.zeros(len(keys), np.int64)
-    for n, group in enumerate(order):
+    for n, group in enumerate(groups):
         part[group] = n % k
     return part
 
@@ -406,22 +401,24 @@ def documents(source: str, encoding: str = "utf-8", errors: str = "strict", text
     found: counts what is passed over, as in note(). Raises UserError, with a name, for what cannot be read.
     """
     read = functools.partial(file_documents, encoding=encoding, errors=errors, text_key=text_key)
-    for one in [source] if Path(source).exists() else source.split(","):
-        one = BUILT_IN.get(one.strip(), [one.strip()])[0]
-        if one.startswith(("https://", "http://")):
-            one = download(one, Path(downloads))
-        if one == "python":
+    parts = [source] if Path(source).exists() else source.split(",")
+    for part in map(str.strip, parts):
+        part = BUILT_IN.get(part, [part])[0]
+        if part.startswith(("https://", "http://")):
+            part = download(part, Path(downloads))
+        if part == "python":
             yield from standard_library()
-        elif one.startswith("hf:"):
-            yield from hub_documents(one, text_key)
-        elif Path(one).is_dir():
-            yield from folder_documents(Path(one), read, {} if found is None else found)
+        elif part.startswith("hf:"):
+            yield from hub_documents(part, text_key)
+        elif Path(part).is_dir():
+            yield from folder_documents(Path(part), read, {} if found is None else found)
         else:
-            names = [one] if Path(one).exists() else sorted(glob.glob(one, recursive=True))
-            if not any(map(os.path.isfile, names)):
-                raise UserError(f"{one}: no such file or folder")
-            for name in filter(os.path.isfile, names):
-                yield from read(Path(name), name)
+            names = [part] if Path(part).exists() else sorted(glob.glob(part, recursive=True))
+            files = [name for name in names if os.path.isfile(name)]
+            if not files:
+                raise UserError(f"{part}: no such file or folder")
+            for file in files:
+                yield from read(Path(file), file)
 
 
 def folder_documents(root: Path, read: Callable, found: dict) -> Iterator[tuple[str, str]]:
@@ -454,7 +451,9 @@ def file_documents(file: Path, title: str, encoding: str, errors: str,
     """Each record is one, of .csv, .tsv, .jsonl and of a .json that lists texts; else the file is."""
     kind, text = kind_of(file), blocks(file, encoding, errors)
     if kind == ".json":
-        first = next(text)
+        first = next(text, "")
+        if first.lstrip().startswith("["):
+            first += "".join(text)
         text = itertools.chain([first], text)
         kind = kind if lists_texts(file, first, text_key) else ""
     if kind in RECORDS:
@@ -486,8 +485,8 @@ def text_of(record: dict, key: str, where: str, may_be_null: bool) -> str:
     if text is None and may_be_null and key in record:
         return ""
     if not isinstance(text, str):
-        raise UserError(f"{where}: no text under {key!r} in {str(record)[:120]}: give --text_key=NAME, or the "
-                        "column's number, from 0, where a table has no header")
+        raise UserError(f"{where}: no text under {key!r} in {str(record)[:120]}: give --text_key=NAME, or "
+                        "the column's number, from 0, if a table has no header")
     return text
 
 
@@ -569,19 +568,21 @@ def locked(path: Path) -> Iterator[None]:
     The system takes the lock from a process that dies. If there can be no lock, that is said, and we go on.
     """
     lock = path.with_name(f".{path.name}.lock")
+    file = None
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         file = wait_for(lock)
     except OSError as error:
         print(f"{lock}: no lock here ({error.strerror}): let no other process make {path.name} meanwhile")
-        yield
-        return
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # Windows keeps an open file; it does no harm
-            lock.unlink()
-        file.close()
+        if file:
+            if os.name == "nt":  # a file that is open is not removed there
+                file.close()
+            with contextlib.suppress(OSError):
+                lock.unlink()
+            file.close()
 
 
 def wait_for(lock: Path):

@@ -58,9 +58,9 @@ def test_what_looks_like_personal_data_and_what_does_not():
 
 
 def test_short_and_unreadable_documents_are_dropped(tmp_path):
-    texts = [*PAGES, "ab", "%&$#@!^*" * 30, "", ["", "blocks, ", "of one text"]]
+    texts = [*PAGES, "abc", "ab", "%&$#@!^*" * 30, "", ["", "blocks, ", "of one text"]]
     kept, _, found = collected(tmp_path, texts, min_chars=3, min_text=0.5)
-    assert kept == [*PAGES, "blocks, of one text"]
+    assert kept == [*PAGES, "abc", "blocks, of one text"]
     counts = {what: entry["documents"] for what, entry in found.items()}
     assert counts == {"read": len(texts), "too_short": 2, "mostly_not_text": 1}
     assert "%&$" in found["mostly_not_text"]["example"]

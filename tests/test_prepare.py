@@ -209,9 +209,9 @@ def test_a_data_set_is_replaced_only_on_demand(tmp_path, capsys):
     args = dict(source=write_jsonl(tmp_path / "a.jsonl", PAGES), root=tmp_path / "data")
     folder = prepare.prepare(**args, vocab_size=300)
     assert set(prepare.read_meta(folder)["settings"]) == {  # a data set of before is known by these
-        "source", "tokenizer", "vocab_size", "val_fraction", "test_fraction", "encoding", "errors", "text_key",
-        "nfc", "line_ends", "control_chars", "html", "repeated_lines", "scrub_pii", "min_chars", "min_text",
-        "near_duplicates", "sample_mb"}
+        "source", "tokenizer", "vocab_size", "val_fraction", "test_fraction", "encoding", "errors",
+        "text_key", "nfc", "line_ends", "control_chars", "html", "repeated_lines", "scrub_pii", "min_chars",
+        "min_text", "near_duplicates", "sample_mb"}
     stamp = (folder / "train.bin").stat().st_mtime_ns
     assert prepare.prepare(**args, vocab_size=300, threads=1, seed=5) == folder
     assert "same settings" in capsys.readouterr().out
@@ -245,7 +245,7 @@ def test_what_cannot_be_is_said_and_leaves_nothing(tmp_path, monkeypatch, settin
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals and limits are POSIX's")
 def test_a_prepare_that_breaks_off_leaves_the_old_data_set_or_none(tmp_path):
-    """Killed at random moments, without an old data set and with one; the next one is as if nothing had been."""
+    """Killed at random moments, without an old data set and with one; the next is as if nothing had been."""
     (tmp_path / "a.txt").write_text("".join(f"{i} {i * i} words\n" for i in range(60_000)), encoding="utf-8")
     command = [sys.executable, str(ROOT / "prepare.py"), "--source=a.txt", "--vocab_size=300", "--overwrite"]
     data = tmp_path / "data"

@@ -53,8 +53,8 @@ def write_pages(folder, suffix: str):
     return path, [page + end for page in PAGES]
 
 
-@pytest.mark.parametrize("block", [50, 2**22])
-@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv", "jsonl.gz", "json.xz", "csv.bz2", "tsv.xz"])
+@pytest.mark.parametrize("block", [5, 2**22])
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv", "jsonl.gz", "csv.bz2", "tsv.xz"])
 def test_one_reader_of_records_has_two_doors(tmp_path, monkeypatch, suffix, block):
     monkeypatch.setattr(text_file, "BLOCK", block)
     path, expected = write_pages(tmp_path, suffix)
@@ -94,6 +94,8 @@ answers = functools.partial(rows_of, optional=("label", "pair"))
     ("a.json", '[{"text": "x"}, {"text": 5}]', texts_of, ["a.json:2", "'text'"]),
     ("a.json", "[1, 2]", rows_of, ["a.json:1", "object"]),
     ("a.json", "null", rows_of, ["a.json", "list of objects"]),
+    ("a.json", " \n", rows_of, ["a.json", "list of objects"]),
+    ("a.json", " \n", read_squad, ["a.json", "SQuAD"]),
     ("a.json", "[" * 100_000, rows_of, ["a.json:1", "recursion"]),
     ("a.json", '[{"text": ["a"], "label": "x"}]', rows_of, ["a.json:1", "'text' is no text"]),
     ("a.json", '[{"text": {}, "label": "x"}]', lists, ["a.json:1", "'text' is no text"]),
@@ -149,7 +151,8 @@ def test_odd_texts_come_back_as_they_were(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
     expected = ["half ?", "whole \U0001f600", r"\ud83d spelt", "another ?", "carriage\rreturn", ""]
     assert [row.text for row in rows_of(tmp_path / "a.jsonl")] == expected == texts_of(tmp_path / "a.jsonl")
-    assert capsys.readouterr().err.count("a.jsonl:1: half a character") == 2  # once for each reading
+    said = capsys.readouterr().err
+    assert said.count("half a character") == said.count("a.jsonl:1:") == 2  # once for each reading
     written = as_csv([text, i] for i, text in enumerate(expected))
     assert "\r\n" not in written
     assert [row[0] for row in csv.reader(written.splitlines(keepends=True))] == expected
@@ -177,7 +180,8 @@ def test_sentences_questions_and_paragraphs(tmp_path):
     paragraph = {"context": "abc abc b", "qas": [{"id": 1, "question": "?", "answers": golds}]}
     path.write_text(json.dumps({"data": [{"paragraphs": [paragraph]}]}), encoding="utf-8")
     row, = read_squad(path)
-    assert (row.text, row.pair, row.group, row.label) == ("?", "abc abc b", "article 0", [("b", 8), ("z", -1)])
+    assert (row.text, row.pair, row.group) == ("?", "abc abc b", "article 0")
+    assert row.label == [("b", 8), ("z", -1)]
 
 
 def test_parts_are_alike_in_labels_and_keep_equal_keys_together():
