@@ -96,7 +96,7 @@ TOY = ["--dataset=toy", "--device=cpu", "--compile=False", "--n_layer=2", "--n_h
 def run_here(module, *args, cwd=".") -> str:
     """Run train.py, finetune.py or sample.py in this process, which has imported torch. Returns its output.
 
-    Settings, signals and the folder are afterwards what they were. What is raised is raised, but exit status 0.
+    Settings, signals and the folder are as before afterwards. What is raised is raised, but exit status 0.
     """
     gc.collect()  # a run that ended in an error may hold its lock until here
     fields, stored = {train: (Config, stored_settings), finetune: (Config, finetune.stored),

@@ -1,75 +1,81 @@
-"""Settings: flags, config files, types, help."""
+"""Settings: flags, config files, types and ranges, help, and what a run remembers."""
 import ast
 import re
-from dataclasses import asdict
 
 import pytest
-import torch
 
 import config as settings
+import finetune
+import prepare
+import sample
 import train
 from config import SettingError
 from model import Config
 from tests.helpers import ROOT, one_line, script
+from tools import bench, explain, search
+
+SCRIPT = '''
+"""What it does."""
+from __future__ import annotations
+from dataclasses import dataclass
+from typing import Literal, Optional, Union
+from config import above, at_least
+SCHEDULES = {"cosine": 1, "linear": 2}
+init_from: str = "scratch"  # or resume
+out_dir: str = "out"  # where to
+batch_size: at_least(1) = 12  # windows
+learning_rate: above(0.0) = 1e-3  # highest
+dropout: at_least(0.0, below=1.0) = 0.0  # share
+compile: bool = True  # faster
+top_k: Optional[at_least(1)] = None  # choose among
+schedule: Literal[tuple(SCHEDULES)] = "cosine"  # of the rate
+stop: Union[str, list] = ""  # end before
+'''
 
 
 @pytest.fixture
 def a_script(tmp_path):
     """A script's globals, as configure sees them."""
-    source = '''
-"""What it does."""
-from typing import Literal, Optional, Union
-out_dir: str = "out"  # where to
-batch_size: int = 12  # windows
-learning_rate: float = 1e-3  # highest
-compile: bool = True  # faster
-top_k: Optional[int] = None  # choose among
-schedule: Literal["cosine", "linear"] = "cosine"  # of the rate
-stop: Union[str, list] = ""  # end before
-'''
-    (tmp_path / "script.py").write_text(source, encoding="utf-8")
+    (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
     namespace = {"__file__": str(tmp_path / "script.py")}
-    exec(source, namespace)
+    exec(SCRIPT, namespace)
     return namespace
 
 
 def test_settings_go_left_to_right(a_script, tmp_path):
     (tmp_path / "a.py").write_text(
-        "import math\nfrom math import sqrt\n_half = 8\nbatch_size = 2 * _half\nn_layer = int(sqrt(9))\n"
-    )
+        "import math\nfrom math import sqrt\n_half = 8\nbatch_size = 2 * _half\nn_layer = int(sqrt(9))\n")
     (tmp_path / "b.py").write_text("learning_rate = 1\n")
-    given = settings.configure(
-        a_script,
-        Config,
-        [str(tmp_path / "a.py"), "--batch_size=5", str(tmp_path / "b.py"), "--n_embd=64", "--compile=false",
-         "--out_dir=a=b", "--top_k=None"],
-    )
+    a, b = str(tmp_path / "a.py"), str(tmp_path / "b.py")
+    given = settings.configure(a_script, Config, [a, "--batch_size=5", b, "--n_embd=64", "--compile=false",
+                                                  "--out_dir=a=b", "--top_k=None"])
     assert given == {"n_layer": 3, "n_embd": 64}  # only the fields that were given
     assert a_script["batch_size"] == 5 and a_script["out_dir"] == "a=b" and a_script["top_k"] is None
-    assert a_script["learning_rate"] == 1.0 and type(a_script["learning_rate"]) is float
-    assert a_script["compile"] is False
-    settings.configure(a_script, Config, [str(tmp_path / "a.py"), "--compile", "--stop=['a', 'b']"])
+    assert type(a_script["learning_rate"]) is float and a_script["compile"] is False
+    settings.configure(a_script, Config, [a, "--compile", "--stop=['a', 'b']"])
     assert a_script["batch_size"] == 16 and a_script["compile"] is True and a_script["stop"] == ["a", "b"]
-
-
-def test_a_config_starts_from_another(a_script, tmp_path):
     (tmp_path / "mine.py").write_text("from config.small import *\nn_layer = n_layer + 1\n")
-    given = settings.configure(
-        train.__dict__ | {"__file__": train.__file__}, Config, [str(tmp_path / "mine.py")]
-    )
+    given = settings.configure(dict(vars(train)), Config, [str(tmp_path / "mine.py")])
     assert given["n_layer"] == 5 and given["pos"] == "rope"
 
 
-@pytest.mark.parametrize(
-    "arg, words",
-    [("--batchsize=3", ["--batchsize", "'batch_size'"]), ("--n_layers=3", ["--n_layers", "--n_layer"]),
-     ("--batch-size=3", ["--batch-size", "'batch_size'"]), ("-h2", ["-h2"]),
-     ("--batch_size=2.5", ["--batch_size", "int", "2.5"]), ("--batch_size=True", ["int", "True"]),
-     ("--batch_size", ["--batch_size", "needs a value", "int"]), ("--learning_rate=fast", ["float", "fast"]),
-     ("--compile=3", ["bool", "3"]), ("--top_k=x", ["int or None", "x"]),
-     ("--schedule=cosin", ["cosine, linear", "cosin"]), ("--n_head=many", ["--n_head", "int", "many"]),
-     ("smal", ["smal", "config/small.py"]), ("32", ["32", "--key=value"])],
-)
+@pytest.mark.parametrize("arg, words", [
+    ("--batchsize=3", ["--batchsize", "'batch_size'"]), ("--n_layers=3", ["--n_layers", "--n_layer"]),
+    ("--batch-size=3", ["--batch-size", "'batch_size'"]), ("-h2", ["-h2"]),
+    ("--batch_size=2.5", ["--batch_size", "int", "2.5"]), ("--batch_size=True", ["int", "True"]),
+    ("--batch_size", ["--batch_size", "needs a value", "int"]), ("--learning_rate=fast", ["float", "fast"]),
+    ("--compile=3", ["bool", "3"]), ("--top_k=x", ["int at least 1 or None", "x"]),
+    ("--schedule=cosin", ["cosine, linear", "cosin"]), ("--n_head=many", ["--n_head", "int", "many"]),
+    ("smal", ["smal", "config/small.py"]), ("32", ["32", "--key=value"]),
+    # ranges
+    ("--batch_size=0", ["int at least 1", "0"]), ("--learning_rate=0", ["float above 0", "0"]),
+    ("--dropout=1.0", ["float at least 0 and below 1", "1.0"]), ("--dropout=-0.1", ["-0.1"]),
+    ("--top_k=0", ["int at least 1 or None", "0"]), ("--learning_rate=nan", ["float above 0", "nan"]),
+    # what was a setting, or a recipe
+    ("--profile", ["profile", "no setting any more", "python -m tools.bench"]),
+    ("--teacher_weight=0.3", ["teacher_share"]), ("--linear=2", ["linear", "bag of words"]),
+    ("config/bench.py", ["config/bench.py", "is gone", "tools.bench"]),
+])
 def test_wrong_flags_are_named_with_the_remedy(a_script, arg, words):
     with pytest.raises(SettingError) as error:
         settings.configure(a_script, Config, [arg])
@@ -77,15 +83,16 @@ def test_wrong_flags_are_named_with_the_remedy(a_script, arg, words):
         assert word in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "text, words",
-    [("n_layer = 2\nbatchsize = 3\n", ["bad.py:2", "'batchsize'", "'batch_size'"]),
-     ("n_layer = '2'\n", ["bad.py:1", "n_layer", "int", "'2'"]),
-     ("n_layer = 2\nn_head = 1 / 0\n", ["bad.py:2", "ZeroDivisionError"]),
-     ("n_layer = (\n", ["bad.py:1", "SyntaxError"]),
-     ("from config.smal import *\n", ["bad.py:1", "config.smal"]),
-     ("schedule = 'cubic'\n", ["bad.py:1", "cosine, linear", "cubic"])],
-)
+@pytest.mark.parametrize("text, words", [
+    ("n_layer = 2\nbatchsize = 3\n", ["bad.py:2", "'batchsize'", "'batch_size'"]),
+    ("n_layer = '2'\n", ["bad.py:1", "n_layer", "int", "'2'"]),
+    ("n_layer = 2\nn_head = 1 / 0\n", ["bad.py:2", "ZeroDivisionError"]),
+    ("n_layer = (\n", ["bad.py:1", "SyntaxError"]),
+    ("from config.smal import *\n", ["bad.py:1", "config.smal"]),
+    ("schedule = 'cubic'\n", ["bad.py:1", "cosine, linear", "cubic"]),
+    ("dropout = float('nan')\n", ["bad.py:1", "at least 0 and below 1", "nan"]),
+    ("\nprofile = True\n", ["bad.py:2", "tools.bench"]),
+])
 def test_wrong_config_files_are_named_with_the_line(a_script, tmp_path, text, words):
     (tmp_path / "bad.py").write_text(text)
     with pytest.raises(SettingError) as error:
@@ -95,22 +102,59 @@ def test_wrong_config_files_are_named_with_the_line(a_script, tmp_path, text, wo
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["train.py", "prepare.py", "finetune.py", "sample.py", "tools/explain.py",
-                                  "tools/search.py"])
-def test_help_lists_every_setting_with_type_default_and_comment(name, tmp_path):
-    text = script(name, "--help", cwd=tmp_path).stdout
-    tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
+def test_bounds_are_in_the_range_unless_they_are_exclusive():
+    for kind, inside, outside in (
+            (settings.at_least(1), (1, 10**9), (0, 1.0, True)), (settings.at_least(0.0), (0, 0.0), (-1e-9,)),
+            (settings.above(0.0, at_most=1.0), (1e-9, 1, 1.0), (0.0, 1.0001)),
+            (settings.at_least(0.0, below=1.0), (0.0, 0.999), (1.0, 1, float("inf"))),
+            (settings.above(2), (3,), (2,))):
+        assert all(settings.is_a(value, kind) for value in inside), kind
+        assert not any(settings.is_a(value, kind) for value in outside), kind
+
+
+def test_a_new_line_of_a_table_is_a_value_that_is_taken(a_script):
+    a_script["SCHEDULES"]["cubic"] = 3
+    settings.configure(a_script, None, ["--schedule=cubic"])
+    assert a_script["schedule"] == "cubic"
+
+
+def test_a_resumed_run_has_its_settings_but_for_what_is_given(a_script):
+    then = {"batch_size": 3, "learning_rate": 0.5, "out_dir": "elsewhere", "init_from": "scratch",
+            "n_layer": 5, "gone": 1, "dropout": 0.0}
+    defaults = {"batch_size": 12, "learning_rate": 1e-3, "dropout": 0.3}  # one was edited in the script since
+    asked = []
+
+    def stored(folder):
+        asked.append(folder)
+        return then, defaults
+    given = settings.configure(a_script, Config, ["--init_from=resume", "--out_dir=x", "--learning_rate=0.1"],
+                               stored)
+    assert given == {"n_layer": 5} and asked == ["x"] and a_script["out_dir"] == "x"
+    assert a_script["batch_size"] == 3 and a_script["learning_rate"] == 0.1 and a_script["dropout"] == 0.0
+    then["dropout"] = 0.3  # what the script had then: the edited one counts as given
+    settings.configure(a_script, Config, ["--init_from=resume"], stored)
+    assert a_script["dropout"] == 0.0 and a_script["init_from"] == "resume"
+    assert settings.configure(a_script, Config, ["--init_from=scratch"], stored) == {} and len(asked) == 2
+
+
+SCRIPTS = {train: Config, finetune: Config, sample: sample.Choice, prepare: None, explain: None, search: None,
+           bench: Config}
+
+
+@pytest.mark.parametrize("module", SCRIPTS, ids=lambda module: module.__name__)
+def test_help_lists_every_setting_with_type_default_and_comment(module, capsys):
+    fields = SCRIPTS[module]
+    with pytest.raises(SystemExit):
+        settings.configure(dict(vars(module)), fields, ["--help"])
+    said = capsys.readouterr().out
+    tree = ast.parse((ROOT / module.__file__).read_text(encoding="utf-8"))
     declared = [node.target.id for node in tree.body if isinstance(node, ast.AnnAssign)]
+    inherited = list(fields.__dataclass_fields__) if fields else []  # of those that it extends, too
     assert len(declared) > 5
-    for setting in declared + (list(asdict(Config())) if name == "train.py" else []):
-        line = re.search(rf"^  --{setting}=\S.*? {{1,}}\S+.*; .+$", text, re.MULTILINE)
-        assert line, f"{setting} has no default, type or comment in --help"
+    for name in declared + inherited:
+        assert re.search(rf"^  --{name}=\S.*? {{1,}}\S+.*; .+$", said, re.MULTILINE), name
 
 
-def test_scripts_end_with_2_on_a_bad_setting(tmp_path):
-    one_line(script("train.py", "--n_layers=2", cwd=tmp_path), 2, "--n_layers", "--n_layer")
+def test_scripts_end_with_2_on_a_bad_setting_and_1_on_what_is_missing(tmp_path):
     one_line(script("train.py", "--n_head=5", cwd=tmp_path), 2, "n_embd", "n_head=5")
-    if not torch.cuda.is_available():
-        one_line(script("train.py", "--device=cuda", cwd=tmp_path), 2, "device=cuda")
-    one_line(script("sample.py", "--top_p=2", cwd=tmp_path), 2, "top_p")
     one_line(script("sample.py", cwd=tmp_path), 1, "no checkpoint")

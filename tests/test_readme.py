@@ -5,7 +5,6 @@ import shlex
 import shutil
 
 import pytest
-import torch
 
 import config as settings
 import finetune
@@ -13,7 +12,7 @@ import prepare
 import sample
 import train
 from model import Config
-from tests.helpers import ROOT, TOY, checkpoint, difference, script, slow
+from tests.helpers import ROOT, run_here, script, slow
 from tools import explain, search
 
 NANOGPT_SHAKESPEARE = """
@@ -58,30 +57,22 @@ weight_decay = 1e-1
 """
 
 
-@pytest.mark.parametrize(
-    "text, smaller",
-    [
-        (NANOGPT_SHAKESPEARE, ["--n_embd=24", "--batch_size=2", "--eval_iters=2"]),
-        (
-            NANOGPT_GPT2,
-            ["--dataset=toy", "--block_size=64", "--n_layer=1", "--n_embd=24", "--batch_size=1",
-             "--gradient_accumulation_steps=2", "--eval_iters=2"],
-        ),
-    ],
-    ids=["shakespeare_char", "gpt2"],
-)
-def test_nanogpt_config_files_run_unmodified(home, text, smaller):
-    (home / "theirs.py").write_text(text, encoding="utf-8")
-    (home / "chars.txt").write_text(
-        "First Citizen:\nBefore we proceed any further, hear me speak.\n" * 90, "utf-8"
-    )
-    if not (home / "data/shakespeare_char").exists():  # the name is a built-in, its text a download
-        prepare.prepare("shakespeare_char", source=str(home / "chars.txt"), tokenizer="bytes",
-                        test_fraction=0.0, root=home / "data")
-    done = script("train.py", "theirs.py", "--max_iters=2", "--compile=False", "--device=cpu", "--overwrite",
-                  *smaller, cwd=home, WANDB_MODE="disabled")
-    assert done.returncode == 0, done.stderr
-    assert "iter 2/2" in done.stdout
+@pytest.mark.parametrize("text, smaller", [
+    (NANOGPT_SHAKESPEARE, ["--n_embd=24", "--batch_size=2"]),
+    (NANOGPT_GPT2, ["--dataset=toy", "--block_size=64", "--n_layer=1", "--n_embd=24", "--batch_size=1",
+                    "--gradient_accumulation_steps=2"]),
+], ids=["shakespeare_char", "gpt2"])
+def test_nanogpt_config_files_run_unmodified(home, tmp_path, monkeypatch, text, smaller):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    shutil.copytree(home / "data", tmp_path / "data")
+    (tmp_path / "theirs.py").write_text(text, encoding="utf-8")
+    chars = tmp_path / "chars.txt"
+    chars.write_text("First Citizen:\nBefore we proceed any further, hear me speak.\n" * 90)
+    prepare.prepare("shakespeare_char", source=str(chars), tokenizer="bytes", test_fraction=0,
+                    root=tmp_path / "data")  # the name is a built-in, its text a download
+    said = run_here(train, "theirs.py", "--max_iters=2", "--eval_iters=2", "--compile=False", "--device=cpu",
+                    *smaller, cwd=tmp_path)
+    assert "iter 2/2" in said
 
 
 def readme_commands() -> list[str]:
@@ -133,24 +124,3 @@ def test_the_quickstart(tmp_path):
     shutil.rmtree(tmp_path / "data")
     done = script("sample.py", "--start=import ", "--max_new_tokens=20", cwd=tmp_path)
     assert done.returncode == 0 and done.stdout.startswith("import "), done.stderr
-
-
-@slow
-def test_compiling_changes_nothing_but_the_speed(home):
-    runs = [
-        script("train.py", *TOY, "--dropout=0.0", f"--out_dir=out/{name}", f"--compile={name == 'fast'}",
-               cwd=home)
-        for name in ("plain", "fast")
-    ]
-    assert all(run.returncode == 0 for run in runs) and "compiled" in runs[1].stdout, runs[1].stderr
-    one, two = (
-        torch.cat([v.flatten() for v in checkpoint(home, name)["model"].values()])
-        for name in ("plain", "fast")
-    )
-    assert difference(two, one) < 1e-3
-    assert not any("_orig_mod" in key for key in checkpoint(home, "fast")["model"])
-    # where there is no compiler, a warning, and the run goes on
-    done = script("train.py", *TOY, "--out_dir=out/fallback", "--compile", "--max_iters=2", cwd=home,
-                  CXX="/nowhere/c++", PATH="", TORCHINDUCTOR_CACHE_DIR=str(home / "cache"))
-    assert done.returncode == 0 and "torch.compile failed" in done.stderr, done.stderr
-    assert "iter 2/2" in done.stdout

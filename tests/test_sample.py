@@ -64,7 +64,8 @@ def test_a_fine_tuned_model_answers(tuned, tmp_path, monkeypatch):
         sizes.append(float(re.search(r"([\d.]+) MB", last)[1]))
     assert sizes[1] < sizes[0]
     model, tokenizer = sample.load(tuned / "out")
-    assert model.body.head is None and model.task.labels == ["bad", "good"] and tokenizer is model.task.tokenizer
+    assert model.body.head is None and model.task.labels == ["bad", "good"]
+    assert tokenizer is model.task.tokenizer
     assert [one["prediction"] for one in model.predict(["w3 fine", "w2 dull"])] == ["good", "bad"]
 
 
