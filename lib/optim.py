@@ -26,7 +26,8 @@ class Muon(torch.optim.Optimizer):
     _step_supports_amp_scaling = True  # torch's name for an optimizer that looks at found_inf
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, steps=5):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "steps": steps})
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay,
+                                  "steps": steps})
         for group in self.param_groups:
             for p in group["params"]:
                 self.state[p] = {"step": torch.zeros((), device=p.device), "momentum": torch.zeros_like(p)}
@@ -70,7 +71,8 @@ class Momentum(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
 
     def __init__(self, params, lr=0.1, momentum=0.9, weight_decay=0.0, trust=None):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust})
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay,
+                                  "trust": trust})
         for group in self.param_groups:
             for p in group["params"]:
                 self.state[p] = {"momentum": torch.zeros_like(p)}
@@ -136,7 +138,7 @@ def orthogonalise_together(G: torch.Tensor, steps: int) -> torch.Tensor:
 
 
 class Pruning:
-    """Sets the smallest weights of each of the blocks' matrices to 0, a share of `sparsity`, half way through.
+    """Sets the smallest weights of each of the blocks' matrices to 0, a share of `sparsity`, half way.
 
     What is 0 then stays 0, and the other half of the training mends what that did (Han et al. 2015). A saved
     model carries no masks; a resumed run finds them in its weights, which must be there already.
