@@ -26,6 +26,7 @@ import tiktoken
 from config import SettingError, UserError
 
 EOT, MASK = "<|endoftext|>", "<|mask|>"  # ends a document; stands for a token to be guessed
+BYTES = [bytes([i]) for i in range(256)]  # the first tokens of ours
 
 # What a token may span at most: a word with the space or sign before it, up to three digits, a run of signs
 # with the space before it, white space but for its last character, which goes with the word behind it. So an
@@ -57,27 +58,17 @@ class Tokenizer:
             return list(text.encode("utf-8", "replace"))
         return self.encoding.encode_ordinary(text)
 
-    def encode_cut(self, text: str, rate: float, rng: np.random.Generator) -> np.ndarray:
-        """The ids of a text that is cut at a share `rate` of the places between its characters.
-
-        A word comes as other tokens each time, which keeps a model from knowing its texts by heart (after
-        BPE-dropout, Provilkov et al. 2020).
-        """
-        cuts = (np.flatnonzero(rng.random(max(0, len(text) - 1)) < rate) + 1).tolist()
-        ids = [i for a, b in zip([0, *cuts], [*cuts, len(text)]) for i in self.encode(text[a:b])]
-        return np.array(ids, dtype=np.uint32)
-
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """Documents to arrays of ids, on all cores (tiktoken lets go of Python's lock)."""
+        """Texts to arrays of ids, on all cores (tiktoken releases Python's lock)."""
         if len(self.ranks) == 256:
             return [np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8) for text in texts]
         ids = self.encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
         return [np.array(one, dtype=np.uint32) for one in ids]
 
     def encode_documents(self, texts: list[str], ends: list[bool]) -> np.ndarray:
-        """The ids of all of them in one array, <|endoftext|> behind those that end a document.
+        """The ids of all texts in one array, <|endoftext|> behind those that end a document.
 
-        In one call, for speed: the thread lets go of Python's lock for as long as it takes.
+        In one call, for speed: Python's lock is released for as long as it takes.
         """
         if len(self.ranks) > 256 and not any(EOT in text for text in texts):
             text = "".join(text + EOT if end else text for text, end in zip(texts, ends))
@@ -147,34 +138,39 @@ class Tokenizer:
     def save_pretrained(self, folder: str | Path, context: int) -> None:
         """tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer reads."""
         symbol = byte_symbols()
-        tokens = {token: i for i, token in enumerate(self.ranks)}
-        name = {token: "".join(symbol[byte] for byte in token) for token in tokens}
-        merges = []
-        for token, rank in tokens.items():
-            parts = [bytes([byte]) for byte in token]
-            while len(parts) > 2:  # merged as an encoder would, by what is older than the token
-                joined = [tokens.get(x + y, rank) for x, y in zip(parts, parts[1:])]
-                i = joined.index(min(joined))
-                parts[i:i + 2] = [parts[i] + parts[i + 1]]
-            if len(parts) == 2:
-                merges.append([name[part] for part in parts])
+        name = {token: "".join(symbol[byte] for byte in token) for token in self.ranks}
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
                       "use_regex": False}
-        cut = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
-        added = [{"id": i, "content": special, "single_word": False, "lstrip": False, "rstrip": False,
-                  "normalized": False, "special": True} for special, i in self.specials.items()]
-        model = {"type": "BPE", "vocab": {name[token]: i for token, i in tokens.items()}, "merges": merges}
+        split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        added = [{"id": i, "content": token, **flags, "special": True} for token, i in self.specials.items()]
+        vocab = {name[token]: i for i, token in enumerate(self.ranks)}
+        merges = [[name[a], name[b]] for a, b in merges_of(self.ranks)]
         roles = {"eos_token": EOT, "bos_token": EOT, "pad_token": EOT, "mask_token": MASK}
         write_hf_tokenizer(folder, context, roles, {
             "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [cut, byte_level]},
-            "post_processor": None, "decoder": byte_level, "model": model})
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+            "post_processor": None, "decoder": byte_level,
+            "model": {"type": "BPE", "vocab": vocab, "merges": merges}})
+
+
+def merges_of(ranks: list[bytes]) -> Iterator[tuple[bytes, bytes]]:
+    """The two tokens that each one was merged from, as an encoder would: by what is older than the token."""
+    rank_of = {token: i for i, token in enumerate(ranks)}
+    for token, rank in rank_of.items():
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:
+            joined = [rank_of.get(a + b, rank) for a, b in zip(parts, parts[1:])]
+            i = joined.index(min(joined))
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            yield parts[0], parts[1]
 
 
 class HubTokenizer:
     """What a Hugging Face model brings along, its tokenizer.json, with Tokenizer's methods.
 
-    roles: which of its tokens is the "eos_token", "mask_token" and so on. Raises UserError where it cannot be
+    roles: which of its tokens is the "eos_token", "mask_token" and so on. Raises UserError if it cannot be
     used.
     """
     kind = "huggingface"
@@ -303,25 +299,18 @@ def hub_file(name: str, file: str) -> Path:
         return Path(file) / "missing"
 
 
-def make_tokenizer(name: str, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """By the name in the settings; `texts` are read only for bpe. Raises UserError where it cannot be had."""
-    if name in ("bytes", "bpe"):
-        ranks = [bytes([i]) for i in range(256)]
-        if name == "bpe":
-            ranks = train_bpe(texts, vocab_size - 2)
-        return Tokenizer(name, PIECES, ranks, {EOT: len(ranks), MASK: len(ranks) + 1})
-    if Path(name).is_dir() or "/" in name and not name.endswith(".tiktoken"):
-        return Tokenizer.from_pretrained(name)
-    if name.endswith(".tiktoken"):
-        try:
-            lines = Path(name).read_text(encoding="ascii").split("\n")
-            pairs = [line.split() for line in lines if line]
-            ranks = [base64.b64decode(token) for token, _ in sorted(pairs, key=lambda pair: int(pair[1]))]
-        except (OSError, ValueError) as error:
-            raise UserError(f"{name}: not a file of BPE ranks: {error}") from None
+def make_tokenizer(name: str, texts: Iterable[str], vocab_size: int) -> "Tokenizer | HubTokenizer":
+    """By the name in the settings; `texts` are read only for bpe. Raises UserError if it cannot be had."""
+    if name == "bytes":
+        return with_specials(name, PIECES, BYTES)
+    if name == "bpe":
+        return with_specials(name, PIECES, train_bpe(texts, vocab_size - 2))
+    if name.endswith(".tiktoken") and not Path(name).is_dir():
+        ranks = read_ranks(Path(name))
         gpt2 = len(ranks) == 50256  # the file has the ranks alone, and this one's pattern is known
-        pattern = tiktoken_pattern() if gpt2 else PIECES
-        return Tokenizer(Path(name).stem, pattern, ranks, {EOT: len(ranks), MASK: len(ranks) + 1})
+        return with_specials(Path(name).stem, gpt2_pattern() if gpt2 else PIECES, ranks)
+    if Path(name).is_dir() or "/" in name:
+        return Tokenizer.from_pretrained(name)
     try:
         known = tiktoken.get_encoding("r50k_base" if name == "gpt2" else name)
     except ValueError:
@@ -335,7 +324,21 @@ def make_tokenizer(name: str, texts: Iterable[str], vocab_size: int) -> Tokenize
     return Tokenizer(name, known._pat_str, ranks, {**known._special_tokens, MASK: known.n_vocab})
 
 
-def tiktoken_pattern() -> str:
+def with_specials(kind: str, pattern: str, ranks: list[bytes]) -> Tokenizer:
+    return Tokenizer(kind, pattern, ranks, {EOT: len(ranks), MASK: len(ranks) + 1})
+
+
+def read_ranks(path: Path) -> list[bytes]:
+    """The tokens of a .tiktoken file, in the order of their ranks."""
+    try:
+        lines = path.read_text(encoding="ascii").split("\n")
+        pairs = [line.split() for line in lines if line]
+        return [base64.b64decode(token) for token, _ in sorted(pairs, key=lambda pair: int(pair[1]))]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a file of BPE ranks: {error}") from None
+
+
+def gpt2_pattern() -> str:
     from tiktoken_ext.openai_public import r50k_pat_str
     return r50k_pat_str
 
@@ -373,24 +376,28 @@ def read_texts(path: Path, spans: np.ndarray, whole: bool, tick: Callable) -> It
 
 def encode_stream(tokenizer: "Tokenizer | HubTokenizer", texts: Iterable[tuple[str, bool]],
                   threads: int) -> Iterator[np.ndarray]:
-    """Ids in the order of the text, in memory for a few UNITs: short texts go several at a time."""
-    def send():
-        return pool.submit(tokenizer.encode_documents, *zip(*unit))
-
-    unit, size, waiting = [], 0, deque()
+    """Ids in the order of the text, with a few UNITs in memory."""
+    waiting = deque()
     with ThreadPoolExecutor(threads) as pool:
-        for text in texts:
-            unit.append(text)
-            size += len(text[0])
-            if size >= UNIT:
-                waiting.append(send())
-                unit, size = [], 0
+        for unit in units(texts):
+            waiting.append(pool.submit(tokenizer.encode_documents, *zip(*unit)))
             if len(waiting) > 2 * threads:
                 yield waiting.popleft().result()
-        if unit:
-            waiting.append(send())
         while waiting:
             yield waiting.popleft().result()
+
+
+def units(texts: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
+    """Short texts together, so that a thread has something to do."""
+    unit, size = [], 0
+    for text in texts:
+        unit.append(text)
+        size += len(text[0])
+        if size >= UNIT:
+            yield unit
+            unit, size = [], 0
+    if unit:
+        yield unit
 
 
 def sample(texts: Iterable[tuple[str, bool]], share: float) -> Iterator[str]:
@@ -410,72 +417,97 @@ def train_bpe(texts: Iterable[str], n_tokens: int) -> list[bytes]:
     """Byte pair encoding (Sennrich et al. 2016): the bytes of n_tokens tokens, in the order of their making.
 
     From the 256 bytes on, the most frequent pair of neighbours is merged into a new token, until there are
-    n_tokens or no pair comes twice.
-
-    Each distinct piece is kept once, with its count. All lie in one long array, linked to their neighbours,
-    and each pair knows its places, so that a merge touches these only, and all of them at once in numpy. Ties
-    go to the pair whose tokens are older: the result depends on the text alone.
+    n_tokens or no pair comes twice. Ties go to the pair whose tokens are older: the result depends on the text
+    alone.
     """
     import regex  # comes with tiktoken; Python's own re has no \p{L}
     pieces = Counter()
     find = regex.compile(PIECES).findall
     for text in texts:
         pieces.update(find(text))
-
-    words = [word.encode("utf-8", "replace") for word in pieces]
-    lengths = np.array([len(word) for word in words], dtype=np.int64)
-    n = int(lengths.sum())
-    sym = np.frombuffer(b"".join(words), dtype=np.uint8).astype(np.int64)  # token at each place
-    weight = np.repeat(np.array(list(pieces.values())), lengths)  # how often the piece around it occurs
-    ends = lengths.cumsum()
-    after, before = np.arange(1, n + 1), np.arange(-1, n - 1)  # linked neighbours; -1: none
-    after[ends - 1] = before[ends - lengths] = -1
-
-    tokens = [bytes([i]) for i in range(256)]
-    V = max(n_tokens, 256)  # a pair is one number, left * V + right
-    count, places, heap = {}, {}, []
-
-    def add(at):  # the pairs that begin at these places, new ones all
-        pairs = sym[at] * V + sym[after[at]]
-        order = np.argsort(pairs, kind="stable")
-        at, pairs = at[order], pairs[order]
-        starts = np.flatnonzero(np.diff(pairs, prepend=-1))
-        totals = np.add.reduceat(weight[at], starts) if len(at) else []
-        groups = zip(pairs[starts].tolist(), np.asarray(totals).tolist(), np.split(at, starts[1:]))
-        for pair, total, where in groups:
-            count[pair], places[pair] = total, where
-            heapq.heappush(heap, (-total, pair))
-
-    add(np.flatnonzero(after >= 0))
-    while len(tokens) < n_tokens and heap:
-        c, pair = heapq.heappop(heap)
-        if -c != count[pair]:  # it has lost places since it was pushed: back in line
-            heapq.heappush(heap, (-count[pair], pair))
-            continue
-        if -c < 2:
+    pairs = Pairs(pieces, max(n_tokens, 256))
+    tokens = list(BYTES)
+    while len(tokens) < n_tokens:
+        pair = pairs.most_frequent()
+        if pair is None:
             break
-        left, right = divmod(pair, V)
-        at = places.pop(pair)
-        at = at[(sym[at] == left) & (after[at] >= 0)]  # some have merged with other neighbours
-        at = at[sym[after[at]] == right]
-        if left == right:  # in a run, aaaa, every other place
-            new_run = np.append(True, after[at[:-1]] != at[1:])
-            nth = np.arange(len(at)) - np.maximum.accumulate(np.where(new_run, np.arange(len(at)), 0))
+        pairs.merge(*pair, new=len(tokens))
+        tokens.append(tokens[pair[0]] + tokens[pair[1]])
+    return tokens
+
+
+class Pairs:
+    """The pairs of neighbouring tokens in a text, how often they come, and where.
+
+    Each distinct piece of text is kept once, with its count. All lie in one long array, linked to their
+    neighbours, and each pair knows its places, so that a merge touches these only, and all of them at once in
+    numpy.
+    """
+
+    def __init__(self, pieces: Counter, n_tokens: int):
+        words = [word.encode("utf-8", "replace") for word in pieces]
+        lengths = np.array([len(word) for word in words], dtype=np.int64)
+        n = int(lengths.sum())
+        self.token = np.frombuffer(b"".join(words), dtype=np.uint8).astype(np.int64)  # at each place
+        self.weight = np.repeat(np.array(list(pieces.values())), lengths)  # how often the piece around it comes
+        self.after = np.arange(1, n + 1)  # the place of the next token in the piece; -1: none
+        self.before = np.arange(-1, n - 1)
+        ends = lengths.cumsum()
+        self.after[ends - 1] = self.before[ends - lengths] = -1
+        self.n_tokens = n_tokens  # a pair is one number, left * n_tokens + right
+        self.count, self.places, self.heap = {}, {}, []
+        self.add(np.flatnonzero(self.after >= 0))
+
+    def at(self, places: np.ndarray) -> np.ndarray:
+        """The pairs that begin at these places."""
+        return self.token[places] * self.n_tokens + self.token[self.after[places]]
+
+    def add(self, places: np.ndarray) -> None:
+        """Count the pairs that begin at these places, new ones all."""
+        if not len(places):
+            return
+        pairs = self.at(places)
+        order = np.argsort(pairs, kind="stable")
+        places, pairs = places[order], pairs[order]
+        starts = np.flatnonzero(np.diff(pairs, prepend=-1))
+        totals = np.add.reduceat(self.weight[places], starts).tolist()
+        for pair, total, where in zip(pairs[starts].tolist(), totals, np.split(places, starts[1:])):
+            self.count[pair], self.places[pair] = total, where
+            heapq.heappush(self.heap, (-total, pair))
+
+    def most_frequent(self) -> tuple[int, int] | None:
+        """The pair to merge next, taken out of the heap; None if none comes twice."""
+        while self.heap:
+            negative, pair = heapq.heappop(self.heap)
+            if -negative == self.count[pair]:
+                return divmod(pair, self.n_tokens) if -negative >= 2 else None
+            heapq.heappush(self.heap, (-self.count[pair], pair))  # it has lost places since it was pushed
+        return None
+
+    def merge(self, left: int, right: int, new: int) -> None:
+        """Make one token, `new`, of each left that a right follows."""
+        pair = left * self.n_tokens + right
+        at = self.places.pop(pair)
+        at = at[(self.token[at] == left) & (self.after[at] >= 0)]  # some have merged with other neighbours
+        at = at[self.token[self.after[at]] == right]
+        if left == right:  # of aaaa, every other place
+            first = np.append(True, self.after[at[:-1]] != at[1:])
+            nth = np.arange(len(at)) - np.maximum.accumulate(np.where(first, np.arange(len(at)), 0))
             at = at[nth % 2 == 0]
 
         # the pairs that end: the one before each place, and the one behind
-        second = after[at]
-        gone = np.concatenate((before[at][before[at] >= 0], second[after[second] >= 0]))
-        gone = np.unique(gone)  # between two merged neighbours it is the same pair
-        pairs, which = np.unique(sym[gone] * V + sym[after[gone]], return_inverse=True)
-        for ended, lost in zip(pairs.tolist(), np.bincount(which, weight[gone]).tolist()):
-            count[ended] -= int(lost)
-        count[pair] = 0
+        second = self.after[at]
+        gone = np.concatenate((self.before[at], second[self.after[second] >= 0]))
+        gone = np.unique(gone[gone >= 0])  # between two merged neighbours it is the same pair
+        pairs, which = np.unique(self.at(gone), return_inverse=True)
+        for ended, lost in zip(pairs.tolist(), np.bincount(which, self.weight[gone]).tolist()):
+            self.count[ended] -= int(lost)
+        self.count[pair] = 0
 
-        sym[at], sym[second] = len(tokens), -1
-        follower = after[second]
-        after[at] = follower
-        before[follower[follower >= 0]] = at[follower >= 0]
-        tokens.append(tokens[left] + tokens[right])
-        add(np.unique(np.concatenate((before[at][before[at] >= 0], at[follower >= 0]))))
-    return tokens
+        # the new token takes the first place, and the second is skipped from now on
+        follower = self.after[second]
+        self.token[at], self.token[second] = new, -1
+        self.after[at] = follower
+        self.before[follower[follower >= 0]] = at[follower >= 0]
+        begins = np.concatenate((self.before[at], at[follower >= 0]))
+        self.add(np.unique(begins[begins >= 0]))

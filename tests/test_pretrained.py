@@ -9,10 +9,10 @@ import torch
 import sample
 from config import UserError
 from lib.run import save_checkpoint
-from lib.tokenizer import Tokenizer, make_tokenizer
+from lib.tokenizer import make_tokenizer
 from model import Config, Transformer
 from test_model import MODERN, TINY
-from tests.helpers import FAMILIES, MIXED, ROOT, script, theirs, tiny, tokens
+from tests.helpers import FAMILIES, script, theirs, tiny, tokens
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -138,56 +138,6 @@ def test_a_masked_model_fills_gaps():
     for text, words in (("no gap", "<|mask|>"), ("x" * 20 + "<|mask|>", "22 tokens")):
         with pytest.raises(UserError, match=re.escape(words)):
             sample.fill(model, tokenizer, text)
-
-
-@pytest.mark.parametrize("kind", ["bytes", "bpe"])
-def test_our_tokenizers_go_to_transformers_and_back(kind, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    source = (ROOT / "model.py").read_text(encoding="utf-8")
-    ours = make_tokenizer(kind, [source, MIXED], 600)
-    ours.save_pretrained(tmp_path, context=10**6)
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    back = Tokenizer.from_pretrained(tmp_path)
-    stored = Tokenizer.from_dict(json.loads(json.dumps(back.to_dict())))
-    assert (theirs.eos_token_id, theirs.mask_token_id) == (ours.eot, ours.mask) == (back.eot, back.mask)
-    for text in (MIXED, source, "\0 unseen: żółć 漢字 🚀\r\n\t ", "a<|endoftext|>"):
-        ids = ours.encode(text, specials=True)
-        assert theirs(text)["input_ids"] == ids and theirs.decode(ids) == text
-        assert stored.encode(text, specials=True) == ids and back.decode(ids) == text
-        assert "".join(back.pieces(ids)) == "".join(ours.pieces(ids)) == text
-        ids, offsets = ours.offsets(text)
-        assert back.offsets(text) == (ids, offsets) == back.offsets(text)
-        if kind == "bpe":
-            assert back.encode_batch([text, ""])[0].tolist() == ids
-            assert ours.encode_batch([text, ""])[0].tolist() == ids
-            assert [text[a:b] for a, b in ours.offsets("def f(x):")[1]] != []
-    assert [bytes(b) for b in back.token_bytes] == ours.token_bytes
-
-
-def test_a_tokenizer_wraps_texts_as_its_model_reads_them(tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
-    vocab = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4, "a": 5, "b": 6, "##b": 7}
-    fast = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token="[UNK]"))
-    fast.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    fast.decoder = tokenizers.decoders.WordPiece()
-    fast.add_special_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
-    fast.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    fast.enable_padding(length=16)
-    fast.enable_truncation(4)  # what a file says of lengths is no concern of ours
-    fast.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match="sep_token"):
-        Tokenizer.from_pretrained(tmp_path)
-    roles = {"sep_token": "[SEP]", "pad_token": {"content": "[PAD]"}, "mask_token": "[MASK]"}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(roles))
-    tokenizer = Tokenizer.from_pretrained(tmp_path)
-    assert (tokenizer.eot, tokenizer.pad, tokenizer.mask, tokenizer.vocab_size) == (3, 0, 4, 8)
-    assert tokenizer.encode("a b ab a b a") == [5, 6, 5, 7, 5, 6, 5]
-    assert tokenizer.wrap([5, 6]) == ([2, 5, 6, 3], [0] * 4)
-    assert tokenizer.wrap([5, 6], [7]) == ([2, 5, 6, 3, 7, 3], [0, 0, 0, 0, 1, 1])
-    assert tokenizer.encode("[MASK]") != [4] == tokenizer.encode("[MASK]", specials=True)
-    assert tokenizer.token_bytes[7] == b"b" and tokenizer.token_bytes[3] == b""
-    ours = make_tokenizer("bytes", [], 258)
-    assert ours.wrap([1, 2], [3]) == ([1, 2, 256, 3, 256], [0, 0, 0, 1, 1])
 
 
 @pytest.mark.parametrize("column", ["modern", "gpt2 without biases"])
