@@ -12,7 +12,7 @@ from lib.run import save_checkpoint
 from lib.tokenizer import make_tokenizer
 from model import Config, Transformer
 from test_model import MODERN, TINY
-from tests.helpers import FAMILIES, script, theirs, tiny, tokens
+from tests.helpers import FAMILIES, same, script, theirs, tiny, tokens
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -22,101 +22,118 @@ def test_families_equal_transformers_in_and_out(name, tmp_path):
     model = Transformer.from_pretrained(tmp_path / "in")
     idx = tokens(3, 20, vocab_size=97).clamp(min=3)
     pad_mask = torch.ones_like(idx, dtype=torch.bool)
-    pad_mask[0, 12:], pad_mask[1, 5:] = False, False
+    pad_mask[0, 12:] = pad_mask[1, 5:] = False
     idx[~pad_mask] = 1
-    more = {"segments": idx % 2} if model.config.n_segment > 1 else {}
+    segments = idx % 2 if model.config.n_segment > 1 else None
+    more = {} if segments is None else {"token_type_ids": segments}
     with torch.no_grad():
-        wanted = their(idx, attention_mask=pad_mask.long(),
-                       **({"token_type_ids": idx % 2} if more else {}))[0]
-        found = model.hidden(idx, pad_mask, **more)
-        found = found if name == "encoder" else model.logits(found)
+        wanted = their(idx, attention_mask=pad_mask.long(), **more)[0]
+        found = model.hidden(idx, pad_mask, segments)
+        found = found if model.head is None else model.logits(found)
     torch.testing.assert_close(found[pad_mask], wanted[pad_mask], atol=1e-4, rtol=1e-4)
     if model.config.causal:
         prompt = tokens(2, 5, vocab_size=97)
         for penalty in (1.0, 1.4):
             text = their.generate(prompt, max_new_tokens=64, do_sample=False, repetition_penalty=penalty)
-            assert torch.equal(
-                model.generate(prompt, 64, temperature=0, repetition_penalty=penalty), text), penalty
+            ours = model.generate(prompt, 64, temperature=0, repetition_penalty=penalty)
+            assert torch.equal(ours, text), penalty
 
     model.save_pretrained(tmp_path / "out")
     again, info = type(their).from_pretrained(tmp_path / "out", output_loading_info=True)
-    pooler = {f"pooler.dense.{kind}" for kind in ("weight", "bias")} if name == "encoder" else set()
-    assert set(info["missing_keys"]) <= pooler and not info["unexpected_keys"]
-    assert not info["mismatched_keys"]
-    state = again.state_dict()
-    kept = {key: value for key, value in their.state_dict().items() if key not in pooler}
-    assert all(torch.equal(value, state[key]) for key, value in kept.items())
+    unknown = {"pooler.dense.weight", "pooler.dense.bias"}  # which BertModel has and we do not
+    assert set(info["missing_keys"]) <= unknown
+    assert not info["unexpected_keys"] and not info["mismatched_keys"]
+    kept, state = their.state_dict(), again.state_dict()
+    assert all(torch.equal(kept[name], state[name]) for name in set(kept) - unknown)
 
 
-def test_real_world_files_of_one_model(tmp_path):
-    safetensors = pytest.importorskip("safetensors.torch")
-    their = theirs("llama 3")
-    their.save_pretrained(tmp_path / "whole")
-    config = json.loads((tmp_path / "whole/config.json").read_text())
-    wanted = Transformer.from_pretrained(tmp_path / "whole").state_dict()
+@pytest.fixture
+def llama(tmp_path):
+    """A folder as transformers saves it, with rope stretched as Llama 3 does, and its config.json."""
+    theirs("llama 3").save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama", json.loads((tmp_path / "llama/config.json").read_text())
 
-    their.save_pretrained(tmp_path / "sharded", max_shard_size="30KB")
+
+def test_sharded_files_of_before_transformers_5_are_read(llama, tmp_path):
+    folder, config = llama
+    theirs("llama 3").save_pretrained(tmp_path / "sharded", max_shard_size="30KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
     rope = config.pop("rope_parameters")
-    config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}  # as before transformers 5
+    config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
     (tmp_path / "sharded/config.json").write_text(json.dumps(config))
     sharded = Transformer.from_pretrained(tmp_path / "sharded")
-    assert all(torch.equal(value, wanted[name]) for name, value in sharded.state_dict().items())
+    assert same(sharded.state_dict(), Transformer.from_pretrained(folder).state_dict())
     assert sharded.config.rope_scaling["factor"] == 4.0 and sharded.config.rope_theta == 500.0
 
-    for dtype in (torch.bfloat16, torch.float16):
-        their.to(dtype).save_pretrained(tmp_path / "half")
-        half = Transformer.from_pretrained(tmp_path / "half")
-        assert half.wte.weight.dtype == torch.float32
-        assert torch.equal(half.wte.weight, their.model.embed_tokens.weight.float())
-        assert Transformer.from_pretrained(tmp_path / "half", dtype=dtype).head.weight.dtype == dtype
-    short = Transformer.from_pretrained(tmp_path / "whole", dropout=0.1, block_size=24)
-    assert short.config.block_size == 24 and short.blocks[0].attn.dropout == 0.1
 
-    weights = safetensors.load_file(tmp_path / "whole/model.safetensors")
-    for change, words in (({"lm_head.bias": torch.zeros(97)}, "lm_head.bias"),
-                          ({"model.norm.weight": torch.ones(33)}, r"model.norm.weight has shape \(33,\)"),
-                          ({"model.norm.weight": None}, "no weight model.norm.weight")):
-        changed = {name: value for name, value in {**weights, **change}.items() if value is not None}
-        safetensors.save_file(changed, tmp_path / "sharded/model.safetensors")
-        (tmp_path / "sharded/model.safetensors.index.json").unlink(missing_ok=True)
-        with pytest.raises(ValueError, match=words):
-            Transformer.from_pretrained(tmp_path / "sharded")
-    for change, words in (({"attention_bias": True}, "attention_bias=True"),
-                          ({"hidden_act": "gelu"}, "hidden_act='gelu'"), ({"model_type": "t5"}, "'t5'"),
-                          ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
-                          ({"quantization_config": {"bits": 4}}, "quantization_config"),
-                          ({"layer_types": ["sliding_attention"]}, "layer_types"),
-                          ({"hidden_size": None}, "hidden_size")):
-        changed = {name: value for name, value in {**config, **change}.items() if value is not None}
-        (tmp_path / "sharded/config.json").write_text(json.dumps(changed))
-        with pytest.raises(ValueError, match=words):
-            Transformer.from_pretrained(tmp_path / "sharded")
-    (tmp_path / "whole/model.safetensors").write_bytes(b"\x10" * 99)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_precision_dropout_and_context_are_ours_to_choose(dtype, tmp_path):
+    their = theirs("gpt2").to(dtype)
+    their.save_pretrained(tmp_path)
+    model = Transformer.from_pretrained(tmp_path, dropout=0.1, block_size=24)
+    assert torch.equal(model.wte.weight, their.transformer.wte.weight.float())
+    assert Transformer.from_pretrained(tmp_path, dtype=dtype).head.weight.dtype == dtype
+    assert model.positions.wpe.weight.shape == (24, 32) and model.blocks[0].attn.dropout == 0.1
+    with pytest.raises(ValueError, match="block_size=97: the model was made for 96"):
+        Transformer.from_pretrained(tmp_path, block_size=97)
+
+
+@pytest.mark.parametrize("name, weight, words", [
+    ("lm_head.bias", torch.zeros(97), "weight lm_head.bias has no place"),
+    ("model.norm.weight", torch.ones(33), r"model.norm.weight has shape \(33,\), but config.json says \(32,\)"),
+    ("model.norm.weight", None, "has no weight model.norm.weight")])
+def test_weights_that_do_not_fit_are_named(llama, name, weight, words):
+    safetensors, (folder, _) = pytest.importorskip("safetensors.torch"), llama
+    weights = safetensors.load_file(folder / "model.safetensors")
+    weights[name] = weight
+    safetensors.save_file({name: value for name, value in weights.items() if value is not None},
+                          folder / "model.safetensors")
+    with pytest.raises(ValueError, match=words):
+        Transformer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"attention_bias": True}, "attention_bias=True"), ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+    ({"model_type": "t5"}, "'t5'"), ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+    ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+    ({"layer_types": ["sliding_attention"]}, "layer_types"), ({"hidden_size": None}, "no hidden_size")])
+def test_what_we_cannot_follow_is_named(llama, change, words):
+    folder, config = llama
+    config = {name: value for name, value in {**config, **change}.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=words):
+        Transformer.from_pretrained(folder)
+
+
+def test_a_damaged_or_missing_file_is_named(llama, tmp_path):
+    folder, _ = llama
+    (folder / "model.safetensors").write_bytes(b"\x10" * 99)
     with pytest.raises(ValueError, match="damaged"):
-        Transformer.from_pretrained(tmp_path / "whole")
+        Transformer.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="has no model.safetensors"):
+        Transformer.from_pretrained(folder)
     with pytest.raises(FileNotFoundError, match="config.json"):
         Transformer.from_pretrained(tmp_path)
 
 
 def test_gpt2_files_of_all_ages(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
-    their = theirs("gpt2")
-    idx = tokens(2, 20, vocab_size=97)
+    their, idx = theirs("gpt2"), tokens(2, 20, vocab_size=97)
     wanted = their(idx).logits
     their.save_pretrained(tmp_path)
     # as on the hub: no prefix, and the causal mask among the weights
-    state = {name.removeprefix("transformer."): value.clone() for name, value in their.state_dict().items()
-             if name != "lm_head.weight"}
-    safetensors.save_file(
-        {**state, "h.0.attn.bias": torch.ones(1, 1, 96, 96)}, tmp_path / "model.safetensors")
+    state = {name: value.clone() for name, value in their.transformer.state_dict().items()}
+    state["h.0.attn.bias"] = torch.ones(1, 1, 96, 96)
+    safetensors.save_file(state, tmp_path / "model.safetensors")
     torch.testing.assert_close(Transformer.from_pretrained(tmp_path)(idx)[0], wanted)
     # as nanoGPT saves it: compiled, matrices the other way round
     state = {"_orig_mod." + name: value.T if value.ndim == 2 and ".h." in name else value
              for name, value in their.state_dict().items()}
-    torch.save({"model": state, "model_args": dict(n_layer=2, n_head=4, n_embd=32, block_size=96, bias=True,
-                                                   vocab_size=97, dropout=0.0),
-                "config": {"dataset": "x"}, "best_val_loss": torch.tensor(1.0)}, tmp_path / "ckpt.pt")
+    fields = dict(n_layer=2, n_head=4, n_embd=32, block_size=96, bias=True, vocab_size=97, dropout=0.0)
+    torch.save({"model": state, "model_args": fields, "config": {"dataset": "x"},
+                "best_val_loss": torch.tensor(1.0)}, tmp_path / "ckpt.pt")
     torch.testing.assert_close(Transformer.from_pretrained(tmp_path / "ckpt.pt")(idx)[0], wanted)
 
 
@@ -140,11 +157,10 @@ def test_a_masked_model_fills_gaps():
             sample.fill(model, tokenizer, text)
 
 
-@pytest.mark.parametrize("column", ["modern", "gpt2 without biases"])
-def test_a_run_is_exported_whole(column, tmp_path):
+@pytest.mark.parametrize("column, bias", [("modern", False), ("gpt2", False), ("gpt2", True)])
+def test_a_run_is_exported_whole(column, bias, tmp_path):
     transformers = pytest.importorskip("transformers")
-    model = tiny(**({"column": "modern"} if column == "modern" else {"column": "gpt2", "bias": False}),
-                 vocab_size=258, block_size=32)
+    model = tiny(column, bias=bias, vocab_size=258, block_size=32)
     tokenizer = make_tokenizer("bytes", [], 258)
     (tmp_path / "run").mkdir()
     save_checkpoint(tmp_path / "run/ckpt.pt", {
