@@ -298,7 +298,7 @@ def bin_dtype(vocab_size: int) -> np.dtype:
 # Read, for those who train
 
 def read_meta(folder: Path) -> dict:
-    """meta.json. Raises UserError where it is missing or damaged."""
+    """meta.json. Raises UserError if it is missing or damaged."""
     path = Path(folder) / "meta.json"
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
@@ -312,7 +312,7 @@ def read_meta(folder: Path) -> dict:
 
 
 def read_split(folder: Path, split: str, meta: dict) -> np.ndarray:
-    """The token ids, on disk until looked at. Raises UserError where the file is not what meta.json says."""
+    """The token ids, on disk until looked at. Raises UserError if the file is not what meta.json says."""
     path = Path(folder) / f"{split}.bin"
     dtype, tokens = np.dtype(meta["dtype"]).newbyteorder("<"), meta["splits"][split]["tokens"]
     size = path.stat().st_size if path.is_file() else 0

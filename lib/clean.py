@@ -20,7 +20,7 @@ import numpy as np
 from lib.text import note
 
 MIX = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9  # odd numbers whose multiples mix the bits of a hash
-K, NONE = 64, 2**32 - 1  # values in the sketch of a document; fills it up where it has fewer
+K, NONE = 64, 2**32 - 1  # values in the sketch of a document; fills it up if it has fewer
 
 
 # -----------------------------------------------------------------------------

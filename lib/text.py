@@ -106,10 +106,11 @@ def blocks(path: str | Path, encoding: str = "utf-8", errors: str = "strict",
                 rest = text[end:]
     except UnicodeDecodeError as error:
         before = error.object[:error.start]
+        line += before.count(b"\n")
         at = offset - len(error.object) + error.start  # the object: what was left before, and data
         remedy = ("convert it to UTF-8" if labelled else
                   "--encoding=latin-1, or what it is in, or --errors=replace")
-        raise UserError(f"{path}:{line + before.count(10)}: not {encoding.upper()} (byte "
+        raise UserError(f"{path}:{line}: not {encoding.upper()} (byte "
                         f"0x{error.object[error.start]:02x} at offset {at}): {remedy}") from None
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None

@@ -50,25 +50,18 @@ def names_in(folder) -> list[str]:
 
 
 @pytest.mark.parametrize("block", [64, 2**22])
-def test_one_text_is_cut_exactly(tmp_path, monkeypatch, block):
+@pytest.mark.parametrize("texts", [[MIXED * 10 + "y" * 3000 + CHINESE], [PAGES[0], "", PAGES[1], CHINESE]])
+def test_too_few_documents_are_cut_in_a_row(tmp_path, monkeypatch, texts, block):
     monkeypatch.setattr(prepare, "BLOCK", block)
-    text = MIXED * 10 + "y" * 3000 + "\n" + CHINESE * 20
-    (tmp_path / "my text.txt").write_text(text, encoding="utf-8", newline="")
-    folder = prepare.prepare(source=str(tmp_path / "my text.txt"), tokenizer="bytes", root=tmp_path / "data")
-    assert folder.name == "my_text"
-    a, b = int(len(text) * 0.8), int(len(text) * 0.9)
+    source = write_jsonl(tmp_path / "my texts.jsonl", [*texts, texts[0]])
+    folder = prepare.prepare(source=source, tokenizer="bytes", test_fraction=0.2, root=tmp_path / "data")
+    assert folder.name == "my_texts"
+    text = "".join(texts)
+    a, b = int(len(text) * (1 - 0.1 - 0.2)), int(len(text) * 0.8)
     parts = [text[:a], text[a:b], text[b:]]
-    assert list(read_back(folder).values()) == [[part] for part in parts]
+    assert ["".join(split) for split in read_back(folder).values()] == parts
     splits = prepare.read_meta(folder)["splits"].values()
     assert [its["bytes"] for its in splits] == [len(part.encode()) for part in parts]
-
-
-def test_too_few_documents_are_cut_in_a_row(tmp_path):
-    source = write_jsonl(tmp_path / "a.jsonl", [PAGES[0], "", PAGES[0], PAGES[1], "\u6587" * 50])
-    folder = prepare.prepare(source=source, tokenizer="bytes", test_fraction=0.2, root=tmp_path / "data")
-    text = PAGES[0] + PAGES[1] + "\u6587" * 50
-    a, b = int(len(text) * (1 - 0.1 - 0.2)), int(len(text) * 0.8)
-    assert ["".join(part) for part in read_back(folder).values()] == [text[:a], text[a:b], text[b:]]
 
 
 def test_documents_are_split_whole_and_stay_where_they_are(tmp_path):

@@ -17,8 +17,7 @@ import pytest
 
 from config import UserError
 from lib import text as text_file
-from lib.text import (as_csv, documents, locked, python_packages, read_conll, read_paragraphs, read_rows,
-                      read_squad, split_rows, standard_library)
+from lib.text import as_csv, documents, locked, read_conll, read_paragraphs, read_rows, read_squad, split_rows
 from tests.helpers import CHINESE, MIXED, ROOT, words, write_rows
 
 COLUMNS = dict.fromkeys(("text", "pair", "label", "group"), "")
@@ -66,7 +65,6 @@ def test_one_reader_of_records_has_two_doors(tmp_path, monkeypatch, suffix, bloc
 
 
 GOOD = "text,label\n" + "".join(f"a{i},x\nb{i},y\n" for i in range(30))
-lists = functools.partial(rows_of, lists=("text", "label"))
 answers = functools.partial(rows_of, optional=("label", "pair"))
 
 
@@ -75,10 +73,8 @@ answers = functools.partial(rows_of, optional=("label", "pair"))
     ("a.csv", "text,other\na,b\n", rows_of, ["a.csv", "label", "--label_column"]),
     ("a.csv", GOOD + "lonely\n", rows_of, ["a.csv:62", "'label'"]),
     ("a.csv", GOOD + "a text, with a comma,x\n", rows_of, ["a.csv:62", "3 cells", "quotes"]),
-    ("a.csv", GOOD + "a text, with a comma,x\n", texts_of, ["a.csv:62", "3 cells", "quotes"]),
     ("a.tsv", "text\tlabel\na\tb\tc\n", rows_of, ["a.tsv:2", "3 cells", "tab"]),
     ("a.csv", GOOD + '"open,x\n', rows_of, ["a.csv:62", "CSV"]),
-    ("a.csv", GOOD + '"open,x\n', texts_of, ["a.csv:62", "CSV"]),
     ("a.csv", "text,label\n", rows_of, ["a.csv", "no examples"]),
     ("a.csv", b"text,label\na,x\n\xff,y\n", rows_of, ["a.csv:3", "UTF-8", "0xff", "convert"]),
     ("a.csv", "label,body\n1,x\n", texts_of, ["a.csv:1", "'text'", "--text_key"]),
@@ -86,7 +82,6 @@ answers = functools.partial(rows_of, optional=("label", "pair"))
     ("missing.csv", None, rows_of, ["missing.csv", "cannot be read"]),
     ("missing.txt", None, texts_of, ["missing.txt", "no such file"]),
     ("a.jsonl", '{"text": "a", "label": "x"}\n\n{"text": \n', rows_of, ["a.jsonl:3", "JSON"]),
-    ("a.jsonl", '{"text": "a"}\n\n{"text": \n', texts_of, ["a.jsonl:3", "JSON"]),
     ("a.jsonl", '{"text": "a", "label": "x"}\n{"text": "b"}\n', rows_of, ["a.jsonl:2", "label"]),
     ("a.jsonl", '{"text": "a", "output": "x"}\n{"text": "b"}\n', answers, ["a.jsonl:2", "'output'"]),
     ("a.jsonl", '{"text": "x"}\n{"tekst": "y"}\n', texts_of, ["a.jsonl:2", "'text'", "--text_key"]),
@@ -98,13 +93,10 @@ answers = functools.partial(rows_of, optional=("label", "pair"))
     ("a.json", " \n", read_squad, ["a.json", "SQuAD"]),
     ("a.json", "[" * 100_000, rows_of, ["a.json:1", "recursion"]),
     ("a.json", '[{"text": ["a"], "label": "x"}]', rows_of, ["a.json:1", "'text' is no text"]),
-    ("a.json", '[{"text": {}, "label": "x"}]', lists, ["a.json:1", "'text' is no text"]),
     ("a.json", '[{"text": "a", "label": ["x"]}]', rows_of, ["a.json:1", "'label' is no text"]),
     ("a.json", '{"data": [{"paragraphs": [{"qas": []}]}]}', read_squad, ["a.json: article 1", "context"]),
     ("a.json", '{"data": [{"paragraphs": [{"context": null, "qas": [{"id": 7, "question": "?"}]}]}]}',
      read_squad, ["article 1, question 7", "context is None"]),
-    ("a.json", '{"data": [{"paragraphs": [{"context": "c", "qas": ["?"]}]}]}', read_squad, ["article 1"]),
-    ("a.conll", "a\tO\nb\n", read_conll, ["a.conll:2", "'b'"]),
     ("a.conll", "a\tO\nb\t\n", read_conll, ["a.conll:2", "without a tag"]),
     ("a.conll", "a\tO\n\tO\n", read_conll, ["a.conll:2", "without a word"]),
     ("a.txt", b"", texts_of, ["a.txt", "empty"]),
@@ -112,7 +104,6 @@ answers = functools.partial(rows_of, optional=("label", "pair"))
     ("a.txt", "café".encode("latin-1"), texts_of, ["a.txt:1", "offset 3", "0xe9", "--encoding", "--errors"]),
     ("a.txt.gz", b"\x1f\x8b\x08\0\0\0\0\0\0\x03\xcbH", texts_of, ["a.txt.gz", "end-of-stream"]),
     ("a.csv.gz", b"this is no gzip", rows_of, ["a.csv.gz", "gzip"]),
-    ("a.txt.bz2", b"BZh9nonsense", texts_of, ["a.txt.bz2"]),
     ("a.txt.xz", b"nonsense at all", texts_of, ["a.txt.xz"]),
     ("", None, texts_of, ["no text in this folder"]),
 ])
@@ -194,10 +185,10 @@ def test_parts_are_alike_in_labels_and_keep_equal_keys_together():
 
 
 def test_the_library_of_python_is_there_without_a_download():
-    files = dict(standard_library())
+    files = dict(text_file.standard_library())
     assert len(files) > 300 and sum(map(len, files.values())) > 5_000_000
     assert not any("site-packages" in name or "/test/" in f"/{name}" for name in files)
-    splits = python_packages()
+    splits = text_file.python_packages()
     train, val, test = ({row.where.partition(":")[0] for row in rows} for rows in splits)
     assert not train & val and not train & test and not val & test
     for rows in splits:
@@ -206,20 +197,16 @@ def test_the_library_of_python_is_there_without_a_download():
 
 
 def test_several_sources_and_the_files_of_a_folder(tmp_path):
-    for i, page in enumerate(PAGES[:20]):
-        (tmp_path / f"a/{i % 3}").mkdir(parents=True, exist_ok=True)
-        (tmp_path / f"a/{i % 3}/{i}.txt").write_text(page, encoding="utf-8")
-    (tmp_path / "a/picture.png").write_bytes(b"\x89PNG\0\0")
-    (tmp_path / "a/.hidden").write_text("secret")
-    (tmp_path / "a/package.json").write_text(PAGES[20])
-    (tmp_path / "a/other.json").write_text('[{"a": 1}]')  # a list, but not of texts: a text itself
-    for i, page in enumerate(PAGES[21:30]):
-        (tmp_path / f"{i}.md").write_text(page, encoding="utf-8")
-    with gzip.open(tmp_path / "b.txt.gz", "wt", encoding="utf-8-sig") as f:  # a byte order mark is no text
-        f.write(PAGES[30])
+    (tmp_path / "a/b").mkdir(parents=True)
+    files = {"a/b/2.txt": PAGES[2], "a/1.txt": PAGES[1], "a/3.json": PAGES[3], "a/4.json": '[{"a": 1}]',
+             "a/.hidden": "secret", "a/picture.png": "\x89PNG\0\0", "5.md": PAGES[5], "6.md": PAGES[6]}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    with gzip.open(tmp_path / "7.txt.gz", "wt", encoding="utf-8-sig") as f:  # a byte order mark is no text
+        f.write(PAGES[7])
     found = {}
-    texts = texts_of(f"{tmp_path}/a, {tmp_path}/*.md,{tmp_path}/b.txt.gz", found=found)
-    assert sorted(texts) == sorted([*PAGES[:31], '[{"a": 1}]'])
+    texts = texts_of(f"{tmp_path}/a, {tmp_path}/*.md,{tmp_path}/7.txt.gz", found=found)
+    assert texts == [PAGES[1], PAGES[3], '[{"a": 1}]', PAGES[2], PAGES[5], PAGES[6], PAGES[7]]
     assert {what: entry["documents"] for what, entry in found.items()} == {"hidden": 1, "empty_or_binary": 1}
 
 
