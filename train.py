@@ -420,28 +420,39 @@ def set_lr(optimizers: list, factor: float) -> None:
             group["lr"] = group["highest_lr"] * factor
 
 
-def progress(step: int, begin: float, end: float) -> float:
-    """From 0 to 1 between two steps."""
-    return 1.0 if step >= end else max(0.0, (step - begin) / (end - begin))
+class Moment(NamedTuple):
+    """What a schedule may depend on, after the warmup."""
+    step: int
+    warmup: int  # steps
+    end: int  # the step that the floor is reached at
+    floor: float  # the lowest learning rate, as a share of the highest
+    fraction: float  # of all steps, those in which wsd falls
+
+    def falling(self, left: float) -> float:
+        """From the highest to the floor, as `left` goes from 1 to 0."""
+        return self.floor + (1 - self.floor) * left
+
+    def done(self, begin: float) -> float:
+        """From 0 to 1, between a step and the end."""
+        return 1.0 if self.step >= self.end else max(0.0, (self.step - begin) / (self.end - begin))
 
 
-SCHEDULES = {  # name -> of (step, warmup, end, fraction) the share of the learning rate left after the warmup
-    "cosine": lambda step, warmup, end, fraction: 0.5 * (1 + math.cos(math.pi * progress(step, warmup, end))),
-    "linear": lambda step, warmup, end, fraction: 1 - progress(step, warmup, end),
-    "wsd": lambda step, warmup, end, fraction: 1 - progress(step, max(warmup, end * (1 - fraction)), end),
-    "constant": lambda step, warmup, end, fraction: 1.0,
+SCHEDULES = {  # name -> of a Moment, the learning rate as a share of the highest
+    "cosine": lambda at: at.falling(0.5 * (1 + math.cos(math.pi * at.done(at.warmup)))),
+    "linear": lambda at: at.falling(1 - at.done(at.warmup)),
+    "wsd": lambda at: at.falling(1 - at.done(max(at.warmup, at.end * (1 - at.fraction)))),
+    "constant": lambda at: 1.0,
 }
 
 
 def lr_factor(step: int, schedule: str, warmup: int, end: int, floor: float, fraction: float = 0.6) -> float:
-    """The learning rate of a step (0 is the first) as a share of the highest.
+    """The learning rate of a step (0 is the first) as a share of the highest; see Moment for the others.
 
-    It rises over the `warmup` first steps, has fallen to `floor` at step `end`, and stays there. fraction: of
-    all steps, those in which wsd falls.
+    It rises over the `warmup` first steps; then it is as the schedule says.
     """
     if step < warmup:
         return (step + 1) / (warmup + 1)
-    return floor + (1 - floor) * SCHEDULES[schedule](step, warmup, end, fraction)
+    return SCHEDULES[schedule](Moment(step, warmup, end, floor, fraction))
 
 
 # -----------------------------------------------------------------------------

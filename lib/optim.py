@@ -62,17 +62,12 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(steps, ok.float())
 
 
-class Momentum(torch.optim.Optimizer):
-    """SGD with momentum; with `trust`, LARS (You et al. 2017).
-
-    LARS gives each tensor a step of its own size: lr * trust times its length, whatever the gradient's. Its
-    decay is part of the gradient, as in the paper; that of SGD is decoupled.
-    """
+class PerTensor(torch.optim.Optimizer):
+    """Moves each tensor by itself, with a momentum of its own. A subclass writes `move`."""
     _step_supports_amp_scaling = True
 
-    def __init__(self, params, lr=0.1, momentum=0.9, weight_decay=0.0, trust=None):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay,
-                                  "trust": trust})
+    def __init__(self, params, **defaults):
+        super().__init__(params, defaults)
         for group in self.param_groups:
             for p in group["params"]:
                 self.state[p] = {"momentum": torch.zeros_like(p)}
@@ -83,12 +78,25 @@ class Momentum(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self.move(p, group, ok)
+                    self.move(p, torch.where(ok, p.grad, 0), self.state[p]["momentum"], group, ok)
 
-    def move(self, p, group, ok):
+    def move(self, p, grad, momentum, group, ok):
+        """Change p and its momentum in place; if `ok` is False, neither may change."""
+        raise NotImplementedError
+
+
+class Momentum(PerTensor):
+    """SGD with momentum; with `trust`, LARS (You et al. 2017).
+
+    LARS gives each tensor a step of its own size: lr * trust times its length, whatever the gradient's. Its
+    decay is part of the gradient, as in the paper; that of SGD is decoupled.
+    """
+
+    def __init__(self, params, lr=0.1, momentum=0.9, weight_decay=0.0, trust=None):
+        super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust)
+
+    def move(self, p, grad, momentum, group, ok):
         lr, decay, trust = group["lr"], group["weight_decay"], group["trust"]
-        grad = torch.where(ok, p.grad, 0)
-        momentum = self.state[p]["momentum"]
         if trust is None:
             p.mul_(1 - lr * decay * ok)
         else:
