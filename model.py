@@ -68,10 +68,10 @@ class Config:
     norm: Literal[tuple(NORMS)] = "layer"  # rms: no mean subtracted
     norm_weight: bool = True  # a learned gain in each norm
     norm_eps: float = 1e-5  # added to the variance
-    norm_place: Literal["pre", "post"] = "pre"  # pre: x + f(norm(x)); post, 2017: norm(x + f(x))
+    norm_place: Literal[tuple(NORM_PLACES)] = "pre"  # pre: x + f(norm(x)); post, 2017: norm(x + f(x))
     norm_embd: bool = False  # one more norm, after the embedding
     act: Literal[tuple(ACTIVATIONS)] = "gelu_tanh"  # inside the MLP
-    qk_norm: Literal[None, "before", "after"] = None  # norm q and k: before rope, with a gain; or after
+    qk_norm: Literal[tuple(QK_NORMS)] = None  # norm q and k: before rope, with a gain; or after
     head: Literal[tuple(HEADS)] = "linear"  # mlm: dense, act, norm before it; none: an encoder
     tied: bool = True  # the head's weight is the embedding's
     head_bias: bool = False  # a bias for each token in the head
@@ -123,12 +123,31 @@ NORMS = {
     "rms": lambda c: nn.RMSNorm(c.n_embd, eps=c.norm_eps, elementwise_affine=c.norm_weight),
 }
 
+NORM_PLACES = {  # of the residual stream x, a layer f and its norm
+    "pre": lambda x, f, norm: x + f(norm(x)),
+    "post": lambda x, f, norm: norm(x + f(x)),  # 2017
+}
+
 ACTIVATIONS = {  # what it is -> the function, and whether its output gates a second projection
     "gelu_tanh": (partial(F.gelu, approximate="tanh"), False),  # GPT-2's approximation
     "gelu": (F.gelu, False),
     "relu": (F.relu, False),
     "relu2": (lambda x: F.relu(x).square(), False),  # So et al. 2021
     "swiglu": (F.silu, True),  # Shazeer 2020
+}
+
+
+class HeadNorm(nn.RMSNorm):
+    """Norms each head by itself, of heads that are side by side: (..., H * D)."""
+
+    def forward(self, x):
+        return super().forward(x.unflatten(-1, (-1, *self.normalized_shape))).flatten(-2)
+
+
+QK_NORMS = {  # -> of the number of heads: what norms queries or keys before they are rotated, and after
+    None: lambda c, heads: (nn.Identity(), nn.Identity()),
+    "before": lambda c, heads: (HeadNorm(c.head_dim, eps=c.norm_eps), nn.Identity()),
+    "after": lambda c, heads: (nn.Identity(), nn.RMSNorm(c.head_dim, c.norm_eps, elementwise_affine=False)),
 }
 
 
@@ -305,22 +324,17 @@ class Attention(nn.Module):
         self.k = Projection(C, config.n_kv_head * D, bias=config.qkv_bias)
         self.v = Projection(C, config.n_kv_head * D, bias=config.qkv_bias)
         self.o = Residual(config.n_head * D, C, bias=config.bias)
-        self.norm_q = self.norm_k = self.norm_rotated = nn.Identity()
-        if config.qk_norm == "before":
-            self.norm_q = nn.RMSNorm(D, eps=config.norm_eps)
-            self.norm_k = nn.RMSNorm(D, eps=config.norm_eps)
-        elif config.qk_norm == "after":
-            self.norm_rotated = nn.RMSNorm(D, eps=config.norm_eps, elementwise_affine=False)
+        self.norm_q, self.norm_rotated = QK_NORMS[config.qk_norm](config, config.n_head)
+        self.norm_k, _ = QK_NORMS[config.qk_norm](config, config.n_kv_head)
         self.head_dim = D
         self.grouped = config.n_kv_head < config.n_head
         self.dropout = config.dropout
 
     def forward(self, x, places: Places, cache: KVCache | None):
         B, T, _ = x.shape
-        q = self.q(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, T, C) -> (B, H, T, D)
-        k = self.k(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        q = self.norm_q(self.q(x)).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, T, C) -> (B, H, T, D)
+        k = self.norm_k(self.k(x)).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
         v = self.v(x).view(B, T, -1, self.head_dim).transpose(1, 2)
-        q, k = self.norm_q(q), self.norm_k(k)
         if places.rotation is not None:
             q, k = rotate(q, *places.rotation), rotate(k, *places.rotation)
         q, k = self.norm_rotated(q), self.norm_rotated(k)
@@ -356,14 +370,11 @@ class Block(nn.Module):
         self.norm2 = NORMS[config.norm](config)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
-        self.post = config.norm_place == "post"
+        self.add = NORM_PLACES[config.norm_place]
 
     def forward(self, x, places, cache):
-        if self.post:
-            x = self.norm1(x + self.dropout(self.attn(x, places, cache)))
-            return self.norm2(x + self.dropout(self.mlp(x)))
-        x = x + self.dropout(self.attn(self.norm1(x), places, cache))
-        return x + self.dropout(self.mlp(self.norm2(x)))
+        x = self.add(x, lambda x: self.dropout(self.attn(x, places, cache)), self.norm1)
+        return self.add(x, lambda x: self.dropout(self.mlp(x)), self.norm2)
 
 
 def block_matrices(model: nn.Module) -> list[nn.Linear]:
@@ -474,13 +485,11 @@ def draw(logits, how: Sampling, idx, pad_mask=None, generator=None):
     V = logits.size(-1)
     best, ids = logits.topk(min(how.top_k or V, V))  # (B, k), likeliest first
     probs = F.softmax(best / how.temperature, -1)
-    drop = torch.zeros_like(probs, dtype=torch.bool)
-    if how.top_p is not None:
+    if how.top_p is not None:  # each takes what the one before has left
         before = probs.cumsum(-1) - probs  # what the likelier ones have already
-        drop |= (before >= how.top_p) & (before > 0)
+        probs = probs.masked_fill((before >= how.top_p) & (before > 0), 0.0)
     if how.min_p is not None:
-        drop |= probs < how.min_p * probs[:, :1]
-    probs = probs.masked_fill(drop, 0.0)
+        probs = probs.masked_fill(probs < how.min_p * probs.amax(-1, keepdim=True), 0.0)
     return ids.gather(1, torch.multinomial(probs, 1, generator=generator)).squeeze(1)
 
 
@@ -511,7 +520,7 @@ class Transformer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         # blocks of the post-norm kind end in a norm already
-        self.norm_f = NORMS[config.norm](config) if config.norm_place == "pre" else nn.Identity()
+        self.norm_f = NORMS[config.norm](config) if config.norm_place != "post" else nn.Identity()
         self.head = HEADS[config.head](config)
         self.tie()
         self.init_weights()
@@ -567,6 +576,10 @@ class Transformer(nn.Module):
             x = block(x, places, cache[i] if cache else None)
         return self.norm_f(x)
 
+    def bias(self, query, key):
+        """What all scores have added, -inf if a query must not see a key; see Positions.bias."""
+        return self.positions.bias(query, key)
+
     def attention_mask(self, past, slots, end: int, pad_mask, dtype) -> dict:
         """Who sees whom, as scaled_dot_product_attention's two arguments: (B or 1, H or 1, T, S).
 
@@ -575,7 +588,7 @@ class Transformer(nn.Module):
         """
         T, causal = len(slots), self.config.causal
         query, key = slots.unsqueeze(1), torch.arange(end, device=slots.device)  # (T, 1), (S,)
-        bias = self.positions.bias(query, key)
+        bias = self.bias(query, key)
         one_piece = isinstance(past, int) and (past == 0 or T == 1)  # one new token sees all before
         if bias is None and pad_mask is None and one_piece:  # no mask in memory: the kernels know this one
             return {"attn_mask": None, "is_causal": causal and past == 0 and T > 1}
@@ -652,7 +665,9 @@ class Transformer(nn.Module):
                 if past > 0 and compile:
                     mask = F.pad(pad_mask, (0, room - past - 1), value=True) if pad_mask is not None else None
                     here = torch.tensor([past]).to(idx.device)
-                    x = step(idx[:, past:].clone(), mask, cache=cache, past=here)  # (B, 1, C)
+                    # strides that do not grow with the text: one graph serves all steps
+                    last = idx[:, past:].clone(memory_format=torch.contiguous_format)
+                    x = step(last, mask, cache=cache, past=here)  # (B, 1, C)
                 else:  # the prompt, then one more token; without a cache all of the text, again and again
                     x = self.hidden(idx[:, past:], pad_mask, cache=cache, past=past)  # (B, T, C)
                 past = idx.size(1) if use_cache else 0
@@ -680,7 +695,8 @@ class Transformer(nn.Module):
         matrices = sum(layer.weight.numel() for layer in self.modules() if isinstance(layer, nn.Linear))
         c = self.config
         key = torch.arange(c.block_size, device=self.wte.weight.device)
-        bias = self.positions.bias(key[-1:, None], key)  # of the last token, which sees most
+        most = -1 if c.causal else c.block_size // 2  # the token that sees most
+        bias = self.bias(key[most], key)
         keys = c.block_size if bias is None else int((bias > -math.inf).sum(-1).max())
         return 6 * matrices + 12 * c.n_layer * c.n_head * c.head_dim * keys
 
