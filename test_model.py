@@ -345,6 +345,10 @@ def gradients(model):
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
+def flat(weights: dict) -> torch.Tensor:
+    return torch.cat([weight.flatten() for weight in weights.values()])
+
+
 def optimizers_of(model, optimizer, lr=1e-2, decay=0.1, **more):
     return train.make_optimizers(model, optimizer, lr, 0.02, decay, (0.9, 0.95), **more)
 
@@ -383,7 +387,7 @@ def test_accumulation_equals_one_large_batch(batch_size):
 def computed(folder):
     """What one of several processes computes of its share of the same step."""
     machine, found = Machine("cpu", "float32"), {}
-    model, share = tiny("gpt2"), 24 // machine.world
+    model, share = tiny(), 24 // machine.world
     mine = slice(machine.rank * share, (machine.rank + 1) * share)
     x, y = tokens(24, 16)[mine], ragged(24)[mine]
     objective, _ = train.ready(train.Objective(model), machine)
@@ -417,8 +421,7 @@ def test_any_number_of_processes_computes_the_same(tmp_path, world):
             assert found[size]["loss"].item() == pytest.approx(alone[6]["loss"].item(), rel=1e-6)
             assert difference(found[size]["grad"], alone[6]["grad"]) < 1e-6
         assert all(val == pytest.approx(alone["val"][0], rel=1e-6) for val in found["val"])
-        for name, weight in found["weights"].items():
-            torch.testing.assert_close(weight, alone["weights"][name], atol=1e-5, rtol=1e-4)
+        assert difference(flat(found["weights"]), flat(alone["weights"])) < 1e-5
         assert same(found["weights"], found["after"])
         assert found is alone or same(found["weights"], every[0]["weights"])
 
@@ -704,15 +707,15 @@ def test_other_weights_start_a_new_run(home, monkeypatch):
 @slow
 def test_compiling_changes_nothing_but_the_speed(home):
     """Not what is learned, nor that a run resumes bit for bit; without a compiler the run goes on."""
-    plain = [*TOY, "--n_layer=1", "--lr_decay_iters=8"]
+    plain = [*TOY, "--n_layer=1", "--lr_decay_iters=8", "--dropout=0"]  # compiled code draws others
     run_here(train, *plain, "--out_dir=out/plain", cwd=home)
-    for name, more in (("fast", []), ("cut", ["--max_iters=5"]), ("cut", ["--init_from=resume"])):
+    for name, more in (("fast", []), ("cut", ["--max_iters=5"]),
+                       ("cut", ["--max_iters=8", "--init_from=resume"])):
         done = script("train.py", *plain, "--compile", f"--out_dir=out/{name}", *more, cwd=home)
         assert done.returncode == 0 and ", compiled" in done.stdout, done.stderr
     fast, cut, slow_one = (checkpoint(home, name) for name in ("fast", "cut", "plain"))
     assert same(fast["model"], cut["model"]) and same(fast["optimizer"], cut["optimizer"])
-    for name, weight in slow_one["model"].items():
-        assert difference(fast["model"][name], weight) < 1e-3
+    assert difference(flat(fast["model"]), flat(slow_one["model"])) < 1e-3
     done = script("train.py", *TOY, "--out_dir=out/fallback", "--compile", "--max_iters=2", cwd=home,
                   CXX="/nowhere/c++", PATH="", TORCHINDUCTOR_CACHE_DIR=str(home / "cache"))
     assert done.returncode == 0 and "torch.compile failed" in done.stderr, done.stderr

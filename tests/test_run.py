@@ -237,8 +237,9 @@ def test_a_full_disk_harms_nothing(home):
 @slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_is_flat(home):
-    process, = start("train.py", *TOY, "--out_dir=out/flat", "--n_layer=1", "--max_iters=2200", cwd=home,
-                     *("--gradient_accumulation_steps=1", "--eval_interval=100", "--sample_tokens=4"))
+    args = ["--n_layer=1", "--max_iters=2200", "--gradient_accumulation_steps=1", "--eval_interval=100",
+            "--sample_tokens=4", "--log_interval=100"]
+    process, = start("train.py", *TOY, *args, "--out_dir=out/flat", cwd=home)
     resident = []
     for step in (500, 2000):
         until(lambda step=step: steps_logged(home, "flat") >= step, process)
