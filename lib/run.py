@@ -652,6 +652,8 @@ class Stop:
         if dist.is_initialized():
             got = torch.tensor(self.signal, device="cuda" if dist.get_backend() == "nccl" else "cpu")
             dist.all_reduce(got, op=dist.ReduceOp.MAX)
+            if not got:
+                return 0  # one that came in the meantime is for the next time: all do the same
             self.signal = int(got)
         return self.signal
 
