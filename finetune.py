@@ -33,8 +33,9 @@ from torch.nn import functional as F
 from config import SettingError, UserError, above, at_least, defaults_of, launch, values_of
 from lib import metrics, text
 from lib.optim import Pruning
-from lib.run import (BadSteps, Machine, Pace, Run, State, cannot_write, find_checkpoint, in_words, load_body,
-                     memory_advice, model_of, step_line, stored_settings, write_json, write_text)
+from lib.run import (BadSteps, Machine, Pace, Run, State, cannot_write, find_checkpoint, in_words,
+                     left_by_runs, load_body, memory_advice, model_of, refuse_to_replace, step_line,
+                     stored_settings, write_json, write_text)
 from lib.tasks import TASKS, Example, Task
 from lib.text import Row
 from lib.tokenizer import Tokenizer, make_tokenizer
@@ -744,10 +745,8 @@ def main(given: dict):
     s = SimpleNamespace(**values_of(globals()))
     check_settings(s, defaults_of(globals()))
     folder = Path(out_dir)
-    begun = [*folder.glob("*.pt"), *folder.glob("fold*/*.pt")]
-    if begun and init_from != "resume" and not overwrite:
-        raise SettingError(f"{folder}: a run is here already: --init_from=resume goes on with it, "
-                           "--overwrite starts anew, --out_dir=FOLDER writes elsewhere")
+    if init_from != "resume" and not overwrite:
+        refuse_to_replace(folder)
     machine = Machine(device, dtype, seed)
     origin = init_from
     if init_from == "resume":
@@ -761,16 +760,13 @@ def main(given: dict):
         # a recipe that says how a new body is made serves for a pretrained one too
         machine.say(f"({', '.join(unused)}: not used, the body from {init_from} is made already)")
     splits = read_splits(s)
-    if overwrite and init_from != "resume" and machine.main:
-        for file in begun:
-            file.unlink()  # else a later resume could go on with it
-    machine.barrier()
-
+    replaces = [] if init_from == "resume" else left_by_runs(folder)
     found = []
     for place, (train, val, test) in splits.items():
         if folds:
             machine.say(f"\n--- {place.name} of {folds} ---\n")
         run = Run(machine, place, init_from, overwrite, max_minutes, origin)
+        run.replaces, replaces = replaces, []  # the first fold to begin takes the place of all that were
         found.append(fine_tune(run, train, val, test, given, s))
     if folds and machine.main:
         print(summary_of_folds(folder, found, s))

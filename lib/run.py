@@ -282,6 +282,24 @@ REPORTS = ("metrics.json", "predictions.csv", "curves.json", "report.txt", "loss
            "precision_recall.png", "calibration.png", "confusion.png", "explain.html")
 
 
+def left_by_runs(folder: Path) -> list[Path]:
+    """What --overwrite removes: the checkpoints of the run in a folder, or of its folds, and what else it left."""
+    found = []
+    for place in (folder, *sorted(folder.glob("fold*"))):
+        others = (place / name for name in (*REPORTS, "settings.json", "log.jsonl"))
+        found += [*sorted(place.glob("*.pt")), *others]
+    return [file for file in found if file.exists()]
+
+
+def refuse_to_replace(folder: Path) -> None:
+    """Raises SettingError if the folder, or a fold in it, holds a checkpoint of any name."""
+    for file in left_by_runs(folder):
+        if file.suffix == ".pt":
+            raise SettingError(f"{folder}: a run is here already ({file.relative_to(folder)}): "
+                               "--init_from=resume goes on with it, --overwrite starts anew, "
+                               "--out_dir=FOLDER writes elsewhere")
+
+
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
     """There is a whole one at every moment: the last ckpt.pt stays, as ckpt.prev.pt. Raises UserError."""
     keep = path.with_name("ckpt.prev.pt") if path.name == "ckpt.pt" else None
@@ -452,6 +470,7 @@ class Run:
         self.machine, self.folder = machine, Path(folder)
         self.init_from, self.overwrite = init_from, overwrite
         self.log_file = self.folder / "log.jsonl"
+        self.replaces = [] if init_from == "resume" else left_by_runs(self.folder)
         self.lock, self.source, self.checkpoint = None, None, None
         self.resumed = init_from == "resume"
         self.compiled = None  # a resumed run stays compiled or not: its last bits depend on it
@@ -462,17 +481,12 @@ class Run:
                 self.compiled = self.checkpoint.get("compiled")
             else:
                 self.resumed = False  # it ended before its first checkpoint: it begins anew
-        elif self.leftovers() and not overwrite:
-            raise SettingError(f"{self.folder}: a run is here already ({self.leftovers()[0].name}): "
-                               "--init_from=resume goes on with it, --overwrite starts anew, "
-                               "--out_dir=FOLDER writes elsewhere")
+        elif not overwrite:
+            refuse_to_replace(self.folder)
         self.stop = Stop(max_minutes)
         self.forget = False  # the best so far: it does not compare any more
         self.before = 0.0  # seconds that earlier processes took
         self.watcher = None  # is told each row of the log, too
-
-    def leftovers(self) -> list[Path]:
-        return sorted(self.folder.glob("*.pt"))
 
     def same(self, settings: dict, fixed: tuple[str, ...], compared_on: tuple[str, ...] = ()) -> None:
         """A resumed run stays what it was: what is given besides is said, and refused if it is `fixed`.
@@ -520,9 +534,8 @@ class Run:
         best = self.folder / "best.pt"
         if self.forget and best.exists():
             os.replace(best, self.folder / "best.before.pt")  # which nothing loads by itself
-        if self.overwrite and not self.resumed:
-            for file in (*self.leftovers(), *(self.folder / name for name in REPORTS)):
-                file.unlink(missing_ok=True)  # else it would be taken for this run's
+        for file in self.replaces if self.overwrite else ():
+            file.unlink(missing_ok=True)  # else it would be taken for this run's
         write_text(self.folder / "settings.json", json.dumps(settings, indent=1))
         write_text(self.log_file, self.rows_so_far())
 

@@ -289,6 +289,23 @@ def test_folds_test_every_row_once_and_a_fold_is_gone_on_with(tmp_path):
         resume(tmp_path / "out", "--folds=5")
 
 
+def test_a_run_is_replaced_only_once_the_new_one_can_begin(tmp_path):
+    data = class_rows(tmp_path, 60)
+    args = (f"--out_dir={tmp_path / 'out'}", f"--data={data}", "--epochs=1", *QUICK)
+    run_here(finetune, *args, "--folds=3")
+    there = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    with pytest.raises(SettingError, match="out: a run is here already .fold1/best.pt"):
+        run_here(finetune, *args)
+    with pytest.raises(UserError, match="no-such-body"):
+        run_here(finetune, *args, "--overwrite", f"--init_from={tmp_path / 'no-such-body'}")
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == there
+    run_here(finetune, *args, "--overwrite")
+    assert {path.name for path in (tmp_path / "out").glob("fold*/*")} == {"run.lock"}
+    run_here(finetune, *args, "--overwrite", "--folds=3")
+    resume(tmp_path / "out")  # of three folds, not of what was there before
+    assert json.loads((tmp_path / "out/metrics.json").read_text(encoding="utf-8"))["folds"] == 3
+
+
 def test_the_best_epoch_is_tested_and_the_test_set_read_once(tmp_path, monkeypatch):
     """With a learning rate that ruins the model after its best moment."""
     data, asked, predict = class_rows(tmp_path), [], finetune.predict
