@@ -241,11 +241,15 @@ def new_model(train: list[Row], given: dict, origin: str, s: SimpleNamespace) ->
     return Tuned(body, task(head, its_tokenizer))
 
 
+BPE_SIZE = 8192  # tokens of a new bpe, if nothing else is asked for
+
+
 def new_body(train: list[Row], given: dict, s: SimpleNamespace) -> tuple[Transformer, Tokenizer]:
     """From scratch: the tokenizer is made of the training texts."""
     texts = [one[:10**6] for row in train for one in TASKS[s.task].texts(row)]
     space = " " if has_spaces(train) else ""
-    its_tokenizer = make_tokenizer(s.tokenizer, [space + one for one in texts], given.get("vocab_size", 8192))
+    texts = [space + one for one in texts]
+    its_tokenizer = make_tokenizer(s.tokenizer, texts, given.get("vocab_size", BPE_SIZE))
     try:
         return Transformer(Config(**{**given, "vocab_size": its_tokenizer.vocab_size})), its_tokenizer
     except ValueError as error:  # it names the field
@@ -457,7 +461,7 @@ class Plan:
 
 # with another value of these, or of the body's settings but dropout, a run would be another one
 FIXED = ("task", "multi_label", "folds", "max_length", "pool", "pair", "freeze", "lora_rank", "lora_alpha",
-         "optimizer", "sparsity", "seed")
+         "optimizer", "sparsity", "seed", "tokenizer")
 
 
 def open_model(run: Run, train: list[Row], given: dict, s: SimpleNamespace) -> Tuned:
@@ -465,7 +469,7 @@ def open_model(run: Run, train: list[Row], given: dict, s: SimpleNamespace) -> T
 
     Raises SettingError if the run has other settings than were given now.
     """
-    fields = {name: value for name, value in given.items() if name != "vocab_size"}  # a bpe may be smaller
+    fields = given if run.init_from == "scratch" else {"dropout": given.get("dropout", 0.1)}
     run.same({**vars(s), **fields}, FIXED + tuple(name for name in fields if name != "dropout"))
     task, saved = TASKS[s.task], run.checkpoint
     if saved is None:
@@ -530,6 +534,8 @@ def fine_tune(run: Run, train: list[Row], val: list[Row], test: list[Row], given
     introduce(model, plan, train, val, test, run)
     body = asdict(model.body.config)
     del body["head"]  # what the task made of it is not what was given
+    if run.init_from == "scratch" and s.tokenizer == "bpe":
+        body["vocab_size"] = given.get("vocab_size", BPE_SIZE)  # as asked: each fold's own may be smaller
     settings = {**vars(s), "init_from": run.init_from, **body}
     run.begin(settings, defaults_of(globals()), model_args=asdict(model.body.config),
               tokenizer=task.tokenizer.to_dict(), data=origin)
@@ -748,17 +754,17 @@ def main(given: dict):
     if init_from != "resume" and not overwrite:
         refuse_to_replace(folder)
     machine = Machine(device, dtype, seed)
-    origin = init_from
+    origin, earlier = init_from, {}
     if init_from == "resume":
         earlier = stored(out_dir)[0]
         origin = earlier.get("init_from")
         if earlier.get("folds", folds) != folds:
             raise SettingError(f"folds={folds}: the run has {earlier['folds']}: leave it out, or start "
                                "another with --out_dir=FOLDER")
-    unused = [name for name in given if name != "dropout"]
-    if unused and origin != "scratch" and init_from != "resume":
+    unused = [name for name, value in given.items() if name != "dropout" and value != earlier.get(name)]
+    if unused and origin not in ("scratch", None):
         # a recipe that says how a new body is made serves for a pretrained one too
-        machine.say(f"({', '.join(unused)}: not used, the body from {init_from} is made already)")
+        machine.say(f"({', '.join(unused)}: not used, the body from {origin} is made already)")
     splits = read_splits(s)
     replaces = [] if init_from == "resume" else left_by_runs(folder)
     found = []

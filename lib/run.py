@@ -283,7 +283,7 @@ REPORTS = ("metrics.json", "predictions.csv", "curves.json", "report.txt", "loss
 
 
 def left_by_runs(folder: Path) -> list[Path]:
-    """What --overwrite removes: the checkpoints of the run in a folder, or of its folds, and what else it left."""
+    """What --overwrite removes: the checkpoints of the run in a folder, or of its folds, and its reports."""
     found = []
     for place in (folder, *sorted(folder.glob("fold*"))):
         others = (place / name for name in (*REPORTS, "settings.json", "log.jsonl"))
@@ -331,6 +331,8 @@ def upgraded(checkpoint: dict) -> dict:
                  "elapsed": place.get("elapsed", 0.0), "losses": place.get("running", torch.zeros(2))}
         settings = checkpoint.setdefault("settings", {})
         settings.update({name: None for name in OFF if settings.get(name) == 0})
+        if "head" in checkpoint:
+            settings.pop("vocab_size", None)  # of the bpe as it turned out, not as it was asked for
         if "teacher_weight" in settings:
             settings["teacher_share"] = settings.pop("teacher_weight")
         checkpoint.update(version=VERSION, state=state, defaults={}, data=place,

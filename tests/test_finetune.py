@@ -252,7 +252,8 @@ def test_a_run_stops_in_time_and_is_gone_on_with_as_it_was_begun(tmp_path, monke
     args = (f"--data={data}", "--epochs=2", *QUICK)
     run_here(finetune, f"--out_dir={tmp_path / 'cut'}", *args, "--max_minutes=1e-6")
     assert torch.load(tmp_path / "cut/ckpt.pt", weights_only=True)["state"]["step"] == 0
-    for changed in ("--folds=5", "--lora_rank=2", "--multi_label=True", "--n_embd=64", "--seed=1"):
+    for changed in ("--folds=5", "--lora_rank=2", "--multi_label=True", "--n_embd=64", "--seed=1",
+                    "--tokenizer=bytes", "--vocab_size=400"):
         with pytest.raises(SettingError, match=f"{changed[2:]}: the run has"):
             resume(tmp_path / "cut", changed)
     with pytest.raises(UserError, match="was begun with other data"):
@@ -274,7 +275,7 @@ def test_a_run_stops_in_time_and_is_gone_on_with_as_it_was_begun(tmp_path, monke
 def test_folds_test_every_row_once_and_a_fold_is_gone_on_with(tmp_path):
     texts, labels = synthetic(60)
     data = write_rows(tmp_path / "data.csv", ("text", "label"), texts, labels)
-    metrics = tune(tmp_path / "out", f"--data={data}", "--folds=3", "--epochs=1", *QUICK)
+    metrics = tune(tmp_path / "out", f"--data={data}", "--folds=3", "--epochs=1", *QUICK, "--vocab_size=5000")
     files = [tmp_path / f"out/fold{k}/predictions.csv" for k in (1, 2, 3)]
     tested = [read_csv(file) for file in files]
     assert sorted(row["text"] for rows in tested for row in rows) == sorted(texts)
@@ -285,6 +286,9 @@ def test_folds_test_every_row_once_and_a_fold_is_gone_on_with(tmp_path):
     shutil.rmtree(tmp_path / "out/fold3")
     resume(tmp_path / "out")
     assert [read_csv(file) for file in files] == tested
+    # what a fold that begins anew takes from the first is what was asked for, not what became of it there
+    first = torch.load(tmp_path / "out/fold1/best.pt", weights_only=True)
+    assert first["settings"]["vocab_size"] == 5000 > first["model_args"]["vocab_size"]
     with pytest.raises(SettingError, match="folds=5: the run has 3"):
         resume(tmp_path / "out", "--folds=5")
 
