@@ -560,7 +560,7 @@ def fine_tune(run: Run, train: list[Row], val: list[Row], test: list[Row], given
             continue  # float16 was too small: the scaler has lowered its factor, and the schedule waits
         state.add_loss(loss)
         state.step += 1
-        pruning.after(state.step)
+        pruning.after(state)
         last = state.step == len(plan.steps)
 
         if state.step % s.log_interval == 0 or last:
@@ -576,7 +576,7 @@ def fine_tune(run: Run, train: list[Row], val: list[Row], test: list[Row], given
         if state.step % s.eval_interval == 0 or last if s.eval_interval else state.step in plan.epoch_ends:
             scores = evaluate(model, val, val_examples, 2 * s.batch_size, machine)
             noted = {**scores, "epoch": plan.epoch(state.step)}
-            best = pruning.is_done(state.step) and state.is_best(goal_of(task, scores), noted)
+            best = pruning.is_done(state) and state.is_best(goal_of(task, scores), noted)
             run.log(iter=state.step, elapsed=run.elapsed(), **{f"val_{k}": v for k, v in scores.items()})
             machine.say(f"iter {state.step}: " + in_words(scores) + (", best so far" if best else ""))
             if best:

@@ -739,7 +739,7 @@ def main(given: dict):
             continue  # float16 was too small: the scaler has lowered its factor, and the schedule waits
         state.add_loss(loss)
         state.step += 1
-        pruning.after(state.step)
+        pruning.after(state)
         last = state.step == max_iters
 
         if machine.main and (state.step % log_interval == 0 or last):
@@ -760,7 +760,7 @@ def main(given: dict):
             if not math.isfinite(metrics["val_loss"]):
                 raise UserError(f"iter {state.step}: the validation loss is {metrics['val_loss']}: lower "
                                 "learning_rate; the checkpoints are from before")
-            best = pruning.is_done(state.step) and state.is_best([-metrics["val_loss"]], metrics)
+            best = pruning.is_done(state) and state.is_best([-metrics["val_loss"]], metrics)
             run.log(iter=state.step, elapsed=run.elapsed(), **metrics, mean_loss=state.mean_loss())
             machine.say(f"iter {state.step}: {in_words(metrics)}, after {clock(run.elapsed())}"
                         f"{', best so far' if best else ''}")

@@ -149,7 +149,8 @@ class Pruning:
     """Sets the smallest weights of each of the blocks' matrices to 0, a share of `sparsity`, half way.
 
     What is 0 then stays 0, and the other half of the training mends what that did (Han et al. 2015). A saved
-    model carries no masks; a resumed run finds them in its weights, which must be there already.
+    model carries no masks; a resumed run finds them in its weights, which must be there already, and whether
+    they have been pruned in its state: its number of steps may have changed since.
     """
 
     def __init__(self, model, sparsity: float, steps: int):
@@ -157,18 +158,19 @@ class Pruning:
         self.weights = [layer.weight for layer in block_matrices(model)] if sparsity else []
         self.masks = [(weight != 0).to(weight.dtype) for weight in self.weights]
 
-    def is_done(self, step: int) -> bool:
+    def is_done(self, state) -> bool:
         """From here on models compare: before, they had more weights left."""
-        return not self.sparsity or step >= self.at
+        return not self.sparsity or state.pruned
 
     @torch.no_grad()
-    def after(self, step: int) -> None:
-        """What there is to do when so many updates have been made."""
-        if not self.sparsity or step < self.at:
+    def after(self, state) -> None:
+        """What there is to do when state.step updates have been made."""
+        if not self.sparsity or not state.pruned and state.step < self.at:
             return
-        if step == self.at:
+        if not state.pruned:
             smallest = prune.L1Unstructured(self.sparsity)
             self.masks = [smallest.compute_mask(weight, torch.ones_like(weight)) for weight in self.weights]
+            state.pruned = True
         torch._foreach_mul_(self.weights, self.masks)
 
 

@@ -435,6 +435,7 @@ class State:
     seen: int = 0  # windows or examples taken, those of steps that were left out too
     best: dict = field(default_factory=dict)  # the best evaluation: its metrics, iter and goal
     since_best: int = 0  # evaluations since
+    pruned: bool = False  # the smallest weights are 0 for good
     elapsed: float = 0.0  # seconds, of all processes that had a part in the run
     losses: torch.Tensor = field(default_factory=lambda: torch.zeros(2))  # sum and number, see mean_loss
 

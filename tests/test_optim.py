@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from lib.optim import Pruning, load_optimizer_state, optimizer_state, orthogonalise
+from lib.run import State
 from tests.helpers import same, tiny, tokens
 from train import make_optimizers
 
@@ -71,15 +72,17 @@ def test_states_are_kept_by_the_names_of_parameters(optimizer):
 def test_pruning_is_once_half_way_and_a_resumed_run_keeps_it():
     model, twin = tiny("gpt2"), tiny("gpt2")
     pruning, resumed, up = Pruning(model, 0.5, 30), None, model.blocks[0].mlp.up.weight
+    state = State()
     for step in range(1, 31):
+        state.step = step
         with torch.no_grad():
             for one in (model, twin):
                 for p in one.parameters():
                     p.add_(0.003)  # an update, which moves the zeros too
         smallest = up.abs().flatten().argsort()[:up.numel() // 2]
-        pruning.after(step)
+        pruning.after(state)
         zeros = (up == 0).flatten()
-        assert zeros.sum() == (0 if step < 15 else up.numel() // 2) and pruning.is_done(step) == (step >= 15)
+        assert zeros.sum() == (0 if step < 15 else up.numel() // 2) and pruning.is_done(state) == (step >= 15)
         if step == 15:
             assert zeros[smallest].all()
             chosen = zeros.clone()
@@ -87,11 +90,14 @@ def test_pruning_is_once_half_way_and_a_resumed_run_keeps_it():
             assert torch.equal(zeros, chosen)
         if step == 20:
             twin.load_state_dict(model.state_dict())
-            resumed = Pruning(twin, 0.5, 30)
+            resumed = Pruning(twin, 0.5, 300)  # more steps than before: what is 0 stays so all the same
         elif resumed:
-            resumed.after(step)
+            resumed.after(state)
             assert same(model.state_dict(), twin.state_dict())
     for name, p in model.named_parameters():
         pruned = p.ndim == 2 and name.startswith("blocks.")
         assert (p == 0).float().mean().item() == pytest.approx(0.5 if pruned else 0.0, abs=1e-3)
-    assert Pruning(model, 0.0, 30).is_done(0)
+    assert Pruning(model, 0.0, 30).is_done(State())
+    late = tiny("gpt2")  # a run that is resumed with fewer steps than before has its middle behind it
+    Pruning(late, 0.5, 30).after(State(step=20))
+    assert (late.blocks[0].mlp.up.weight == 0).float().mean() == 0.5
