@@ -11,16 +11,15 @@ Config. Whatever is wrong with a setting is one line on stderr, exit status 2.
 import ast
 import difflib
 import inspect
-import io
-import math
+import operator
 import os
+import re
 import sys
-import tokenize
 import traceback
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 
 class UserError(Exception):
@@ -33,54 +32,82 @@ class SettingError(UserError):
     status = 2
 
 
-# What was a setting once, and what to type now.
+# What was a setting or a recipe once, and what to type now.
 GONE = {
     "profile": "python -m tools.bench takes the same config files and settings",
     "teacher_weight": "it is called teacher_share now",
     "linear": "the mixture with a linear model is gone; the report still compares with a bag of words",
     "cut_rate": "it is gone: token_dropout does as much",
+    "config/bench.py": "python -m tools.bench times a training step",
+    "config/search.py": "python -m tools.search searches for settings",
 }
-
-GONE_RECIPES = {
-    "bench": "python -m tools.bench times a training step",
-    "search": "python -m tools.search searches for settings",
-}
+OF_THE_COMMAND = ("init_from", "out_dir", "overwrite", "eval_only")  # said anew each time
 
 
 # -----------------------------------------------------------------------------
-# Types with a range, for the annotations
+# Types with a range, for the annotations: at_least(1) is an int, above(0.0, at_most=1.0) a float
 
-class Number(NamedTuple):
-    """An int or a float between two bounds, which are allowed themselves unless they are exclusive."""
-    kind: type
-    low: float = -math.inf
-    high: float = math.inf
-    above_low: bool = False  # low itself is too small
-    below_high: bool = False  # high itself is too large
-
-    def holds(self, value: float) -> bool:
-        enough = value > self.low if self.above_low else value >= self.low
-        return enough and (value < self.high if self.below_high else value <= self.high)
-
-    def __call__(self, value):  # Optional[...] of Python 3.10 takes nothing that cannot be called
-        return self.kind(value)
-
-    def __str__(self) -> str:
-        words = []
-        if self.low != -math.inf:
-            words.append(f"{'above' if self.above_low else 'at least'} {self.low:g}")
-        if self.high != math.inf:
-            words.append(f"{'below' if self.below_high else 'at most'} {self.high:g}")
-        return f"{self.kind.__name__} {' and '.join(words)}"
+def at_least(low, below=None, at_most=None):
+    return Annotated[type(low), ("at least", low), ("below", below), ("at most", at_most)]
 
 
-def at_least(low, below: float = math.inf, at_most: float = math.inf) -> Number:
-    """The type of the bound is the setting's: at_least(1) is an int, at_least(0.0) a float."""
-    return Number(type(low), low, min(below, at_most), below_high=below != math.inf)
+def above(low, below=None, at_most=None):
+    return Annotated[type(low), ("above", low), ("below", below), ("at most", at_most)]
 
 
-def above(low, below: float = math.inf, at_most: float = math.inf) -> Number:
-    return at_least(low, below, at_most)._replace(above_low=True)
+HOLDS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
+
+
+def alternatives(kind: Any) -> list[tuple]:
+    """The types that an annotation allows, each with its bounds: (int, [("at least", 1)])."""
+    found = []
+    for one in get_args(kind) if get_origin(kind) in (Union, types.UnionType) else [kind]:
+        plain, *bounds = get_args(one) if get_origin(one) is Annotated else [one]
+        found.append((plain, [bound for bound in bounds if bound[1] is not None]))
+    return found
+
+
+def is_a(value: Any, kind: Any, in_range: bool = True) -> bool:
+    """Is it of one of these types, and in its range? A bool is no int, an int will do for a float."""
+    for plain, bounds in alternatives(kind):
+        literal = get_origin(plain) is Literal and value in get_args(plain)
+        if literal or type(value) is plain or (plain is float and type(value) is int):
+            if not in_range or all(HOLDS[words](value, bound) for words, bound in bounds):
+                return True
+    return False
+
+
+def wanted(kind: Any) -> str:
+    """An annotation in words: 'int at least 1', 'float or None', 'one of cosine, linear'."""
+    found = []
+    for plain, bounds in alternatives(kind):
+        if get_origin(plain) is Literal:
+            found.append("one of " + ", ".join(map(str, get_args(plain))))
+        else:
+            name = "None" if plain is type(None) else plain.__name__
+            limits = " and ".join(f"{words} {bound:g}" for words, bound in bounds)
+            found.append(f"{name} {limits}".rstrip())
+    return " or ".join(found)
+
+
+def parse(text: str, kind: Any) -> Any:
+    """What a command line's text stands for: a Python literal where one fits, else the text as it is."""
+    for literal in (text, text.capitalize()):  # true and none will do
+        try:
+            value = ast.literal_eval(literal)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+        if not isinstance(value, str) and is_a(value, kind, in_range=False):
+            return value
+    return text
+
+
+def checked(value: Any, kind: Any, where: str) -> Any:
+    """The value, a float if one is wanted. Raises SettingError if it is not of this kind."""
+    if not is_a(value, kind):
+        raise SettingError(f"{where}: wanted {wanted(kind)}, got {value!r}")
+    takes_int = int in [plain for plain, _ in alternatives(kind)]
+    return float(value) if type(value) is int and not takes_int else value
 
 
 # -----------------------------------------------------------------------------
@@ -95,8 +122,7 @@ class Setting(NamedTuple):
 def launch(main: Callable, script: dict, fields: type | None = None, stored: Callable | None = None) -> None:
     """Be a script: read the command line, then call main(), or main(the fields that were given).
 
-    script: the script's globals(), whose settings are overridden. fields, stored: see configure. A user's
-    error becomes one line and an exit status, without a traceback.
+    script, fields, stored: see configure. A user's error becomes one line and an exit status.
     """
     try:
         given = configure(script, fields, sys.argv[1:], stored)
@@ -112,15 +138,15 @@ def launch(main: Callable, script: dict, fields: type | None = None, stored: Cal
 
 
 def configure(script: dict, fields: type | None, argv: list[str], stored: Callable | None = None) -> dict:
-    """Override the settings in `script` by the words of a command line.
+    """Override the settings in `script`, a script's globals(), by the words of a command line.
 
     fields: a dataclass whose fields are settings too; those that were given, and only those, are returned.
     stored: folder -> (settings, defaults) of the run there. With --init_from=resume they come before all that
     is given: a run remembers its settings. Raises SettingError for whatever is wrong with one.
     """
-    own, others = settings_of(script), fields_of(fields)
+    own = settings_of(script)
     script["DEFAULTS"] = {name: setting.default for name, setting in own.items()}
-    settings, given = {**others, **own}, {}
+    settings, given = {**fields_of(fields), **own}, {}
     for arg in argv:
         if arg in ("-h", "--help"):
             print_help(script, own, fields)
@@ -133,23 +159,17 @@ def configure(script: dict, fields: type | None, argv: list[str], stored: Callab
     return {name: value for name, value in given.items() if name not in own}
 
 
-OF_THE_COMMAND = ("init_from", "out_dir", "overwrite", "eval_only")  # said anew each time
-
-
 def remembered(earlier: dict, defaults: dict, settings: dict[str, Setting]) -> dict:
     """What a run to be resumed was made with. A default that was edited since counts as given anew."""
     found = {}
-    for name, value in earlier.items():
-        if name in settings and name not in OF_THE_COMMAND:
-            default = settings[name].default
-            if defaults.get(name, default) == default:
-                found[name] = value
+    for name, (_, default, _) in settings.items():
+        if name in earlier and name not in OF_THE_COMMAND and defaults.get(name, default) == default:
+            found[name] = earlier[name]
     return found
 
 
 def settings_of(script: dict) -> dict[str, Setting]:
-    """The settings of a script, given its globals()."""
-    return declared(Path(script["__file__"]).read_text(encoding="utf-8"), script)
+    return declared(script["__annotations__"], Path(script["__file__"]).read_text(encoding="utf-8"), script)
 
 
 def fields_of(cls: type | None) -> dict[str, Setting]:
@@ -157,7 +177,17 @@ def fields_of(cls: type | None) -> dict[str, Setting]:
     found = {}
     for one in reversed(cls.__mro__[:-1]) if cls else ():
         namespace = {**vars(sys.modules[one.__module__]), **vars(one)}
-        found.update(declared(inspect.getsource(one), namespace))
+        found.update(declared(one.__annotations__, inspect.getsource(one), namespace))
+    return found
+
+
+def declared(annotations: dict, source: str, namespace: dict) -> dict[str, Setting]:
+    """What is annotated, with the comments behind it in the source."""
+    found = {}
+    for name, kind in annotations.items():
+        comment = re.search(rf"^ *{name}:.*?  # (.*)", source, re.MULTILINE)
+        kind = eval(kind, namespace) if isinstance(kind, str) else kind
+        found[name] = Setting(kind, namespace[name], comment[1] if comment else "")
     return found
 
 
@@ -169,22 +199,6 @@ def values_of(script: dict) -> dict[str, Any]:
 def defaults_of(script: dict) -> dict[str, Any]:
     """The settings of a script as they stand in it."""
     return script.get("DEFAULTS", values_of(script))
-
-
-def declared(source: str, namespace: dict) -> dict[str, Setting]:
-    """The annotated assignments at the top level of a module, or of a class, with their comments."""
-    body = ast.parse(source).body
-    if isinstance(body[0], ast.ClassDef):
-        body = body[0].body
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
-    found = {}
-    for node in body:
-        if isinstance(node, ast.AnnAssign):
-            kind = eval(ast.unparse(node.annotation), namespace)
-            name = node.target.id
-            found[name] = Setting(kind, namespace[name], comments.get(node.end_lineno, ""))
-    return found
 
 
 def from_flag(arg: str, settings: dict[str, Setting]) -> dict:
@@ -202,18 +216,18 @@ def from_flag(arg: str, settings: dict[str, Setting]) -> dict:
 def from_file(path: str, settings: dict[str, Setting]) -> dict:
     """Run a config file: the plain values it leaves behind are settings."""
     if not Path(path).is_file():
-        if Path(path).stem in GONE_RECIPES:
-            raise SettingError(f"{path}: is gone: {GONE_RECIPES[Path(path).stem]}")
-        recipes = {p.stem: f"config/{p.name}" for p in Path(__file__).parent.glob("[!_]*.py")}
-        like = recipes[nearest(Path(path).stem, recipes)]
-        raise SettingError(f"{path}: no such config file; did you mean {like}, or --key=value?")
+        stem = Path(path).stem
+        gone = GONE.get(f"config/{stem}.py")
+        if gone:
+            raise SettingError(f"{path}: is gone: {gone}")
+        like = nearest(stem, [recipe.stem for recipe in Path(__file__).parent.glob("[!_]*.py")])
+        raise SettingError(f"{path}: no such config file; did you mean config/{like}.py, or --key=value?")
     namespace = {"__file__": path, "__name__": Path(path).stem}
     try:
         tree = ast.parse(Path(path).read_bytes(), filename=path)
         exec(compile(tree, path, "exec"), namespace)
     except Exception as error:  # whatever is wrong with the user's own code
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == path]
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         line = lines[-1] if lines else getattr(error, "lineno", 1)
         raise SettingError(f"{path}:{line}: {type(error).__name__}: {getattr(error, 'msg', error)}") from None
     line_of = {node.id: f":{node.lineno}" for node in ast.walk(tree)
@@ -240,70 +254,10 @@ def nearest(name: str, names) -> str:
     return difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
 
 
-def alternatives(kind: Any) -> tuple:
-    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-
-
-def plain(kind: Any) -> Any:
-    """A type without its range."""
-    return kind.kind if isinstance(kind, Number) else kind
-
-
-def is_a(value: Any, kind: Any) -> bool:
-    """Is the value of this type, and in its range? A bool is no int, an int will do for a float."""
-    for one in alternatives(kind):
-        if get_origin(one) is Literal:
-            if value in get_args(one):
-                return True
-        elif isinstance(one, Number):
-            if is_a(value, one.kind) and one.holds(value):
-                return True
-        elif type(value) is one or (one is float and type(value) is int):
-            return True
-    return False
-
-
-def parse(text: str, kind: Any) -> Any:
-    """What a command line's text stands for: a Python literal where one fits, else the text as it is."""
-    for literal in (text, text.capitalize()):  # true and none will do
-        try:
-            value = ast.literal_eval(literal)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            continue
-        if not isinstance(value, str) and any(is_a(value, plain(one)) for one in alternatives(kind)):
-            return value
-    return text
-
-
-def checked(value: Any, kind: Any, where: str) -> Any:
-    if not is_a(value, kind):
-        raise SettingError(f"{where}: wanted {wanted(kind)}, got {value!r}")
-    takes_int = int in map(plain, alternatives(kind))
-    return float(value) if type(value) is int and not takes_int else value
-
-
-def wanted(kind: Any) -> str:
-    """A type in words: 'int at least 1', 'float or None', 'one of cosine, linear'."""
-    words = []
-    for one in alternatives(kind):
-        if get_origin(one) is Literal:
-            words.append("one of " + ", ".join(map(str, get_args(one))))
-        elif isinstance(one, Number):
-            words.append(str(one))
-        else:
-            words.append("None" if one is type(None) else one.__name__)
-    return " or ".join(words)
-
-
-def command_of(script: dict) -> str:
-    """How one starts it: python train.py, python -m tools.search."""
-    module = script.get("__spec__")
-    return f"python -m {module.name}" if module else f"python {Path(script['__file__']).name}"
-
-
 def print_help(script: dict, own: dict[str, Setting], fields: type | None) -> None:
-    command = command_of(script)
-    print(f"{script['__doc__'].strip()}\n\nusage: {command} [config/FILE.py ...] [--key=value ...]")
+    module = script.get("__spec__")
+    command = f"-m {module.name}" if module else Path(script["__file__"]).name
+    print(f"{script['__doc__'].strip()}\n\nusage: python {command} [config/FILE.py ...] [--key=value ...]")
     groups = {f"settings of {command.split()[-1]}": own}
     if fields:
         groups[f"{fields.__name__} in {fields.__module__}.py"] = fields_of(fields)
