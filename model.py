@@ -36,38 +36,40 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Literal, NamedTuple, Optional
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+from config import above, at_least, check
+
 
 @dataclass
 class Config:
     """What a model is. Raises ValueError, naming the field, if a value cannot be."""
-    block_size: int = 1024  # longest context, in tokens
-    vocab_size: int = 50304  # tokens, specials included (GPT-2's 50,257, padded to a multiple of 64)
-    n_layer: int = 12  # blocks
-    n_head: int = 12  # attention heads
-    n_kv_head: int | None = None  # heads of keys and values, each shared by a group of heads; None: n_head
-    head_dim: int | None = None  # width of a head; None: n_embd / n_head
-    n_embd: int = 768  # width of the residual stream
-    n_inner: int | None = None  # width inside the MLP; None: 4 * n_embd
-    dropout: float = 0.0  # share of activations dropped in training; 0.1 and up for small data
+    block_size: at_least(1) = 1024  # longest context, in tokens
+    vocab_size: at_least(1) = 50304  # tokens, specials included (GPT-2's 50,257, padded to a multiple of 64)
+    n_layer: at_least(1) = 12  # blocks
+    n_head: at_least(1) = 12  # attention heads
+    n_kv_head: Optional[at_least(1)] = None  # heads of keys and values, each shared by a group of heads; None: n_head
+    head_dim: Optional[at_least(1)] = None  # width of a head; None: n_embd / n_head
+    n_embd: at_least(1) = 768  # width of the residual stream
+    n_inner: Optional[at_least(1)] = None  # width inside the MLP; None: 4 * n_embd
+    dropout: at_least(0.0, below=1.0) = 0.0  # share of activations dropped in training; 0.1 and up for small data
     bias: bool = False  # biases in Linear and LayerNorm (GPT-2's own weights have them; without is no worse)
     qkv_bias: bool | None = None  # biases of queries, keys and values (Qwen 2); None: as bias
     causal: bool = True  # True: a position sees the past; False: both sides
     pos: Literal[tuple(POSITIONS)] = "learned"  # how positions are told apart
-    pos_offset: int = 0  # rows of the learned positions before the first in use (2 in RoBERTa)
-    n_segment: int = 0  # kinds of token, each with a learned vector, as BERT's first and second text; 0: none
-    n_gram: int = 1  # n-grams of up to so many tokens have learned vectors of their own; 1: only tokens do
-    n_gram_rows: int = 16384  # vectors for the n-grams of each length, many of which may share one
-    rope_theta: float = 10000.0  # longest wavelength of the rotary positions, over 2 pi
+    pos_offset: at_least(0) = 0  # rows of the learned positions before the first in use (2 in RoBERTa)
+    n_segment: at_least(0) = 0  # kinds of token, each with a learned vector, as BERT's first and second text; 0: none
+    n_gram: at_least(1) = 1  # n-grams of up to so many tokens have learned vectors of their own; 1: only tokens do
+    n_gram_rows: at_least(1) = 16384  # vectors for the n-grams of each length, many of which may share one
+    rope_theta: above(0.0) = 10000.0  # longest wavelength of the rotary positions, over 2 pi
     rope_scaling: dict | None = None  # how Llama 3 stretches the longest wavelengths: see Waves
     norm: Literal[tuple(NORMS)] = "layer"  # rms: no mean subtracted
     norm_weight: bool = True  # a learned gain in each norm
-    norm_eps: float = 1e-5  # added to the variance
+    norm_eps: at_least(0.0) = 1e-5  # added to the variance
     norm_place: Literal[tuple(NORM_PLACES)] = "pre"  # pre: x + f(norm(x)); post, 2017: norm(x + f(x))
     norm_embd: bool = False  # one more norm, after the embedding
     act: Literal[tuple(ACTIVATIONS)] = "gelu_tanh"  # inside the MLP
@@ -75,7 +77,7 @@ class Config:
     head: Literal[tuple(HEADS)] = "linear"  # mlm: dense, act, norm before it; none: an encoder
     tied: bool = True  # the head's weight is the embedding's
     head_bias: bool = False  # a bias for each token in the head
-    softcap: float | None = None  # logits are bounded smoothly to +- this; None: they are not
+    softcap: Optional[above(0.0)] = None  # logits are bounded smoothly to +- this; None: they are not
     init: Literal[tuple(INITS)] = "normal"  # first weights: GPT-2's, NanoChat's, those of 2017
 
     def __post_init__(self):
@@ -85,23 +87,11 @@ class Config:
             self.n_inner = 4 * self.n_embd
         if self.qkv_bias is None:
             self.qkv_bias = self.bias
-        for name, kind in get_type_hints(type(self)).items():
-            if get_origin(kind) is Literal:
-                allowed = get_args(kind)
-                must(self, name, getattr(self, name) in allowed, f"be one of {', '.join(map(str, allowed))}")
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner",
-                     "n_gram", "n_gram_rows"):
-            must(self, name, getattr(self, name) >= 1, "be at least 1")
-        for name in ("pos_offset", "n_segment", "norm_eps"):
-            must(self, name, getattr(self, name) >= 0, "be at least 0")
-        must(self, "dropout", 0 <= self.dropout < 1, "be at least 0 and below 1")
-        must(self, "rope_theta", self.rope_theta > 0, "be above 0")
-        must(self, "softcap", self.softcap is None or self.softcap > 0, "be above 0, or None")
+        check(self)
         must(self, "n_kv_head", self.n_head % self.n_kv_head == 0, f"divide n_head={self.n_head}")
         if self.head_dim is None:
             must(self, "n_embd", self.n_embd % self.n_head == 0, f"be a multiple of n_head={self.n_head}")
             self.head_dim = self.n_embd // self.n_head
-        must(self, "head_dim", self.head_dim >= 1, "be at least 1")
         if self.pos == "rope":
             must(self, "head_dim", self.head_dim % 2 == 0, "be even for pos='rope'")
         if self.pos == "sinusoidal":
@@ -456,18 +446,14 @@ INITS = {"normal": init_normal, "zero_out": init_zero_out, "uniform": init_unifo
 @dataclass
 class Sampling:
     """How the next token is drawn. Raises ValueError, naming the field, if a value cannot be."""
-    temperature: float = 1.0  # 0: always the likeliest token; 1: as the model has it; above: wilder
-    top_k: int | None = None  # choose among so many of the likeliest tokens only; None: all
-    top_p: float | None = None  # choose among the likeliest that together have this probability; None: all
-    min_p: float | None = None  # choose among those at least so likely, against the likeliest; None: all
-    repetition_penalty: float = 1.0  # above 1: what was said becomes less likely
+    temperature: at_least(0.0) = 1.0  # 0: always the likeliest token; 1: as the model has it; above: wilder
+    top_k: Optional[at_least(1)] = None  # choose among so many of the likeliest tokens only; None: all
+    top_p: Optional[above(0.0, at_most=1.0)] = None  # among the likeliest that together have so much; None: all
+    min_p: Optional[at_least(0.0, at_most=1.0)] = None  # among those at least so likely, against the likeliest
+    repetition_penalty: above(0.0) = 1.0  # above 1: what was said becomes less likely
 
     def __post_init__(self):
-        must(self, "temperature", self.temperature >= 0, "be at least 0")
-        must(self, "top_k", self.top_k is None or self.top_k >= 1, "be at least 1, or None")
-        must(self, "top_p", self.top_p is None or 0 < self.top_p <= 1, "be above 0 and at most 1, or None")
-        must(self, "min_p", self.min_p is None or 0 <= self.min_p <= 1, "be from 0 to 1, or None")
-        must(self, "repetition_penalty", self.repetition_penalty > 0, "be above 0")
+        check(self)
 
 
 def draw(logits, how: Sampling, idx, pad_mask=None, generator=None):

@@ -57,8 +57,8 @@ quantize: Optional[Literal["int8"]] = None  # int8: weights in a byte each, 2 to
 @dataclass
 class Choice(Sampling):
     """What this script's defaults are."""
-    temperature: float = 0.8  # 0: always the likeliest token; 1: as the model has it; above: wilder
-    top_k: Optional[int] = 200  # choose among so many of the likeliest tokens only; None: all
+    temperature: at_least(0.0) = 0.8  # 0: always the likeliest token; 1: as the model has it; above: wilder
+    top_k: Optional[at_least(1)] = 200  # choose among so many of the likeliest tokens only; None: all
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu",

@@ -120,19 +120,19 @@ def test_too_long_an_input_is_refused():
 @pytest.mark.parametrize("settings, given, words", [
     (Config, {"n_head": 5}, "n_embd=32: must be a multiple of n_head=5"),
     (Config, {"n_kv_head": 3}, "n_kv_head=3: must divide n_head=4"),
-    (Config, {"n_layer": 0}, "n_layer=0: must be at least 1"),
+    (Config, {"n_layer": 0}, "n_layer=0: must be int at least 1"),
     (Config, {"pos": "ropes"}, "pos='ropes': must be one of learned, sinusoidal, rope"),
     (Config, {"qk_norm": "first"}, "qk_norm='first': must be one of None, before, after"),
-    (Config, {"dropout": 1.0}, "dropout=1.0: must be at least 0 and below 1"),
-    (Config, {"norm_eps": math.nan}, "norm_eps=nan: must be at least 0"),
-    (Config, {"softcap": 0.0}, "softcap=0.0: must be above 0, or None"),
+    (Config, {"dropout": 1.0}, "dropout=1.0: must be float at least 0 and below 1"),
+    (Config, {"norm_eps": math.nan}, "norm_eps=nan: must be float at least 0"),
+    (Config, {"softcap": 0.0}, "softcap=0.0: must be float above 0 or None"),
     (Config, {"pos": "rope", "head_dim": 5}, "head_dim=5: must be even for pos='rope'"),
     (Config, {"rope_scaling": {"factor": 2}}, "rope_scaling={'factor': 2}: must have factor, low_freq_factor"),
-    (Sampling, {"temperature": -1}, "temperature=-1: must be at least 0"),
-    (Sampling, {"top_k": 0}, "top_k=0: must be at least 1, or None"),
-    (Sampling, {"top_p": 1.5}, "top_p=1.5: must be above 0 and at most 1, or None"),
-    (Sampling, {"min_p": -0.1}, "min_p=-0.1: must be from 0 to 1, or None"),
-    (Sampling, {"repetition_penalty": 0}, "repetition_penalty=0: must be above 0")])
+    (Sampling, {"temperature": -1}, "temperature=-1: must be float at least 0"),
+    (Sampling, {"top_k": 0}, "top_k=0: must be int at least 1 or None"),
+    (Sampling, {"top_p": 1.5}, "top_p=1.5: must be float above 0 and at most 1 or None"),
+    (Sampling, {"min_p": -0.1}, "min_p=-0.1: must be float at least 0 and at most 1 or None"),
+    (Sampling, {"repetition_penalty": 0}, "repetition_penalty=0: must be float above 0")])
 def test_a_bad_setting_is_named(settings, given, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         settings(**{**(TINY if settings is Config else {}), **given})

@@ -19,7 +19,7 @@ import traceback
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin, get_type_hints, Literal, NamedTuple, Union
 
 
 class UserError(Exception):
@@ -189,6 +189,14 @@ def declared(annotations: dict, source: str, namespace: dict) -> dict[str, Setti
         kind = eval(kind, namespace) if isinstance(kind, str) else kind
         found[name] = Setting(kind, namespace[name], comment[1] if comment else "")
     return found
+
+
+def check(instance) -> None:
+    """Raises ValueError, naming the field, if one of a dataclass is not of its type and range."""
+    for name, kind in get_type_hints(type(instance), include_extras=True).items():
+        value = getattr(instance, name)
+        if not is_a(value, kind):
+            raise ValueError(f"{name}={value!r}: must be {wanted(kind)}")
 
 
 def values_of(script: dict) -> dict[str, Any]:

@@ -40,8 +40,8 @@ def test_sampling_needs_no_data_folder(home, tmp_path):
 @pytest.mark.parametrize("error, given, words", [
     (UserError, ["--out_dir=nothing"], "nothing: no checkpoint"),
     (UserError, ["--start=FILE:nothing.txt"], "FILE:nothing.txt: cannot be read"),
-    (SettingError, ["--top_p=2"], "top_p=2"),
-    (SettingError, ["--temperature=-1"], "temperature=-1"),
+    (SettingError, ["--top_p=2"], "top_p: wanted"),
+    (SettingError, ["--temperature=-1"], "temperature: wanted"),
 ])
 def test_what_cannot_be_is_one_line(home, error, given, words):
     with pytest.raises(error, match=words):
