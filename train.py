@@ -682,7 +682,7 @@ def main(given: dict):
     model, data = fit(*open_model(run, given), given, dataset, machine)
     config, tokenizer = model.config, data.tokenizer
     settings = {**values_of(globals()), **asdict(config), "init_from": run.init_from}
-    run.same(settings, FIXED, COMPARED_ON)
+    run.same(settings, FIXED, () if eval_only else COMPARED_ON)
     mask, counted = None, None
     if not config.causal:
         mask = partial(masked_tokens, rate=mask_rate, token=tokenizer.mask, vocab_size=tokenizer.vocab_size)

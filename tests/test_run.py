@@ -304,6 +304,7 @@ def test_a_run_remembers_its_settings(home):
     rows = [row for row in log_of(home, "remembers") if "loss" in row]
     assert rows[-1]["tokens"] == (8 * 4 + 4 * 2) * 32 and (folder / "best.pt").exists()
     before = (folder / "best.pt").read_bytes()
+    assert "eval_iters 5 -> 1\n" in resume(home, "remembers", "--eval_only", "--eval_iters=1")
     said = resume(home, "remembers", "--max_iters=16", "--eval_iters=1")
     assert "eval_iters 5 -> 1, so the best so far is forgotten" in said
     assert (folder / "best.before.pt").read_bytes() == before
