@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recomputed
 
 import prepare
-from config import SettingError, UserError, above, at_least, defaults_of, launch, values_of
+from config import SettingError, UserError, above, at_least, defaults_of, launch, place_of, values_of
 from lib.optim import Momentum, Muon, Pruning
 from lib.run import (BadSteps, Machine, Pace, Run, clock, in_words, load_body, memory_advice, model_of,
                      step_line, stored_settings)
@@ -667,11 +667,31 @@ FIXED = ("optimizer", "sparsity", "seed")  # and the model: with another it woul
 COMPARED_ON = ("dataset", "eval_iters", "mask_rate")  # with another, validation losses do not compare
 
 
+def settle(s: dict, machine: Machine) -> dict[str, float]:
+    """A warmup that is not shorter than the run, and a min_lr above the learning_rate, become a tenth of it if
+    that was given later. Returns these settings. Raises SettingError if both were given in one place.
+
+    s: the script's globals().
+    """
+    changes = {}
+    for name, other, fits in (("warmup_iters", "max_iters", s["warmup_iters"] < s["max_iters"]),
+                              ("min_lr", "learning_rate", s["min_lr"] <= s["learning_rate"])):
+        if fits:
+            continue
+        if place_of(s, name) >= place_of(s, other):
+            raise SettingError(f"{name}={s[name]}: must be below {other}={s[other]}: give another of the two")
+        changes[name] = s[other] // 10 if name == "warmup_iters" else s[other] / 10
+        machine.say(f"{name} {s[name]} -> {changes[name]:g}, a tenth of {other}")
+    warmup = changes.get("warmup_iters", s["warmup_iters"])
+    if s["lr_decay_iters"] is not None and s["lr_decay_iters"] < warmup:
+        raise SettingError(f"lr_decay_iters={s['lr_decay_iters']}: the learning rate still rises then, until "
+                           f"warmup_iters={warmup}")
+    return changes
+
+
 def main(given: dict):
-    if lr_decay_iters is not None and lr_decay_iters < warmup_iters:
-        raise SettingError(f"lr_decay_iters={lr_decay_iters}: the learning rate still rises then, until "
-                           f"warmup_iters={warmup_iters}")
     machine = Machine(device, dtype, seed, deterministic, backend)
+    globals().update(settle(globals(), machine))
     if gradient_accumulation_steps % machine.world:
         raise SettingError(f"gradient_accumulation_steps={gradient_accumulation_steps}: counts over all "
                            f"processes, so it must be a multiple of their number, {machine.world}")

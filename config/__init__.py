@@ -147,11 +147,15 @@ def configure(script: dict, fields: type | None, argv: list[str], stored: Callab
     own = settings_of(script)
     script["DEFAULTS"] = {name: setting.default for name, setting in own.items()}
     settings, given = {**fields_of(fields), **own}, {}
-    for arg in argv:
+    script["PLACES"] = places = {}
+    for number, arg in enumerate(argv, start=1):
         if arg in ("-h", "--help"):
             print_help(script, own, fields)
             sys.exit(0)
-        given.update(from_flag(arg, settings) if arg.startswith("-") else from_file(arg, settings))
+        flag = arg.startswith("-")
+        new = from_flag(arg, settings) if flag else from_file(arg, settings)
+        given.update(new)
+        places.update(dict.fromkeys(new, len(argv) if flag else number))
     if stored and given.get("init_from", script["init_from"]) == "resume":
         folder = given.get("out_dir", script["out_dir"])
         given = {**remembered(*stored(folder), settings), **given}
@@ -207,6 +211,11 @@ def values_of(script: dict) -> dict[str, Any]:
 def defaults_of(script: dict) -> dict[str, Any]:
     """The settings of a script as they stand in it."""
     return script.get("DEFAULTS", values_of(script))
+
+
+def place_of(script: dict, name: str) -> int:
+    """Where a setting was given: 0 for nowhere, then the config files in their order, then all flags."""
+    return script.get("PLACES", {}).get(name, 0)
 
 
 def from_flag(arg: str, settings: dict[str, Setting]) -> dict:
