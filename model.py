@@ -234,8 +234,8 @@ class Rope(Positions):
 
     def rotation(self, positions, dtype):
         angles = self.waves(positions).unsqueeze(1)  # (B or 1, 1, T, D / 2)
-        cos = torch.cat((angles.cos(), angles.cos()), dim=-1)
-        sin = torch.cat((-angles.sin(), angles.sin()), dim=-1)
+        cos, sin = angles.cos(), angles.sin()
+        cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
         return cos.to(dtype), sin.to(dtype)
 
 
