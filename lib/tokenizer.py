@@ -47,8 +47,11 @@ class Tokenizer:
         self.vocab_size = max(len(ranks), *(i + 1 for i in specials.values()))
         self.eot, self.mask = specials[EOT], specials[MASK]
         self.pad = self.eot
-        # what each id decodes to; specials stand for no text of the corpus
+        # the text that each id stands for: a special token stands for none, but is decoded to its name
         self.token_bytes = ranks + [b""] * (self.vocab_size - len(ranks))
+        self.decoded = self.token_bytes.copy()
+        for token, i in specials.items():
+            self.decoded[i] = token.encode()
 
     def encode(self, text: str, specials: bool = False) -> list[int]:
         """specials=True reads <|endoftext|> in the text as the special token, not as its characters."""
@@ -77,19 +80,13 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Ids of no token (a padded vocabulary has some) decode to nothing, stray bytes to U+FFFD."""
-        return b"".join(self.decode_one(i) for i in ids).decode("utf-8", "replace")
-
-    def decode_one(self, i: int) -> bytes:
-        """The bytes of one token, maybe a part of a character."""
-        if i < len(self.ranks):
-            return self.ranks[i]
-        return next((name.encode() for name, special in self.specials.items() if special == i), b"")
+        return "".join(self.pieces(ids))
 
     def pieces(self, ids: Iterable[int]) -> Iterator[str]:
         """The text of one id after the other; of a character that several share, with the last of them."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for i in ids:
-            yield decoder.decode(self.decode_one(i))
+            yield decoder.decode(self.decoded[i] if i < self.vocab_size else b"")
         yield decoder.decode(b"", final=True)
 
     def offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
