@@ -222,8 +222,8 @@ class Sinusoidal(Positions):
 
 
 class Rope(Positions):
-    """Rotary positions (Su et al. 2021): each pair of dimensions of a query or key is rotated by an angle that
-    grows with its position, so that their product depends on the distance alone.
+    """Rotary positions (Su et al. 2021): each pair of dimensions of a query or key is rotated by an angle
+    that grows with its position, so that their product depends on the distance alone.
 
     A pair is dimension i and i + D/2, as in Llama.
     """
@@ -251,9 +251,9 @@ LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_positio
 class Waves(nn.Module):
     """position * theta^(-2i / size): the angles of a position, in float32 whatever the weights are.
 
-    scaling, for a context longer than in the first training (Llama 3.1, as in transformers): a pair that turns
-    fewer than low_freq_factor times over the original context turns `factor` times slower, one that turns
-    more than high_freq_factor times keeps its angle, those between are mixed.
+    scaling, for a context longer than in the first training (Llama 3.1, as in transformers): a pair that
+    turns fewer than low_freq_factor times over the original context turns `factor` times slower, one that
+    turns more than high_freq_factor times keeps its angle, those between are mixed.
     """
 
     def __init__(self, size: int, theta: float, scaling: dict | None = None):
@@ -402,7 +402,8 @@ HEADS = {"linear": Head, "mlm": MLMHead, "none": lambda c: None}
 
 
 # -----------------------------------------------------------------------------
-# First weights: how a layer begins, by the first kind in the table that it is of. Biases begin at 0, gains at 1.
+# First weights: how a layer begins, by the first kind in the table that it is of. Biases begin at 0, gains
+# at 1.
 
 def normal(std: float):
     return partial(nn.init.normal_, std=std)
@@ -540,10 +541,10 @@ class Transformer(nn.Module):
         """What heads are built on: (B, T) token ids -> (B, T, C), after the last norm.
 
         pad_mask: (B, S), True at real tokens, padding to their left or right; real positions count from 0 and
-        never see padding. segments: (B, T), the kind of each token if the model knows kinds (n_segment); None:
-        all are 0. cache: a list of KVCache, one a layer, that holds `past` tokens; idx continues them. With
-        past a tensor, (1,), all shapes stay the same from step to step, as a compiled step needs it: all slots
-        are looked at, and pad_mask, if any, covers them all.
+        never see padding. segments: (B, T), the kind of each token if the model knows kinds (n_segment);
+        None: all are 0. cache: a list of KVCache, one a layer, that holds `past` tokens; idx continues them.
+        With past a tensor, (1,), all shapes stay the same from step to step, as a compiled step needs it: all
+        slots are looked at, and pad_mask, if any, covers them all.
         Raises ValueError if the context is longer than block_size.
         """
         T = idx.size(1)
@@ -577,8 +578,8 @@ class Transformer(nn.Module):
     def attention_mask(self, past, slots, end: int, pad_mask, dtype) -> dict:
         """Who sees whom, as scaled_dot_product_attention's two arguments: (B or 1, H or 1, T, S).
 
-        slots: (T,), where the queries are among `end` keys; pad_mask: (B, end). Whatever is added to a score or
-        masks it comes together here: in training, with a cache, with padding.
+        slots: (T,), where the queries are among `end` keys; pad_mask: (B, end). Whatever is added to a score
+        or masks it comes together here: in training, with a cache, with padding.
         """
         T, causal = len(slots), self.config.causal
         query = slots.unsqueeze(1)  # (T, 1)
@@ -607,8 +608,8 @@ class Transformer(nn.Module):
     def forward(self, idx, targets=None, pad_mask=None):
         """(B, T) token ids -> logits (B, T, V) and the loss.
 
-        The loss is the mean cross-entropy, in nats, over the targets (B, T) that are not -1: 0 if none counts,
-        None without targets.
+        The loss is the mean cross-entropy, in nats, over the targets (B, T) that are not -1: 0 if none
+        counts, None without targets.
         """
         logits = self.logits(self.hidden(idx, pad_mask))
         if targets is None:
@@ -686,8 +687,8 @@ class Transformer(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self) -> int:
-        """Of a training step at full context: 6 for each weight in a matrix product, and 12 for each dimension
-        of a head and each key, for scores and mixes, causal or not (Chowdhery et al. 2022, appendix B)."""
+        """Of a training step at full context: 6 for each weight in a matrix product, and 12 for each
+        dimension of a head and each key, causal or not (Chowdhery et al. 2022, appendix B)."""
         matrices = sum(layer.weight.numel() for layer in self.modules() if isinstance(layer, nn.Linear))
         c = self.config
         key = torch.arange(c.block_size, device=self.wte.weight.device)

@@ -127,7 +127,7 @@ def test_too_long_an_input_is_refused():
     (Config, {"norm_eps": math.nan}, "norm_eps=nan: must be float at least 0"),
     (Config, {"softcap": 0.0}, "softcap=0.0: must be float above 0 or None"),
     (Config, {"pos": "rope", "head_dim": 5}, "head_dim=5: must be even for pos='rope'"),
-    (Config, {"rope_scaling": {"factor": 2}}, "rope_scaling={'factor': 2}: must have factor, low_freq_factor"),
+    (Config, {"rope_scaling": {"factor": 2}}, "rope_scaling={'factor': 2}: must have factor, low_freq"),
     (Sampling, {"temperature": -1}, "temperature=-1: must be float at least 0"),
     (Sampling, {"top_k": 0}, "top_k=0: must be int at least 1 or None"),
     (Sampling, {"top_p": 1.5}, "top_p=1.5: must be float above 0 and at most 1 or None"),

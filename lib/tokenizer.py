@@ -414,8 +414,8 @@ def train_bpe(texts: Iterable[str], n_tokens: int) -> list[bytes]:
     """Byte pair encoding (Sennrich et al. 2016): the bytes of n_tokens tokens, in the order of their making.
 
     From the 256 bytes on, the most frequent pair of neighbours is merged into a new token, until there are
-    n_tokens or no pair comes twice. Ties go to the pair whose tokens are older: the result depends on the text
-    alone.
+    n_tokens or no pair comes twice. Ties go to the pair whose tokens are older: the result depends on the
+    text alone.
     """
     import regex  # comes with tiktoken; Python's own re has no \p{L}
     pieces = Counter()
@@ -446,7 +446,7 @@ class Pairs:
         lengths = np.array([len(word) for word in words], dtype=np.int64)
         n = int(lengths.sum())
         self.token = np.frombuffer(b"".join(words), dtype=np.uint8).astype(np.int64)  # at each place
-        self.weight = np.repeat(np.array(list(pieces.values())), lengths)  # how often the piece around it comes
+        self.weight = np.repeat(np.array(list(pieces.values())), lengths)  # how often its piece comes
         self.after = np.arange(1, n + 1)  # the place of the next token in the piece; -1: none
         self.before = np.arange(-1, n - 1)
         ends = lengths.cumsum()

@@ -80,7 +80,7 @@ def test_precision_dropout_and_context_are_ours_to_choose(dtype, tmp_path):
 
 @pytest.mark.parametrize("name, weight, words", [
     ("lm_head.bias", torch.zeros(97), "weight lm_head.bias has no place"),
-    ("model.norm.weight", torch.ones(33), r"model.norm.weight has shape \(33,\), but config.json says \(32,\)"),
+    ("model.norm.weight", torch.ones(33), r"norm.weight has shape \(33,\), but config.json says \(32,\)"),
     ("model.norm.weight", None, "has no weight model.norm.weight")])
 def test_weights_that_do_not_fit_are_named(llama, name, weight, words):
     safetensors, (folder, _) = pytest.importorskip("safetensors.torch"), llama

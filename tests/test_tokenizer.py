@@ -150,8 +150,8 @@ def test_a_text_is_wrapped_as_its_model_reads_it(tmp_path):
 
 
 @pytest.mark.parametrize("name, words", [
-    ("nonsense", "--tokenizer=nonsense: wanted bytes, bpe, gpt2"), ("missing.tiktoken", "not a file of BPE ranks"),
-    ("folder", "has no tokenizer.json"), ("bad.tiktoken", "not a file of BPE ranks")])
+    ("nonsense", "--tokenizer=nonsense: wanted bytes, bpe, gpt2"), ("folder", "has no tokenizer.json"),
+    ("missing.tiktoken", "not a file of BPE ranks"), ("bad.tiktoken", "not a file of BPE ranks")])
 def test_a_tokenizer_that_cannot_be_had_is_named(tmp_path, monkeypatch, name, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
