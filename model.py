@@ -52,18 +52,18 @@ class Config:
     vocab_size: at_least(1) = 50304  # tokens, specials included (GPT-2's 50,257, padded to a multiple of 64)
     n_layer: at_least(1) = 12  # blocks
     n_head: at_least(1) = 12  # attention heads
-    n_kv_head: Optional[at_least(1)] = None  # heads of keys and values, each shared by a group of heads; None: n_head
+    n_kv_head: Optional[at_least(1)] = None  # heads of keys and values, shared by groups of heads; None: n_head
     head_dim: Optional[at_least(1)] = None  # width of a head; None: n_embd / n_head
     n_embd: at_least(1) = 768  # width of the residual stream
     n_inner: Optional[at_least(1)] = None  # width inside the MLP; None: 4 * n_embd
-    dropout: at_least(0.0, below=1.0) = 0.0  # share of activations dropped in training; 0.1 and up for small data
+    dropout: at_least(0.0, below=1.0) = 0.0  # share of activations dropped in training; for small data
     bias: bool = False  # biases in Linear and LayerNorm (GPT-2's own weights have them; without is no worse)
     qkv_bias: bool | None = None  # biases of queries, keys and values (Qwen 2); None: as bias
     causal: bool = True  # True: a position sees the past; False: both sides
     pos: Literal[tuple(POSITIONS)] = "learned"  # how positions are told apart
     pos_offset: at_least(0) = 0  # rows of the learned positions before the first in use (2 in RoBERTa)
-    n_segment: at_least(0) = 0  # kinds of token, each with a learned vector, as BERT's first and second text; 0: none
-    n_gram: at_least(1) = 1  # n-grams of up to so many tokens have learned vectors of their own; 1: only tokens do
+    n_segment: at_least(0) = 0  # kinds of token with a learned vector each, as BERT's two texts; 0: none
+    n_gram: at_least(1) = 1  # n-grams of up to so many tokens have learned vectors; 1: only tokens do
     n_gram_rows: at_least(1) = 16384  # vectors for the n-grams of each length, many of which may share one
     rope_theta: above(0.0) = 10000.0  # longest wavelength of the rotary positions, over 2 pi
     rope_scaling: dict | None = None  # how Llama 3 stretches the longest wavelengths: see Waves
@@ -127,17 +127,10 @@ ACTIVATIONS = {  # what it is -> the function, and whether its output gates a se
 }
 
 
-class HeadNorm(nn.RMSNorm):
-    """Norms each head by itself, of heads that are side by side: (..., H * D)."""
-
-    def forward(self, x):
-        return super().forward(x.unflatten(-1, (-1, *self.normalized_shape))).flatten(-2)
-
-
-QK_NORMS = {  # -> of the number of heads: what norms queries or keys before they are rotated, and after
-    None: lambda c, heads: (nn.Identity(), nn.Identity()),
-    "before": lambda c, heads: (HeadNorm(c.head_dim, eps=c.norm_eps), nn.Identity()),
-    "after": lambda c, heads: (nn.Identity(), nn.RMSNorm(c.head_dim, c.norm_eps, elementwise_affine=False)),
+QK_NORMS = {  # what norms a query or key, of head_dim numbers, before it is rotated, and after
+    None: lambda c: (nn.Identity(), nn.Identity()),
+    "before": lambda c: (nn.RMSNorm(c.head_dim, eps=c.norm_eps), nn.Identity()),
+    "after": lambda c: (nn.Identity(), nn.RMSNorm(c.head_dim, c.norm_eps, elementwise_affine=False)),
 }
 
 
@@ -315,17 +308,18 @@ class Attention(nn.Module):
         self.k = Projection(C, config.n_kv_head * D, bias=config.qkv_bias)
         self.v = Projection(C, config.n_kv_head * D, bias=config.qkv_bias)
         self.o = Residual(config.n_head * D, C, bias=config.bias)
-        self.norm_q, self.norm_rotated = QK_NORMS[config.qk_norm](config, config.n_head)
-        self.norm_k, _ = QK_NORMS[config.qk_norm](config, config.n_kv_head)
+        self.norm_q, self.norm_rotated = QK_NORMS[config.qk_norm](config)
+        self.norm_k, _ = QK_NORMS[config.qk_norm](config)
         self.head_dim = D
         self.grouped = config.n_kv_head < config.n_head
         self.dropout = config.dropout
 
     def forward(self, x, places: Places, cache: KVCache | None):
         B, T, _ = x.shape
-        q = self.norm_q(self.q(x)).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, T, C) -> (B, H, T, D)
-        k = self.norm_k(self.k(x)).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        q = self.q(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, T, C) -> (B, H, T, D)
+        k = self.k(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
         v = self.v(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        q, k = self.norm_q(q), self.norm_k(k)
         if places.rotation is not None:
             q, k = rotate(q, *places.rotation), rotate(k, *places.rotation)
         q, k = self.norm_rotated(q), self.norm_rotated(k)
@@ -449,8 +443,8 @@ class Sampling:
     """How the next token is drawn. Raises ValueError, naming the field, if a value cannot be."""
     temperature: at_least(0.0) = 1.0  # 0: always the likeliest token; 1: as the model has it; above: wilder
     top_k: Optional[at_least(1)] = None  # choose among so many of the likeliest tokens only; None: all
-    top_p: Optional[above(0.0, at_most=1.0)] = None  # among the likeliest that together have so much; None: all
-    min_p: Optional[at_least(0.0, at_most=1.0)] = None  # among those at least so likely, against the likeliest
+    top_p: Optional[above(0.0, at_most=1.0)] = None  # among the likeliest with so much together; None: all
+    min_p: Optional[at_least(0.0, at_most=1.0)] = None  # among those so likely, against the likeliest
     repetition_penalty: above(0.0) = 1.0  # above 1: what was said becomes less likely
 
     def __post_init__(self):
