@@ -52,7 +52,7 @@ class Config:
     vocab_size: at_least(1) = 50304  # tokens, specials included (GPT-2's 50,257, padded to a multiple of 64)
     n_layer: at_least(1) = 12  # blocks
     n_head: at_least(1) = 12  # attention heads
-    n_kv_head: Optional[at_least(1)] = None  # heads of keys and values, shared by groups of heads; None: n_head
+    n_kv_head: Optional[at_least(1)] = None  # heads of keys and values, shared by groups; None: n_head
     head_dim: Optional[at_least(1)] = None  # width of a head; None: n_embd / n_head
     n_embd: at_least(1) = 768  # width of the residual stream
     n_inner: Optional[at_least(1)] = None  # width inside the MLP; None: 4 * n_embd

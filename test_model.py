@@ -700,7 +700,8 @@ def test_a_masked_model_is_trained_and_teaches(home):
 
 def test_other_weights_start_a_new_run(home, monkeypatch):
     """Those of a run of ours, and of Hugging Face's."""
-    gentle = [*TOY, "--max_iters=1", "--learning_rate=1e-9", "--muon_lr=1e-9"]
+    gentle = [*TOY, "--max_iters=1", "--warmup_iters=0", "--learning_rate=1e-9", "--muon_lr=1e-9",
+              "--min_lr=0"]
     run_here(train, *gentle, "--out_dir=out/from_ours", "--init_from=out/whole", cwd=home)
     best = checkpoint(home, "whole", "best.pt")["state"]["best"]["val_loss"]
     state = checkpoint(home, "from_ours")["state"]
