@@ -89,7 +89,7 @@ def words(n: int, seed: int) -> list[str]:
 
 TOY = ["--dataset=toy", "--device=cpu", "--compile=False", "--n_layer=2", "--n_head=2", "--n_embd=32",
        "--block_size=32", "--batch_size=2", "--gradient_accumulation_steps=2", "--learning_rate=1e-2",
-       "--warmup_iters=2", "--max_iters=8", "--eval_interval=4", "--eval_iters=5", "--dropout=0.1",
+       "--warmup_iters=0", "--max_iters=8", "--eval_interval=4", "--eval_iters=5", "--dropout=0.1",
        "--pos=rope", "--optimizer=muon"]
 
 
