@@ -409,8 +409,12 @@ def distil(out, taught, temperature):
 
 def teacher_probs(folder: str, task: Task, rows: list[Row], machine: Machine) -> torch.Tensor:
     """What a fine-tuned classifier says about each row, in the order of this task's labels: (N, K)."""
+    if "teacher" not in task.knows:
+        raise SettingError(f"teacher={folder}: teaches one label a row: leave out --multi_label")
     model = tuned_of(find_checkpoint(folder, ("best.pt", "lora.pt"))[1]).to(machine.device)
     other = model.task
+    if "teacher" not in other.knows:
+        raise SettingError(f"teacher={folder}: was trained with --multi_label: one label a row is wanted")
     if sorted(other.labels) != sorted(task.labels):
         raise SettingError(f"teacher={folder}: knows the labels {', '.join(other.labels[:10])}, the data has "
                            f"{', '.join(task.labels[:10])}")

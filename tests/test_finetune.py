@@ -385,6 +385,8 @@ def test_a_student_agrees_with_its_teacher(tuned, tmp_path):
     assert out.grad[0, 1] < -0.5
     args = (f"--data={tuned / 'data.csv'}", *QUICK, f"--teacher={tuned / 'out'}", "--teacher_share=1")
     assert tune(tmp_path / "student", *args)["accuracy"] > 0.8
+    with pytest.raises(SettingError, match="teacher=.*leave out --multi_label"):  # no distribution to learn
+        run_here(finetune, f"--out_dir={tmp_path / 'out'}", *args, "--multi_label")
     with pytest.raises(SettingError, match="teacher=.*knows the labels bad, good, the data has x, y"):
         tune(tmp_path / "n", *args, "--label_column=who")
 
