@@ -506,6 +506,8 @@ class Run:
             if name in fixed:
                 raise SettingError(f"{name}={value}: the run has {then}: leave it out, or start another with "
                                    "--out_dir=FOLDER")
+            if name == "compile":
+                self.compiled = None  # it may become what it was not
             forgets = name in compared_on and bool(self.checkpoint["state"]["best"])
             self.forget = self.forget or forgets
             more = ", so the best so far is forgotten" if forgets else ""
