@@ -238,9 +238,9 @@ def write_pretrained(model: Transformer, tokenizer: Tokenizer | HubTokenizer, fo
     try:
         model.save_pretrained(folder, eos_token_id=eot, bos_token_id=eot,
                               pad_token_id=offset - 1 if offset else tokenizer.pad)
-    except (ImportError, ValueError) as error:
+        tokenizer.save_pretrained(folder, model.config.block_size)
+    except (ImportError, OSError, ValueError) as error:
         raise UserError(f"--export={folder}: {error}") from None
-    tokenizer.save_pretrained(folder, model.config.block_size)
 
 
 def main(given: dict):
@@ -248,6 +248,9 @@ def main(given: dict):
         how = Choice(**given)
     except ValueError as error:  # it names the field
         raise SettingError(str(error)) from None
+    stops = [stop] if isinstance(stop, str) else stop
+    if not all(isinstance(one, str) for one in stops):
+        raise SettingError(f"stop={stop}: wanted texts: --stop=\"['1', 'def ']\"")
     machine = Machine(device, dtype, seed)
     model, tokenizer = load(out_dir, machine.device, machine.dtype)
     tuned = model if isinstance(model, Tuned) else None
@@ -272,7 +275,6 @@ def main(given: dict):
     if quantize:
         body = to_int8(body)
     if body.config.causal:
-        stops = [stop] if isinstance(stop, str) else stop
         write(body, tokenizer, prompt, how, num_samples, max_new_tokens, stops, stream, seed, compile)
         return
     print(prompt)

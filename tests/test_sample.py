@@ -40,6 +40,8 @@ def test_sampling_needs_no_data_folder(home, tmp_path):
 @pytest.mark.parametrize("error, given, words", [
     (UserError, ["--out_dir=nothing"], "nothing: no checkpoint"),
     (UserError, ["--start=FILE:nothing.txt"], "FILE:nothing.txt: cannot be read"),
+    (UserError, ["--export=out/whole/ckpt.pt/here"], "--export=out/whole/ckpt.pt/here: .*Not a directory"),
+    (SettingError, ["--stop=[1]"], r"stop=.1.: wanted texts"),
     (SettingError, ["--top_p=2"], "top_p: wanted"),
     (SettingError, ["--temperature=-1"], "temperature: wanted"),
 ])
