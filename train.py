@@ -90,7 +90,7 @@ device: str = "auto"  # auto: cuda, else mps, else cpu; or one of those, or cuda
 dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; auto: what is fast
 compile: bool = True  # torch.compile: half a minute at the start, faster steps (falls back if it fails)
 remat: bool = False  # compute the blocks' activations again in the backward pass: less memory, a third slower
-backend: str = "auto"  # of torch.distributed; auto: nccl on GPUs, gloo on CPUs
+backend: Literal["auto", "nccl", "gloo"] = "auto"  # of torch.distributed; auto: nccl on GPUs, else gloo
 seed: at_least(0) = 1337  # of weights, data order and dropout
 deterministic: bool = False  # the same bits again on a GPU too, at some cost in speed
 # -----------------------------------------------------------------------------

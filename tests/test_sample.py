@@ -8,7 +8,7 @@ import torch
 import sample
 from config import SettingError, UserError
 from lib.tokenizer import make_tokenizer
-from tests.helpers import run_here, script, write_rows
+from tests.helpers import run_here, script, tiny, write_rows
 
 
 def test_int8_weights_are_a_quarter_of_the_size_and_nearly_as_good(home):
@@ -40,7 +40,6 @@ def test_sampling_needs_no_data_folder(home, tmp_path):
 @pytest.mark.parametrize("error, given, words", [
     (UserError, ["--out_dir=nothing"], "nothing: no checkpoint"),
     (UserError, ["--start=FILE:nothing.txt"], "FILE:nothing.txt: cannot be read"),
-    (UserError, ["--export=out/whole/ckpt.pt/here"], "--export=out/whole/ckpt.pt/here: .*Not a directory"),
     (SettingError, ["--stop=[1]"], r"stop=.1.: wanted texts"),
     (SettingError, ["--top_p=2"], "top_p: wanted"),
     (SettingError, ["--temperature=-1"], "temperature: wanted"),
@@ -48,6 +47,12 @@ def test_sampling_needs_no_data_folder(home, tmp_path):
 def test_what_cannot_be_is_one_line(home, error, given, words):
     with pytest.raises(error, match=words):
         run_here(sample, "--out_dir=out/whole", *given, cwd=home)
+
+
+def test_an_export_to_where_no_folder_can_be_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--export=.*file/here: "):
+        sample.write_pretrained(tiny("gpt2"), make_tokenizer("bytes", [], 258), str(tmp_path / "file/here"))
 
 
 def test_a_fine_tuned_model_answers(tuned, tmp_path, monkeypatch):
