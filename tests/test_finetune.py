@@ -318,7 +318,7 @@ def test_the_best_epoch_is_tested_and_the_test_set_read_once(tmp_path, monkeypat
         asked.append([row.text for row in rows])
         return predict(model, rows, *args)
     monkeypatch.setattr(finetune, "predict", counted)
-    monkeypatch.setitem(train.SCHEDULES, "ruin", lambda step, *_: 1.0 if step < 10 else 40.0)
+    monkeypatch.setitem(train.SCHEDULES, "ruin", lambda at: 1.0 if at.step < 10 else 40.0)
     args = ("--epochs=12", "--patience=2", *QUICK, "--schedule=ruin")
     metrics = tune(tmp_path / "out", f"--data={data}", *args)
     assert len(asked) == metrics["best_epoch"] + 2 + 1  # two in vain, and the test

@@ -343,7 +343,8 @@ def test_a_folder_in_use_is_locked(home):
 
 
 @pytest.mark.parametrize("error, given, words", [
-    (SettingError, ["--lr_decay_iters=50", "--warmup_iters=100", "--max_iters=1000"], "lr_decay_iters=50.*warmup_iters=100"),
+    (SettingError, ["--lr_decay_iters=50", "--warmup_iters=100", "--max_iters=1000"],
+     "lr_decay_iters=50.*warmup_iters=100"),
     (SettingError, ["--dtype=float16"], "dtype=float16.*float32"),
     (SettingError, ["--device=meta"], "device=meta.*cpu"),
     (SettingError, ["--out_dir=toy.txt/run"], "out_dir=toy.txt/run"),
