@@ -11,7 +11,7 @@ The Transformer, whole: one class whose settings span eight families, from the 2
         └─────────────────────┘                └──────────────┘
 
 Axes: B batch, T time (tokens of the input), S tokens attended to (cached ones and the input), C n_embd,
-H n_head, K n_kv_head, D head_dim (C / H unless said), V vocab_size.
+H n_head, K n_kv_head, D head_dim (C / H unless set), V vocab_size.
 
             GPT-2       Llama 3    Qwen 2, 3            NanoChat            BERT, RoBERTa    2017
 pos         learned     rope       rope                 rope                learned, and     sinusoidal,
@@ -26,8 +26,9 @@ attention   plain       grouped    grouped; 3: q and k  grouped, q and k    plai
 head        tied        either     either               untied, soft cap    tied, transform  untied
 causal      yes         yes        yes                  yes                 no               either
 
-A family is a column of settings: no family's name is tested below. Config is read where modules are built, so
-that forward is straight. lib/pretrained.py knows what each column is called in Hugging Face's checkpoints.
+A family is a column of settings: nothing below asks which family it is. Config is read where modules are
+built, so that forward has few branches. lib/pretrained.py knows what each column is called in Hugging Face's
+checkpoints.
 """
 from __future__ import annotations
 
@@ -106,7 +107,7 @@ def must(settings, name: str, holds: bool, what: str):
 
 
 # -----------------------------------------------------------------------------
-# Leaves: norms, activations, linear layers and embeddings that have a part to play
+# Leaves: norms, activations; and layers with a type of their own, by which INITS and the optimizers find them
 
 NORMS = {
     "layer": lambda c: nn.LayerNorm(c.n_embd, eps=c.norm_eps, elementwise_affine=c.norm_weight, bias=c.bias),
@@ -135,11 +136,11 @@ QK_NORMS = {  # what norms a query or key, of head_dim numbers, before it is rot
 
 
 class Projection(nn.Linear):
-    """To queries, keys or values."""
+    """Makes queries, keys or values."""
 
 
 class Residual(nn.Linear):
-    """Writes to the residual stream: what it gives is added to x."""
+    """Writes to the residual stream: its output is added to x."""
 
 
 class TokenEmbedding(nn.Embedding):
@@ -149,8 +150,10 @@ class TokenEmbedding(nn.Embedding):
 class NGrams(TokenEmbedding):
     """A vector for each n-gram of 2, 3 ... n_gram tokens that ends here, added to the token's own.
 
-    A small model spends its first layers on learning which tokens stand next to each other; here it looks it
-    up. N-grams are hashed into n_gram_rows vectors a length, as in BLT (Pagnoni et al. 2024).
+    A small model spends its first layers on learning which tokens stand next to each other; this looks it up
+    instead. For each n, n-grams are hashed into n_gram_rows vectors, as in BLT (Pagnoni et al. 2024).
+
+    tokens: (B, S), ids + 1, with 0 where there is no token; slots: (T,), which of these S are the input.
     """
 
     def __init__(self, config: Config):
@@ -189,7 +192,7 @@ class Positions(nn.Module):
 
 
 class Learned(Positions):
-    """A vector a position, added to the token's."""
+    """A learned vector for each position, added to the token's."""
 
     def __init__(self, config: Config):
         super().__init__(config)
@@ -210,8 +213,8 @@ class Sinusoidal(Positions):
 
     def embed(self, x, positions):
         angles = self.waves(positions)  # (B or 1, T, C / 2)
-        waves = torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)  # sine and cosine interleaved
-        return x * self.scale + waves.to(x.dtype)
+        encoding = torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)  # interleaved
+        return x * self.scale + encoding.to(x.dtype)
 
 
 class Rope(Positions):
@@ -260,7 +263,7 @@ class Waves(nn.Module):
 
     def _apply(self, fn, recurse=True):
         # .to(device, dtype) comes here: move, but do not cast. Rounded to bfloat16, a frequency is off by up
-        # to 0.4%, and after a few hundred positions the angle is any other.
+        # to 0.4%, and after a few hundred positions the angle is arbitrary.
         exact = self.frequencies
         super()._apply(fn, recurse)
         self.frequencies = exact.to(self.frequencies.device)
@@ -274,14 +277,14 @@ class Waves(nn.Module):
 # The two layers of a block
 
 class KVCache:
-    """Keys and values of one layer, for the tokens already seen: slots, filled from the left."""
+    """Keys and values of one layer, for the tokens already seen, in slots that are filled from the left."""
 
     def __init__(self, config: Config, batch_size: int, slots: int, like: torch.Tensor,
                  fixed: bool = False):
         shape = (batch_size, config.n_kv_head, slots, config.head_dim)
         self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)
         self.tokens = torch.zeros(batch_size, slots, dtype=torch.long, device=like.device)  # for NGrams
-        for tensor in (self.k, self.v, self.tokens) if fixed else ():  # where CUDA graphs find them again
+        for tensor in (self.k, self.v, self.tokens) if fixed else ():  # CUDA graphs look for them there
             torch._dynamo.mark_static_address(tensor, guard=False)
 
     def put(self, k, v, slots, end: int):  # (B, K, T, D) into slots (T,) -> those before `end`, (B, K, S, D)
@@ -291,11 +294,11 @@ class KVCache:
 
 
 class Places(NamedTuple):
-    """Where the tokens of the input are, as attention needs to know it."""
+    """What attention needs to know about where the tokens of the input are."""
     rotation: tuple[torch.Tensor, torch.Tensor] | None  # cosines and sines, (B or 1, 1, T, D) each
     mask: dict  # who sees whom: arguments of scaled_dot_product_attention
-    slots: torch.Tensor  # (T,) of the cache
-    end: int  # the slots attended to are those before it, S
+    slots: torch.Tensor  # (T,): where the input goes in the cache
+    end: int  # S: the slots before it are attended to
 
 
 class Attention(nn.Module):
@@ -325,7 +328,7 @@ class Attention(nn.Module):
         q, k = self.norm_rotated(q), self.norm_rotated(k)
         if cache is not None:
             k, v = cache.put(k, v, places.slots, places.end)  # (B, K, T, D) -> (B, K, S, D)
-        # softmax(q k / sqrt(D)) v by the fastest kernel there is, flash attention for one: (B, H, T, D)
+        # softmax(q k / sqrt(D)) v by the fastest kernel there is, such as flash attention: (B, H, T, D)
         y = F.scaled_dot_product_attention(q, k, v, **places.mask, enable_gqa=self.grouped,
                                            dropout_p=self.dropout if self.training else 0.0)
         return self.o(y.transpose(1, 2).reshape(B, T, -1))  # heads side by side again, then mixed: (B, T, C)
@@ -409,7 +412,7 @@ def uniform(bound: float):
 
 def init_normal(c: Config) -> dict:  # GPT-2's
     return {
-        Residual: normal(0.02 / math.sqrt(2 * c.n_layer)),  # two a block add up
+        Residual: normal(0.02 / math.sqrt(2 * c.n_layer)),  # each block adds two of them to the stream
         (nn.Linear, nn.Embedding): normal(0.02),
     }
 
@@ -417,14 +420,14 @@ def init_normal(c: Config) -> dict:  # GPT-2's
 def init_zero_out(c: Config) -> dict:  # NanoChat's
     return {
         Residual: nn.init.zeros_,  # a block changes nothing at first
-        Head: nn.init.zeros_,  # all tokens are alike
+        Head: nn.init.zeros_,  # all tokens are equally likely
         TokenEmbedding: normal(0.02 if c.tied else 1.0),  # a tied head wants small logits
         nn.Embedding: normal(0.02),
         nn.Linear: uniform(math.sqrt(3 / c.n_embd)),  # a standard deviation of 1 / sqrt(n_embd)
     }
 
 
-def init_uniform(c: Config) -> dict:  # as torch's example has the one of 2017; torch's own for the rest
+def init_uniform(c: Config) -> dict:  # 2017, as in PyTorch's example; PyTorch's defaults for the rest
     return {
         (Head, TokenEmbedding): uniform(0.1),
         nn.Embedding: normal(0.02),
@@ -459,12 +462,12 @@ def draw(logits, how: Sampling, idx, pad_mask=None, generator=None):
     if how.repetition_penalty != 1:
         if pad_mask is not None:
             idx = torch.where(pad_mask, idx, idx[:, -1:])  # padding is no part of the text
-        said = logits.gather(1, idx)  # (B, T)
-        said = torch.where(said > 0, said / how.repetition_penalty, said * how.repetition_penalty)
-        logits = logits.scatter(1, idx, said)
+        seen = logits.gather(1, idx)  # (B, T)
+        seen = torch.where(seen > 0, seen / how.repetition_penalty, seen * how.repetition_penalty)
+        logits = logits.scatter(1, idx, seen)
     if how.temperature == 0:
         return logits.argmax(-1)
-    if how == Sampling(how.temperature, repetition_penalty=how.repetition_penalty):  # nothing is left out
+    if how == Sampling(how.temperature, repetition_penalty=how.repetition_penalty):  # nothing to filter
         return torch.multinomial(F.softmax(logits / how.temperature, -1), 1, generator=generator).squeeze(1)
     V = logits.size(-1)
     best, ids = logits.topk(min(how.top_k or V, V))  # (B, k), likeliest first
@@ -478,10 +481,10 @@ def draw(logits, how: Sampling, idx, pad_mask=None, generator=None):
 
 
 def lay_by_columns(model: nn.Module):
-    """Move the numbers of each tall matrix so that its columns lie together; shapes and values stay.
+    """Store each tall weight matrix by columns; shapes and values stay the same.
 
-    One token at a time, a CPU does little but read weights, and its matrix-vector product reads a tall matrix
-    up to 1.8 times faster this way.
+    Writing one token at a time, a CPU does little but read weights, and its matrix-vector product reads a
+    tall matrix up to 1.8 times faster this way.
     """
     for layer in model.modules():
         if isinstance(layer, nn.Linear) and layer.out_features >= layer.in_features:
@@ -520,7 +523,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """First weights, as INITS has them."""
+        """Draw the initial weights, as INITS says."""
         table = INITS[self.config.init](self.config)
         for module in self.modules():
             init = next((init for kind, init in table.items() if isinstance(module, kind)), None)
@@ -528,11 +531,11 @@ class Transformer(nn.Module):
                 init(module.weight)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        if self.wge is not None:  # a rare n-gram must not be noise
+        if self.wge is not None:  # an n-gram that is hardly ever trained must not add noise
             nn.init.zeros_(self.wge.weight)
 
     def hidden(self, idx, pad_mask=None, segments=None, cache=None, past=0):
-        """What heads are built on: (B, T) token ids -> (B, T, C), after the last norm.
+        """The model up to its head: (B, T) token ids -> (B, T, C), after the last norm.
 
         pad_mask: (B, S), True at real tokens, padding to their left or right; real positions count from 0 and
         never see padding. segments: (B, T), the kind of each token if the model knows kinds (n_segment);
@@ -582,7 +585,7 @@ class Transformer(nn.Module):
         one_piece = isinstance(past, int) and (past == 0 or T == 1)  # one new token sees all before
         if bias is None and pad_mask is None and one_piece:  # no mask in memory: the kernels know this one
             return {"attn_mask": None, "is_causal": causal and past == 0 and T > 1}
-        mask = (key <= query if causal else key >= 0).expand(1, 1, T, end)
+        mask = (key <= query if causal else key >= 0).expand(1, 1, T, end)  # key >= 0: always true
         if pad_mask is not None:
             # padding sees itself, for a softmax over nothing would be NaN
             mask = mask & pad_mask[:, None, None, :] | (key == query)
@@ -621,13 +624,13 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, pad_mask=None, generator=None, use_cache=True, compile=False,
                **sampling) -> Iterator[torch.Tensor]:
-        """Continue the prompts, (B, T): yields (B,) token ids, one step at a time, without end of their own.
+        """Continue the prompts, (B, T): yields max_new_tokens times (B,) token ids, past <|endoftext|> too.
 
         pad_mask: (B, T), True at real tokens: prompts of several lengths are padded on the left. generator: a
         torch.Generator on idx's device, for repeatable draws. sampling: see Sampling.
         Past block_size, the last block_size // 2 tokens are kept and read again. The same tokens come with
-        the cache and without. compile: the step for one more token, for GPUs: half a minute at the start,
-        then no time is lost between its many small kernels (CUDA graphs).
+        the cache and without. compile: torch.compile the step for one token, for GPUs: half a minute at the
+        start, then no time is lost between its many small kernels (CUDA graphs).
         Raises ValueError for an empty prompt or a model that is not causal.
         """
         if not self.config.causal:
@@ -641,7 +644,7 @@ class Transformer(nn.Module):
         step = torch.compile(self.hidden, mode="reduce-overhead", dynamic=False) if compile else None
         training = self.training
         self.eval()  # no dropout
-        if not training and idx.device.type == "cpu" and len(idx) == 1:
+        if not training and idx.device.type == "cpu" and len(idx) == 1:  # not while it trains
             lay_by_columns(self)
         try:
             past, cache = 0, None  # tokens in the cache
@@ -692,7 +695,7 @@ class Transformer(nn.Module):
         return 6 * matrices + 12 * c.n_layer * c.n_head * c.head_dim * keys
 
     # -------------------------------------------------------------------------
-    # Checkpoints of others: lib/pretrained.py, which the rest of this file does without
+    # Checkpoints from elsewhere: lib/pretrained.py, which nothing above needs
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dropout: float = 0.0, block_size: int | None = None,
