@@ -39,19 +39,20 @@ from lib.tokenizer import HubTokenizer, Tokenizer
 from model import Config, TokenEmbedding, Transformer, block_matrices
 
 # -----------------------------------------------------------------------------
-# Settings. The model's are the fields of Config in model.py: --n_layer=6 works as well.
+# Settings. The model's are the fields of Config in model.py: --n_layer=6 works as well. Annotations are
+# evaluated late (from __future__), so that these can name the tables that come below.
 out_dir: str = "out"  # where checkpoints and logs go
-overwrite: bool = False  # start anew although out_dir holds a run: it is removed
-init_from: str = "scratch"  # scratch; resume: go on in out_dir; or weights: a run's folder, a Hugging Face id
-eval_interval: at_least(1) = 2000  # steps from one evaluation to the next
+overwrite: bool = False  # start over even if out_dir holds a run, which is removed
+init_from: str = "scratch"  # scratch; resume: go on in out_dir; else whose weights: a run's folder, a hub id
+eval_interval: at_least(1) = 2000  # steps between evaluations
 eval_iters: at_least(0) = 200  # windows of block_size tokens in an evaluation, evenly spaced; 0: all
-eval_only: bool = False  # evaluate once and leave
-sample_tokens: at_least(0) = 0  # of text that the model writes at each evaluation, to look at
-log_interval: at_least(1) = 1  # steps from one log line to the next
-always_save_checkpoint: bool = True  # at each evaluation; False: only where validation is the best so far
+eval_only: bool = False  # evaluate once and exit
+sample_tokens: at_least(0) = 0  # tokens of sample text to print at each evaluation
+log_interval: at_least(1) = 1  # steps between log lines
+always_save_checkpoint: bool = True  # save at each evaluation; False: only at a new best
 wandb_log: bool = False  # log to Weights & Biases too
-wandb_project: str = "owt"  # its project
-wandb_run_name: str = "gpt2"  # its name for this run
+wandb_project: str = "owt"  # project there
+wandb_run_name: str = "gpt2"  # name of this run there
 # data
 dataset: str = "python"  # a folder under data/; built-in ones are made when missing
 batch_size: at_least(1) = 12  # windows in a micro-batch
@@ -60,31 +61,31 @@ gradient_accumulation_steps: at_least(1) = 5 * 8  # micro-batches in a step, ove
 mask_rate: above(0.0, at_most=1.0) = 0.3  # share of a window's tokens to guess, for causal=False
 label_smoothing: at_least(0.0, below=1.0) = 0.0  # share of each target that is spread over all tokens
 teacher: str = ""  # a run's folder, a Hugging Face folder or id: its predictions are targets too; empty: none
-teacher_share: above(0.0, at_most=1.0) = 0.5  # of the teacher in the loss
-teacher_temperature: above(0.0) = 2.0  # both models' scores are divided by it
+teacher_share: above(0.0, at_most=1.0) = 0.5  # weight of the teacher in the loss
+teacher_temperature: above(0.0) = 2.0  # both models' logits are divided by it
 # optimizer
 optimizer: Literal[tuple(OPTIMIZERS)] = "adamw"  # muon: for the blocks' matrices, adamw for the rest
-learning_rate: above(0.0) = 6e-4  # highest, of all but Muon
-muon_lr: above(0.0) = 0.02  # highest, of Muon
-embd_lr: Optional[above(0.0)] = None  # highest, of the token embedding; None: as learning_rate
+learning_rate: above(0.0) = 6e-4  # peak, of all but Muon
+muon_lr: above(0.0) = 0.02  # peak, of Muon
+embd_lr: Optional[above(0.0)] = None  # peak, of the token embedding; None: as learning_rate
 max_iters: at_least(1) = 600000  # steps, that is updates of the weights
-weight_decay: at_least(0.0) = 0.1  # of matrices, decoupled: each step takes away lr * weight_decay
-beta1: at_least(0.0, below=1.0) = 0.9  # AdamW's memory of the gradient
-beta2: at_least(0.0, below=1.0) = 0.95  # and of its square
-momentum: at_least(0.0, below=1.0) = 0.9  # of lars and sgd
+weight_decay: at_least(0.0) = 0.1  # of matrices, decoupled: each step shrinks them by lr * weight_decay
+beta1: at_least(0.0, below=1.0) = 0.9  # decay of AdamW's mean of the gradient
+beta2: at_least(0.0, below=1.0) = 0.95  # decay of its mean of the squared gradient
+momentum: at_least(0.0, below=1.0) = 0.9  # momentum of lars and sgd
 grad_clip: at_least(0.0) = 1.0  # gradients with a larger norm are scaled down to it; 0: never
-sparsity: at_least(0.0, below=1.0) = 0.0  # share of the blocks' weights, the smallest, set to 0 half way
+sparsity: at_least(0.0, below=1.0) = 0.0  # share of the blocks' weights, the smallest, zeroed halfway through
 # learning rate
 decay_lr: bool = True  # False: constant after the warmup
-schedule: Literal[tuple(SCHEDULES)] = "cosine"  # its fall; wsd: constant, then linear
-warmup_iters: at_least(0) = 2000  # steps of linear rise
+schedule: Literal[tuple(SCHEDULES)] = "cosine"  # shape of its decay; wsd: constant, then linear
+warmup_iters: at_least(0) = 2000  # steps of linear increase at the start
 lr_decay_iters: Optional[at_least(0)] = None  # step where min_lr is reached; None: max_iters
-min_lr: at_least(0.0) = 6e-5  # lowest, of AdamW; Muon's falls by the same factor
+min_lr: at_least(0.0) = 6e-5  # lowest, of learning_rate; the others fall by the same factor
 decay_fraction: above(0.0, at_most=1.0) = 0.6  # share of the steps that wsd decays over
 # when to stop before max_iters
-patience: Optional[at_least(1)] = None  # evaluations without a new best; None: never
-max_minutes: Optional[above(0.0)] = None  # of this process; the run is saved and can be resumed
-max_bad_steps: at_least(1) = 20  # in a row, whose loss or gradient is not finite, end the run
+patience: Optional[at_least(1)] = None  # stop after this many evaluations without a new best; None: never
+max_minutes: Optional[above(0.0)] = None  # stop this process then; the run is saved and can be resumed
+max_bad_steps: at_least(1) = 20  # this many in a row with a loss or gradient that is not finite end the run
 # system
 device: str = "auto"  # auto: cuda, else mps, else cpu; or one of those, or cuda:1
 dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; auto: what is fast
@@ -92,7 +93,7 @@ compile: bool = True  # torch.compile: half a minute at the start, faster steps 
 remat: bool = False  # compute the blocks' activations again in the backward pass: less memory, a third slower
 backend: Literal["auto", "nccl", "gloo"] = "auto"  # of torch.distributed; auto: nccl on GPUs, else gloo
 seed: at_least(0) = 1337  # of weights, data order and dropout
-deterministic: bool = False  # the same bits again on a GPU too, at some cost in speed
+deterministic: bool = False  # bit-identical reruns on a GPU too, at some cost in speed
 # -----------------------------------------------------------------------------
 
 
@@ -100,18 +101,18 @@ deterministic: bool = False  # the same bits again on a GPU too, at some cost in
 # Data
 
 class Windows:
-    """The training tokens as windows of block_size, each once an epoch.
+    """The training tokens as windows of block_size, each once per epoch.
 
     Which window comes when is a function of (seed, epoch) alone: not of the batch size, the number of
     processes or the random state, so all of them may change on resume. An epoch's windows start at an offset
-    of its own. mask: masked_tokens, for a model that fills gaps.
+    of its own. mask: masked_tokens with its settings, for a model that fills gaps.
     """
 
     def __init__(self, data: np.ndarray, block_size: int, seed: int, mask: Optional[Callable] = None):
         self.data, self.block_size = data, block_size
         self.seed, self.mask = seed, mask
         self.n = max(1, (len(data) - block_size) // block_size)  # in an epoch, whatever its offset
-        self.epoch, self.starts = -1, None
+        self.epoch, self.starts = -1, None  # of the epoch that was asked for last
 
     def locate(self, first: int, count: int) -> np.ndarray:
         """Where windows number first, first + 1, ... of the whole training begin in the data: (count,)."""
@@ -144,8 +145,8 @@ def gather(data: np.ndarray, starts: np.ndarray, block_size: int) -> tuple[torch
 def masked_tokens(idx, numbers, seed, rate, token, vocab_size) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens to guess (Devlin et al. 2019): (B, T) -> inputs, and targets that are -1 where there is no gap.
 
-    The same number in each window. 80% of them become `token`, 10% any token, 10% stay. A function
-    of the seed and the windows' numbers: not of the batch, nor of the random state.
+    As many in each window. 80% of them become `token`, 10% a random one, 10% stay. A function of the seed and
+    the windows' numbers: not of the batch, nor of the random state.
     """
     x, y = idx.clone(), torch.full_like(idx, -1)
     count = count_masked(idx.size(1), rate)
@@ -183,7 +184,7 @@ class Data(NamedTuple):
     train: np.ndarray  # token ids
     val: np.ndarray
     tokenizer: Tokenizer | HubTokenizer
-    many: bool  # documents, or one text
+    many: bool  # many documents, not one text
 
     def token_bytes(self, vocab_size: int) -> np.ndarray:
         """(V,): the length of each token's text."""
@@ -192,19 +193,19 @@ class Data(NamedTuple):
         return lengths
 
     def prompt(self) -> int:
-        """The token that a sample begins with: documents begin behind <|endoftext|>."""
+        """The token that a sample begins with: documents begin after <|endoftext|>."""
         if self.many:
             return self.tokenizer.eot
         return (self.tokenizer.encode("\n") or [self.tokenizer.eot])[0]
 
 
 def make_built_in(dataset: str, vocab_size: Optional[int], machine: Machine) -> None:
-    """By the first process, if it is not there yet; the others wait."""
+    """Prepare a built-in data set that is not there yet, in the first process; the others wait."""
     if dataset not in prepare.BUILT_IN or (Path("data") / dataset).exists():
         return
     if machine.main:
-        trained = prepare.BUILT_IN[dataset][1] == "bpe" and vocab_size is not None
-        prepare.prepare(dataset, **({"vocab_size": vocab_size} if trained else {}))
+        takes_size = prepare.BUILT_IN[dataset][1] == "bpe" and vocab_size is not None
+        prepare.prepare(dataset, **({"vocab_size": vocab_size} if takes_size else {}))
     machine.barrier()
 
 
@@ -240,7 +241,7 @@ def open_data(dataset: str, vocab_size: Optional[int], block_size: int) -> Data:
 # -----------------------------------------------------------------------------
 # Objective
 
-METRICS = {  # name -> of (N, V) logits and (N,) targets a number for each, (N,): val_<name> is its mean
+METRICS = {  # name -> function of logits (N, V) and targets (N,) -> (N,), whose mean is val_<name>
     "accuracy": lambda logits, targets: logits.argmax(-1) == targets,
 }
 
@@ -248,11 +249,11 @@ METRICS = {  # name -> of (N, V) logits and (N,) targets a number for each, (N,)
 class Objective(nn.Module):
     """What is minimised: (B, T) inputs and targets -> sums over the targets that are not -1.
 
-    In training of the loss, in nats, and of the model's penalty: (2,). In evaluation of the loss, which is
-    the plain cross-entropy then, and of the METRICS: (1 + their number,). They are sums so that micro-batches
-    and processes add up, and are divided once, by all the tokens that count.
+    In training: the loss, in nats, and the model's penalty, (2,). In evaluation: the loss, then the plain
+    cross-entropy, and the METRICS, (1 + METRICS,). They are sums, so that micro-batches and processes add up;
+    they are divided once, by the number of all targets that count.
 
-    counted: how many targets of a sequence count, at most; None: all. The head sees no others. teacher: a
+    counted: how many targets of a sequence count, at most; None: all. Others get no logits. teacher: a
     model whose predictions, at a temperature, are targets too (Hinton et al. 2015).
     """
 
@@ -275,9 +276,9 @@ class Objective(nn.Module):
             rows = [t.index_select(0, at.flatten()) for t in rows]  # (B * counted, C), (B * counted,)
         x, *others = rows
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
-            size = max(64, IN_CACHE // self.model.config.vocab_size)  # tokens in a chunk
+            chunk = max(64, IN_CACHE // self.model.config.vocab_size)  # tokens
             trained = [p for p in self.model.parameters() if p.requires_grad]
-            sums = InCache.apply(self.head_loss, size, x, others, *trained)
+            sums = InCache.apply(self.head_loss, chunk, x, others, *trained)
         else:
             sums = self.head_loss(x, *others)
         if not self.training:
@@ -295,22 +296,22 @@ class Objective(nn.Module):
         if taught is not None:
             ours = F.log_softmax(logits / self.temperature, -1)
             theirs = F.log_softmax(self.teacher.logits(taught) / self.temperature, -1)
-            away = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)  # (N,)
-            # the gradient shrinks with the temperature squared: make up for it
-            soft = self.temperature**2 * (away * (targets != -1)).sum()
+            apart = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)  # (N,)
+            # its gradient shrinks with the temperature squared: make up for it
+            soft = self.temperature**2 * (apart * (targets != -1)).sum()
             loss = (1 - self.teacher_share) * loss + self.teacher_share * soft
         return loss.view(1)
 
 
-IN_CACHE = 2**19  # logits: 2 MB, about a core's own cache
+IN_CACHE = 2**19  # logits in a chunk: 2 MB, about a core's own cache
 
 
 class InCache(torch.autograd.Function):
     """A loss over many tokens, with its gradient, a chunk of tokens at a time.
 
     The logits are by far the largest tensor of a small model; written to memory and read again by each of a
-    dozen operations, forth and back, they took half of a step. Compiled code is fused, and needs none of
-    this. params: all that the loss may depend on; what it does not depend on gets no gradient.
+    dozen operations, forward and backward, they took half the time of a step. Compiled code is fused, and
+    needs none of this. params: all that the loss may depend on; those that it does not get no gradient.
     """
 
     @staticmethod
@@ -344,13 +345,13 @@ REMAT = "--remat computes activations again instead of keeping them"
 
 
 def recompute_blocks(model: Transformer) -> None:
-    """Keep of each block its input alone for the backward pass, which computes the rest again."""
+    """Keep only each block's input for the backward pass, which recomputes the rest."""
     for block in model.blocks:
         block.forward = partial(recomputed, block.forward, use_reentrant=False)
 
 
 def load_teacher(path: str, config: Config, tokenizer: dict) -> Transformer:
-    """Raises SettingError if it cannot teach this model."""
+    """The model that --teacher names. Raises SettingError if it cannot teach one with this config."""
     teacher, its_tokenizer = load_body(path, dropout=0.0)
     if its_tokenizer.to_dict() != tokenizer:
         raise SettingError(f"teacher={path}: has another tokenizer than the data set")
@@ -366,13 +367,13 @@ def load_teacher(path: str, config: Config, tokenizer: dict) -> Transformer:
 # -----------------------------------------------------------------------------
 # Optimizers, and the learning rate
 
-OPTIMIZERS = {  # name -> what makes it of groups of parameters, each with its lr and weight_decay
+OPTIMIZERS = {  # name -> what makes one; groups: of parameters, each with its lr and weight_decay
     "adamw": lambda groups, betas, momentum: torch.optim.AdamW(groups, betas=betas, fused=True),
     "muon": lambda groups, betas, momentum: Muon(groups),
     "lars": lambda groups, betas, momentum: Momentum(groups, momentum=momentum, trust=0.001),
     "sgd": lambda groups, betas, momentum: Momentum(groups, momentum=momentum),
 }
-BLOCKS_ONLY = {"muon": "adamw"}  # those for the blocks' matrices alone, and what all else is given to
+BLOCKS_ONLY = {"muon": "adamw"}  # optimizer of the blocks' matrices alone -> that of all else
 
 
 def make_optimizers(model: nn.Module, optimizer: str, learning_rate: float, muon_lr: float,
@@ -381,7 +382,8 @@ def make_optimizers(model: nn.Module, optimizer: str, learning_rate: float, muon
     """Each trained parameter in one group of one optimizer; matrices decay, vectors do not.
 
     betas: of adamw; momentum: of sgd and lars; muon_lr: of the blocks' matrices, if they have an optimizer of
-    their own; embd_lr: of the tables of tokens, if they have their own. A group keeps its "highest_lr".
+    their own; embd_lr: of the tables of tokens, if they have their own. A group's "highest_lr" is its peak,
+    which set_lr scales.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     in_blocks, tables = set(), set()
@@ -414,7 +416,7 @@ def make_optimizers(model: nn.Module, optimizer: str, learning_rate: float, muon
 
 
 def set_lr(optimizers: list, factor: float) -> None:
-    """factor: a share of each group's highest."""
+    """factor: a share of each group's peak."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["highest_lr"] * factor
@@ -463,11 +465,11 @@ def train_step(objective, micro_batches: list[tuple], counted: torch.Tensor, mod
     """Add up the gradient of a step's mean loss over its micro-batches, and update the weights.
 
     micro_batches: this process's, each the arguments of the objective, which returns sums of the loss and of
-    the penalty. counted: over how many targets. Returns the means of both over the targets of all processes,
-    (2,), and the norm of the gradient before clipping.
+    the penalty. counted: how many targets these have. Returns the means of both over the targets of all
+    processes, (2,), and the norm of the gradient before clipping.
     """
     counted = machine.sum(counted)
-    counted = counted + (counted == 0)  # nothing to divide by: nothing to learn
+    counted = counted + (counted == 0)  # no targets, nothing to learn: do not divide by 0
     total = torch.zeros(2, device=machine.device)
     for n, micro_batch in enumerate(micro_batches, start=1):
         # DDP averages gradients over the processes in a step's last backward pass, earlier ones stay local
@@ -476,7 +478,7 @@ def train_step(objective, micro_batches: list[tuple], counted: torch.Tensor, mod
             with machine.amp():
                 sums = objective(*micro_batch) / counted
             total += sums.detach()
-            loss = sums.sum() * machine.world  # against DDP's average: a sum is wanted
+            loss = sums.sum() * machine.world  # undoes DDP's average: a sum is wanted
             (machine.scaler.scale(loss) if machine.scaler else loss).backward()
     machine.sum(total)
     return total, update(model, optimizers, total.sum(), grad_clip, machine.scaler)
@@ -485,7 +487,7 @@ def train_step(objective, micro_batches: list[tuple], counted: torch.Tensor, mod
 def update(model, optimizers, loss, grad_clip, scaler=None) -> torch.Tensor:
     """Clip the gradient and take a step, or none at all if the loss or the gradient is not finite.
 
-    That is decided on the device: nobody waits to read it here, see BadSteps. Takes the gradients away, and
+    That is decided on the device, and not waited for: BadSteps reads it later. Clears the gradients, and
     returns their norm before clipping.
     """
     for optimizer in optimizers if scaler else ():
@@ -494,9 +496,9 @@ def update(model, optimizers, loss, grad_clip, scaler=None) -> torch.Tensor:
     found_inf = 1 - (loss.isfinite() & norm.isfinite()).float()
     for optimizer in optimizers:
         if getattr(optimizer, "_step_supports_amp_scaling", False):
-            optimizer.found_inf = found_inf  # not GradScaler.step: that waits for the device
+            optimizer.found_inf = found_inf  # 1: no step is made; GradScaler.step would wait
             optimizer.step()
-        elif not found_inf:  # an optimizer that knows nothing of this: here one waits
+        elif not found_inf:  # an optimizer without that: wait for the device
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     if scaler:
@@ -516,8 +518,8 @@ def ready(objective: nn.Module, machine: Machine, compile: bool = False,
         objective = compiled(objective, machine, [machine.to(t) for t in example])
     is_compiled = objective is not plain
     if machine.world > 1:
-        warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)  # its successor is too new
-        objective = DistributedDataParallel(objective, broadcast_buffers=False)  # they are constants
+        warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)  # older torch has no other
+        objective = DistributedDataParallel(objective, broadcast_buffers=False)  # buffers are constants
     return objective, is_compiled
 
 
@@ -526,7 +528,7 @@ def compiled(objective: nn.Module, machine: Machine, example: list) -> nn.Module
     devices = [machine.device] if machine.device.type == "cuda" else []
     try:
         faster = torch.compile(objective)
-        with torch.random.fork_rng(devices), machine.amp():  # draws no number that training would have drawn
+        with torch.random.fork_rng(devices), machine.amp():  # training's random numbers stay the same
             faster(*example).sum().backward()
         return faster
     except Exception as error:  # no C++ compiler, no Triton, a GPU too old...
@@ -544,7 +546,7 @@ def compiled(objective: nn.Module, machine: Machine, example: list) -> nn.Module
 @torch.no_grad()
 def evaluate(objective, data: np.ndarray, eval_iters: int, batch_size: int, block_size: int, machine: Machine,
              mask: Optional[Callable] = None, token_bytes: Optional[np.ndarray] = None) -> dict[str, float]:
-    """The mean loss in nats a token, the METRICS, and with token_bytes, (V,), bpb: bits a byte of the text.
+    """The mean loss in nats a token, the METRICS, and with token_bytes, (V,), bpb: bits per byte of the text.
 
     On `eval_iters` evenly spaced windows that do not overlap (0: all), the same ones, with the same masks,
     for any batch size, seed and number of processes.
@@ -552,7 +554,7 @@ def evaluate(objective, data: np.ndarray, eval_iters: int, batch_size: int, bloc
     available = (len(data) - 1) // block_size
     count = min(eval_iters or available, available)
     mine = np.linspace(0, available - 1, count).astype(np.int64)[machine.rank::machine.world]
-    counts = torch.zeros(2, dtype=torch.float64)  # tokens that count, and the bytes of their text
+    counts = torch.zeros(2, dtype=torch.float64)  # targets, and the bytes of their text
     found = [torch.zeros(1 + len(METRICS), device=machine.device)]
     objective.eval()
     for i in range(0, len(mine), batch_size):
@@ -560,18 +562,18 @@ def evaluate(objective, data: np.ndarray, eval_iters: int, batch_size: int, bloc
         x, y = gather(data, numbers * block_size, block_size)
         if mask:
             x, y = mask(x, numbers, 0)
-        size = 0 if token_bytes is None else token_bytes[y].sum()
-        counts += torch.tensor([(y != -1).sum(), size])
-        missing = batch_size - len(x)  # a last batch of its own size would be compiled anew
+        n_bytes = 0 if token_bytes is None else token_bytes[y].sum()
+        counts += torch.tensor([(y != -1).sum(), n_bytes])
+        missing = batch_size - len(x)  # a shorter last batch would be compiled anew: fill it up
         x, y = F.pad(x, (0, 0, 0, missing)), F.pad(y, (0, 0, 0, missing), value=-1)
         with machine.amp():
             found.append(objective(machine.to(x), machine.to(y)))
     objective.train()
     sums = torch.cat((torch.stack(found).cpu().double().sum(0), counts))
-    nats, *metrics, tokens, size = machine.sum(sums).tolist()
+    nats, *metrics, tokens, n_bytes = machine.sum(sums).tolist()
     values = {"loss": nats / tokens}
     if token_bytes is not None:
-        values["bpb"] = nats / math.log(2) / max(1, size)
+        values["bpb"] = nats / math.log(2) / max(1, n_bytes)
     for name, total in zip(METRICS, metrics, strict=True):
         values[name] = total / tokens
     return values
@@ -590,8 +592,8 @@ def validate(objective, data: Data, eval_iters: int, batch_size: int, config: Co
 
 
 def sample_text(model, data: Data, count: int, machine: Machine, mask: Optional[Callable]) -> str:
-    """What the model has learnt, to look at: `count` tokens that it writes; or, if it fills gaps, of the
-    first validation tokens its guesses in brackets, the truth behind those that are wrong."""
+    """A look at what the model has learnt: `count` tokens that it writes. One that fills gaps guesses some of
+    the first `count` validation tokens: [right] or [wrong|truth]."""
     if mask is None:
         idx = torch.tensor([[data.prompt()]], device=machine.device)
         draws = torch.Generator(machine.device).manual_seed(0)
@@ -617,7 +619,7 @@ def sample_text(model, data: Data, count: int, machine: Machine, mask: Optional[
 # The run
 
 def open_model(run: Run, given: dict) -> tuple[Optional[Transformer], Optional[dict]]:
-    """The model of the run to go on with, or of other weights, and its tokenizer as it is stored; or neither.
+    """The model to resume or to start from, and its tokenizer as it is stored; from scratch, neither.
 
     given: the model's settings that were given. Raises SettingError if it has others, UserError if there is
     no such model.
@@ -663,7 +665,7 @@ def fit(model: Optional[Transformer], tokenizer: Optional[dict], given: dict, da
     return model or Transformer(config), data
 
 
-FIXED = ("optimizer", "sparsity", "seed")  # and the model: with another it would be another run
+FIXED = ("optimizer", "sparsity", "seed")  # and the model: a resumed run cannot change them
 COMPARED_ON = ("dataset", "eval_iters", "mask_rate")  # with another, validation losses do not compare
 
 
@@ -740,7 +742,7 @@ def main(given: dict):
     batches = read_ahead(windows, machine, step_windows, state.seen)
     bad_steps = BadSteps(max_bad_steps, 1 if machine.looks_each_step() else log_interval, machine.main)
     pace = Pace(state, max_iters)
-    enough = False  # patience has ended
+    enough = False  # patience has run out
 
     while state.step < max_iters and not enough and not run.stopped():
         # the step's learning rate, its windows, its update
@@ -756,7 +758,7 @@ def main(given: dict):
         loss, penalty = means
         bad_steps.add(state.step + 1, learning_rate * factor, loss + penalty, norm)
         if machine.scaler and bad_steps.in_a_row:
-            continue  # float16 was too small: the scaler has lowered its factor, and the schedule waits
+            continue  # float16 overflowed: the scaler has lowered its factor, and the step does not count
         state.add_loss(loss)
         state.step += 1
         pruning.after(state)
@@ -787,7 +789,7 @@ def main(given: dict):
             if machine.main and sample_tokens:
                 print(f"\n{sample_text(model, data, sample_tokens, machine, mask)}\n", flush=True)
             if best:
-                run.save("best.pt", state, model)  # first: a resumed run knows of it
+                run.save("best.pt", state, model)  # first: ckpt.pt says that it exists
             if best or last or always_save_checkpoint:
                 run.save("ckpt.pt", state, model, optimizers)
             enough = patience is not None and state.since_best >= patience
