@@ -9,8 +9,8 @@ Fine-tune: a task's head on a body, trained on labelled examples and tested on o
     python sample.py --out_dir=out/sentiment --start="a fine film"      use it afterwards
 
 --data is .csv, .tsv, .jsonl, .json (each also as .gz, .bz2 or .xz), CoNLL for tags, SQuAD's JSON for answers.
-Without --data_val and --data_test a tenth each is held out, stratified by label. What the best epoch says
-about the test set is in metrics.json and predictions.csv, beside what simple baselines say. torchrun works as
+Without --data_val and --data_test a tenth each is held out, stratified by label. How the best epoch
+does on the test set is in metrics.json and predictions.csv, beside simple baselines. torchrun works as
 it does for train.py.
 """
 from __future__ import annotations
@@ -45,7 +45,7 @@ from train import OPTIMIZERS, SCHEDULES, lr_factor, make_optimizers, ready, set_
 # -----------------------------------------------------------------------------
 # Settings. A model from scratch takes the fields of Config in model.py too, a pretrained one only dropout.
 out_dir: str = "out/finetuned"  # where checkpoints, metrics.json and predictions.csv go
-overwrite: bool = False  # start anew although out_dir holds a run: it is removed
+overwrite: bool = False  # start over even if out_dir holds a run, which is removed
 init_from: str = "scratch"  # scratch; resume; a run's folder; a Hugging Face folder, or an id on its hub
 task: Literal[tuple(TASKS)] = "classify"  # what to learn
 # data
@@ -55,46 +55,46 @@ data_test: str = ""  # to be tested on, once; empty: a tenth of data
 text_column: Union[str, int] = ""  # name or number of the column; empty: by its usual names, else the first
 pair_column: Union[str, int] = ""  # of a second text, if there is one
 label_column: Union[str, int] = ""  # empty: by its usual names, else the second
-group_column: Union[str, int] = ""  # metrics are also given for each value of this column: is it fair?
+group_column: Union[str, int] = ""  # metrics for each value of this column too: is it fair?
 multi_label: bool = False  # a row has any number of labels, with | between them
-folds: Optional[at_least(3)] = None  # cross-validation: train so often, tested on another part each time
+folds: Optional[at_least(3)] = None  # cross-validation: this many trainings, each tested on another part
 # model
 tokenizer: str = "bpe"  # from scratch: bpe of the training texts (with vocab_size), bytes, gpt2...
 max_length: Optional[at_least(8)] = None  # tokens of an input; longer ones are cut, or read in windows
-pool: Literal["auto", "first", "last", "mean"] = "auto"  # a text's vector: of which tokens
-pair: Literal["together", "apart"] = "together"  # two texts: read as one, or each for itself and compared
+pool: Literal["auto", "first", "last", "mean"] = "auto"  # the tokens whose vectors stand for the text
+pair: Literal["together", "apart"] = "together"  # two texts: read as one, or each by itself and compared
 freeze: bool = False  # train the head alone
-lora_rank: Optional[at_least(1)] = None  # train additions of so low a rank in place of the matrices; None: no
-lora_alpha: above(0.0) = 16.0  # their size: they count alpha / rank times
+lora_rank: Optional[at_least(1)] = None  # train additions of this rank, not the matrices; None: no LoRA
+lora_alpha: above(0.0) = 16.0  # the additions are scaled by alpha / rank
 # training
-epochs: at_least(1) = 3  # times that each example is seen
+epochs: at_least(1) = 3  # times each example is seen
 batch_size: at_least(1) = 32  # examples in a micro-batch
-batch_size_end: Optional[at_least(1)] = None  # the batch doubles, at even distances, up to this
+batch_size_end: Optional[at_least(1)] = None  # the batch doubles at regular intervals, up to this
 gradient_accumulation_steps: at_least(1) = 1  # micro-batches in a step, over all processes
-optimizer: Literal[tuple(OPTIMIZERS)] = "adamw"  # muon: for the blocks' matrices, if they start from nothing
-learning_rate: above(0.0) = 5e-5  # highest, of all but Muon
-muon_lr: above(0.0) = 0.02  # highest, of Muon
-embd_lr: Optional[above(0.0)] = None  # highest, of the token embedding; None: as learning_rate
-schedule: Literal[tuple(SCHEDULES)] = "linear"  # its fall
-warmup: at_least(0.0, below=1.0) = 0.1  # share of the steps that it rises in
+optimizer: Literal[tuple(OPTIMIZERS)] = "adamw"  # muon: for the blocks' matrices, from scratch
+learning_rate: above(0.0) = 5e-5  # peak, of all but Muon
+muon_lr: above(0.0) = 0.02  # peak, of Muon
+embd_lr: Optional[above(0.0)] = None  # peak, of the token embedding; None: as learning_rate
+schedule: Literal[tuple(SCHEDULES)] = "linear"  # shape of its decay
+warmup: at_least(0.0, below=1.0) = 0.1  # share of the steps in which it rises
 min_lr: at_least(0.0) = 0.0  # lowest
 weight_decay: at_least(0.0) = 0.01  # of matrices, decoupled
-beta1: at_least(0.0, below=1.0) = 0.9  # AdamW's memory of the gradient
-beta2: at_least(0.0, below=1.0) = 0.98  # and of its square
+beta1: at_least(0.0, below=1.0) = 0.9  # decay of AdamW's mean of the gradient
+beta2: at_least(0.0, below=1.0) = 0.98  # decay of its mean of the squared gradient
 grad_clip: at_least(0.0) = 1.0  # gradients with a larger norm are scaled down to it; 0: never
-l1: at_least(0.0) = 0.0  # times the sum of the trained weights' sizes is added to the loss
+l1: at_least(0.0) = 0.0  # times the sum of the trained weights' absolute values is added to the loss
 l2: at_least(0.0) = 0.0  # times the sum of their squares
-sparsity: at_least(0.0, below=1.0) = 0.0  # share of the blocks' weights, the smallest, set to 0 half way
-label_smoothing: at_least(0.0, below=1.0) = 0.0  # share of the truth that is given to all classes alike
+sparsity: at_least(0.0, below=1.0) = 0.0  # share of the blocks' weights, the smallest, zeroed halfway through
+label_smoothing: at_least(0.0, below=1.0) = 0.0  # share of each target that is spread over all classes
 class_weight: Literal["none", "balanced"] = "none"  # balanced: rare classes count as much as frequent ones
 token_dropout: at_least(0.0, below=1.0) = 0.0  # share of the tokens masked in training; for small data
 teacher: str = ""  # folder of a fine-tuned classifier, whose probabilities are learned too; empty: none
-teacher_share: at_least(0.0, at_most=1.0) = 0.5  # of the teacher in the loss
+teacher_share: at_least(0.0, at_most=1.0) = 0.5  # weight of the teacher in the loss
 teacher_temperature: above(0.0) = 2.0  # above 1: more is learned from what the teacher finds unlikely
-# how long, and what is said
-patience: Optional[at_least(1)] = None  # evaluations without a new best; None: never
-max_minutes: Optional[above(0.0)] = None  # of this process; the run is saved and can be resumed
-max_bad_steps: at_least(1) = 20  # in a row, whose loss or gradient is not finite, end the run
+# when to stop, evaluate and log
+patience: Optional[at_least(1)] = None  # stop after this many evaluations without a new best; None: never
+max_minutes: Optional[above(0.0)] = None  # stop this process then; the run is saved and can be resumed
+max_bad_steps: at_least(1) = 20  # this many in a row with a loss or gradient that is not finite end the run
 eval_interval: Optional[at_least(1)] = None  # steps between evaluations; None: after each epoch
 log_interval: at_least(1) = 50  # steps from one log line to the next
 # system
@@ -133,7 +133,7 @@ def add_lora(body: Transformer, rank: int, alpha: float) -> None:
 
 @torch.no_grad()
 def merged(body: Transformer) -> dict[str, torch.Tensor]:
-    """The body's weights, low-rank additions added: what a body without them has."""
+    """The body's weights with the low-rank additions added in: state of a body without LoRA."""
     state = {name: weight for name, weight in body.state_dict().items() if ".lora_" not in name}
     for name, layer in body.named_modules():
         if isinstance(layer, LoRA):
@@ -144,7 +144,8 @@ def merged(body: Transformer) -> dict[str, torch.Tensor]:
 class Tuned(nn.Module):
     """A body and a linear head for a task: (B, T) ids -> (B, n_out) of texts, or (B, T, n_out) of tokens.
 
-    Padding is on the right and changes nothing. head: what the checkpoint keeps of the task, see new_head.
+    Padding is on the right and changes nothing. self.head is the layer; task.head what the checkpoint
+    keeps of the task, see new_head.
     """
 
     def __init__(self, body: Transformer, task: Task):
@@ -159,13 +160,13 @@ class Tuned(nn.Module):
         self.head = nn.Linear(2 * width if self.apart else width, task.n_out)
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
-        if self.apart and task.n_out == 1:  # to begin with, the cosine of the two, at about the label's scale
+        if self.apart and task.n_out == 1:  # at first: the cosine of the two, at about the label's scale
             nn.init.constant_(self.head.weight[:, :width], 4.0)
             nn.init.constant_(self.head.bias, -2.0)
 
     def forward(self, idx, pad_mask, segments=None, places=None, parts=1):
-        """places: (B, T), True at the tokens whose outputs are wanted: (n, n_out). parts: sequences that make
-        an example, whose outputs are given side by side; the first of all examples come first in idx."""
+        """places: (B, T), True at the n tokens whose outputs are wanted: (n, n_out). parts: sequences in each
+        example, whose outputs go side by side; in idx, the first parts of all examples come first."""
         real = torch.ones_like(idx, dtype=torch.bool) if pad_mask is None else pad_mask
         x = self.body.hidden(idx, pad_mask, segments)  # (B, T, C)
         if places is not None:
@@ -184,7 +185,7 @@ class Tuned(nn.Module):
         out = self.head(self.dropout(x)).float()
         if parts > 1 and not self.apart:
             out = out.unflatten(0, (parts, -1)).transpose(0, 1).flatten(1)  # (B / parts, parts * n_out)
-        if self.pool is None and places is None:  # answers are not in the padding
+        if self.pool is None and places is None:  # no answer starts or ends in padding
             out = out.masked_fill(~real.unsqueeze(-1), -1e9)
         return out
 
@@ -208,7 +209,7 @@ def tuned_of(checkpoint: dict) -> Tuned:
         print("(this run mixed in a linear model, linear=..., which is gone: its Transformer alone answers)",
               file=sys.stderr)
     weights = head.pop("weights")
-    if "rank" in checkpoint:  # low-rank additions alone
+    if "rank" in checkpoint:  # a lora.pt
         body, tokenizer = load_body(checkpoint["init_from"], dropout=0.0)
         fit_head(body, TASKS[head["task"]])
         add_lora(body, checkpoint["rank"], checkpoint["alpha"])
@@ -245,7 +246,7 @@ BPE_SIZE = 8192  # tokens of a new bpe, if nothing else is asked for
 
 
 def new_body(train: list[Row], given: dict, s: SimpleNamespace) -> tuple[Transformer, Tokenizer]:
-    """From scratch: the tokenizer is made of the training texts."""
+    """From scratch, with a tokenizer trained on the training texts."""
     texts = [one[:10**6] for row in train for one in TASKS[s.task].texts(row)]
     space = " " if has_spaces(train) else ""
     texts = [space + one for one in texts]
@@ -280,7 +281,7 @@ def new_head(body: Transformer, tokenizer, train: list[Row], origin: str, s: Sim
 
 
 def says_mean(folder: str) -> bool:
-    """Is it a sentence encoder that says it is to be pooled so? (A file of sentence-transformers.)"""
+    """Is it a sentence encoder whose files, of sentence-transformers, ask for mean pooling?"""
     file = Path(folder) / "1_Pooling" / "config.json"
     if not file.is_file():
         return False
@@ -293,13 +294,13 @@ def says_mean(folder: str) -> bool:
 def batches(lengths: np.ndarray, size_at, seed: int, epoch: int, epochs: int) -> list[np.ndarray]:
     """The examples' numbers, each once, in batches of similar length; a function of seed and epoch alone.
 
-    size_at: the batch size when a share of the training is done.
+    size_at: progress through the training, from 0 to 1 -> batch size.
     """
     rng = np.random.default_rng((seed, epoch))
     order, found, i = rng.permutation(len(lengths)), [], 0
     while i < len(order):
         size = size_at((epoch + i / len(order)) / epochs)
-        near = order[i:i + 50 * size]  # sorted by length within, and the batches shuffled again
+        near = order[i:i + 50 * size]  # sorted by length within these, then the batches are shuffled
         near = near[np.argsort(lengths[near], kind="stable")]
         parts = [near[j:j + size] for j in range(0, len(near), size)]
         found += [parts[j] for j in rng.permutation(len(parts))]
@@ -308,7 +309,7 @@ def batches(lengths: np.ndarray, size_at, seed: int, epoch: int, epochs: int) ->
 
 
 def growing(first: int, last: Optional[int]):
-    """The batch size at each share of the training: doubled, at even distances, from first to last."""
+    """The batch size as a function of progress, from 0 to 1: doubled at regular intervals, first to last."""
     sizes = [first]
     while last is not None and sizes[-1] < last:
         sizes.append(min(2 * sizes[-1], last))
@@ -320,7 +321,7 @@ def length_of(example: Example) -> int:
 
 
 def collate(examples: list[Example], task: Task, device) -> dict:
-    """What Tuned takes, and target. Padding on the right, only where lengths differ."""
+    """The arguments of Tuned.forward, and the target. Padding is on the right, or pad_mask None."""
     n_parts = len(examples[0].parts)
     parts = [example.parts[k] for k in range(n_parts) for example in examples]
     T = max(len(ids) for ids, _ in parts)
@@ -344,7 +345,7 @@ def collate(examples: list[Example], task: Task, device) -> dict:
 @torch.no_grad()
 def predict(model: Tuned, rows: list[Row], batch_size: int = 64, machine: Optional[Machine] = None,
             examples: Optional[list[Example]] = None) -> list:
-    """The task's answer for each row, in the order of the rows. examples: the rows', if they are made."""
+    """The task's answer for each row, in the order of the rows. examples: the rows', if they exist."""
     task = model.task
     examples = task.examples(rows) if examples is None else examples
     lengths = np.array([length_of(example) for example in examples])
@@ -370,7 +371,7 @@ def predict(model: Tuned, rows: list[Row], batch_size: int = 64, machine: Option
 # Objective
 
 class Objective(nn.Module):
-    """A batch of `collate` -> (2,): the sum of the task's loss over its targets, and the penalty so often.
+    """A batch of `collate` -> (2,): sums over its targets of the task's loss and of the penalty.
 
     weight: of the classes. l1, l2: see the settings.
     """
@@ -463,13 +464,13 @@ class Plan:
 # -----------------------------------------------------------------------------
 # The run
 
-# with another value of these, or of the body's settings but dropout, a run would be another one
+# a resumed run cannot change these, nor the body's settings but dropout
 FIXED = ("task", "multi_label", "folds", "max_length", "pool", "pair", "freeze", "lora_rank", "lora_alpha",
          "optimizer", "sparsity", "seed", "tokenizer")
 
 
 def open_model(run: Run, train: list[Row], given: dict, s: SimpleNamespace) -> Tuned:
-    """The model of the run to go on with, or a new one; with low-rank additions, or frozen, if asked for.
+    """The model of the run to resume, or a new one; with low-rank additions, or frozen, if asked for.
 
     Raises SettingError if the run has other settings than were given now.
     """
@@ -513,8 +514,8 @@ def fine_tune(run: Run, train: list[Row], val: list[Row], test: list[Row], given
     model = open_model(run, train, given, s)
     task = model.task
 
-    # Examples, and when each comes. The test rows' too: a wrong label there is to be found now, and not after
-    # the training.
+    # Examples, and when each comes. Those of the test rows too, so that a wrong label there is found now, not
+    # after the training.
     examples, val_examples, test_examples = (task.examples(rows) for rows in (train, val, test))
     examples = [example for example in examples if task.teaches(example, train[example.row])]
     if not examples:
@@ -547,7 +548,7 @@ def fine_tune(run: Run, train: list[Row], val: list[Row], test: list[Row], given
     bad_steps = BadSteps(s.max_bad_steps, 1 if machine.looks_each_step() else s.log_interval, machine.main)
     pace = Pace(state, len(plan.steps))
     warmup_iters = int(s.warmup * len(plan.steps))
-    enough = False  # patience has ended
+    enough = False  # patience has run out
     model.train()
     while state.step < len(plan.steps) and not enough and not run.stopped():
         # the step's learning rate, its examples, its update
@@ -561,7 +562,7 @@ def fine_tune(run: Run, train: list[Row], val: list[Row], test: list[Row], given
                                                model, optimizers, machine, s.grad_clip)
         bad_steps.add(state.step + 1, s.learning_rate * factor, loss + penalty, norm)
         if machine.scaler and bad_steps.in_a_row:
-            continue  # float16 was too small: the scaler has lowered its factor, and the schedule waits
+            continue  # float16 overflowed: the scaler has lowered its factor, and the step does not count
         state.add_loss(loss)
         state.step += 1
         pruning.after(state)
@@ -600,14 +601,14 @@ def fine_tune(run: Run, train: list[Row], val: list[Row], test: list[Row], given
 
 def evaluate(model: Tuned, rows: list[Row], examples: list[Example], batch_size: int,
              machine: Machine) -> dict[str, float]:
-    """The task's metrics on labelled rows. Every process computes them, and all take the first one's."""
+    """The task's metrics on labelled rows. Every process computes them; the first one's are used by all."""
     answers = predict(model, rows, batch_size, machine, examples)
     scores = model.task.scores(*model.task.arrays(rows, answers))
     return dict(zip(scores, machine.broadcast(list(scores.values())), strict=True))
 
 
 def goal_of(task: Task, scores: dict[str, float]) -> list[float]:
-    """What makes an evaluation the best: the task's metric, and among equals the lower loss."""
+    """By what evaluations are compared: the task's metric, and the lower loss between equals."""
     goal = scores[task.metric] * (-1 if task.lower_is_better else 1)
     return [-math.inf if math.isnan(goal) else goal, -scores.get("loss", 0.0)]
 
@@ -620,7 +621,7 @@ def save(run: Run, name: str, state: State, model: Tuned, weights: dict, optimiz
 
 
 def save_best(run: Run, state: State, model: Tuned, s: SimpleNamespace) -> None:
-    """best.pt is a model like any other; lora.pt what low-rank training added to the body it began from."""
+    """best.pt is a model like any other; lora.pt holds only what LoRA added to the body it began from."""
     save(run, "best.pt", state, model, merged(model.body))
     if s.lora_rank:
         added = {name: weight for name, weight in model.body.state_dict().items() if ".lora_" in name}
@@ -721,7 +722,7 @@ def read_splits(s: SimpleNamespace) -> dict[Path, list[list[Row]]]:
             raise UserError(f"{s.data}: {len(rows)} examples are too few to train, validate and test on "
                             "(equal texts stay together, and questions on one article)")
         splits[folder / f"fold{k + 1}" if s.folds else folder] = split
-        if task.classes:  # what is wrong with the last fold is to be known now
+        if task.classes:  # a bad label in the last fold is found now, not hours later
             learned = task(task.learn(split[0], s), None)
             for row in split[1] + split[2]:
                 learned.target(row)
@@ -735,7 +736,7 @@ def stored(folder: str) -> tuple[dict, dict]:
 
 
 def check_settings(s: SimpleNamespace, defaults: dict) -> None:
-    """Those that do not go together. Raises SettingError."""
+    """Raises SettingError for settings that do not go together."""
     if not s.data:
         raise SettingError("data='': wanted a file of labelled examples: .csv, .tsv, .jsonl, .json, CoNLL")
     of_some = set().union(*(task.knows for task in TASKS.values()))
