@@ -38,19 +38,19 @@ from lib.tokenizer import HubTokenizer, Tokenizer
 from model import Sampling, Transformer
 
 # -----------------------------------------------------------------------------
-# Settings. How the next token is chosen are the fields of Sampling in model.py.
+# Settings. How the next token is chosen: the fields of Sampling in model.py, such as --top_p=0.9.
 out_dir: str = "out"  # a run's folder, or a folder of runs: the newest of them; a Hugging Face folder or id
-export: str = ""  # instead: write model and tokenizer to this folder, as Hugging Face's libraries read them
-start: str = "\n"  # the prompt, special tokens by their names; FILE:path reads it; two texts: two lines
+export: str = ""  # write model and tokenizer to this folder instead, as Hugging Face's libraries read them
+start: str = "\n"  # the prompt, special tokens by name; FILE:path reads it from a file; two texts: two lines
 num_samples: at_least(1) = 1  # texts to write
 max_new_tokens: at_least(1) = 300  # length of each, at most
 stop: Union[str, list] = ""  # end before this text, or the first of several: --stop="['#', 'def ']"
-stream: bool = True  # print a text as it comes; False: all samples at once, faster for many
+stream: bool = True  # print each text as it is written; False: all texts at once, faster for many
 seed: at_least(0) = 1337  # the same seed, the same text
 device: str = "auto"  # auto: cuda, else mps, else cpu
 dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights; auto: what is fast there
-compile: bool = False  # the step from token to token: half a minute once, then fast; for much text on a GPU
-quantize: Optional[Literal["int8"]] = None  # int8: weights in a byte each, 2 to 3 times as fast on a CPU
+compile: bool = False  # torch.compile the step for one token: half a minute once, then fast; on a GPU
+quantize: Optional[Literal["int8"]] = None  # int8: one byte per weight, 2 to 3 times as fast on a CPU
 # -----------------------------------------------------------------------------
 
 
@@ -68,7 +68,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu",
     folder: where train.py or finetune.py saved (the best model of the run, else its latest; data/ is not
     needed), a folder of such folders (the newest), a Hugging Face folder, or an id on its hub. A fine-tuned
     model has .body, .task and predict(texts). dtype: of the weights; a fine-tuned model's stay float32.
-    Raises UserError if there is none of these, or it cannot be used.
+    Raises UserError if the folder holds none of these, or it cannot be used.
     """
     folder, names = newest_run(Path(folder)), (*USE, "lora.pt")
     if not any((folder / name).exists() for name in names):
@@ -83,7 +83,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu",
 
 
 def read_prompt(start: str) -> str:
-    """`start`, or what the file that it names holds."""
+    """`start` itself, or the content of the file that FILE:path names."""
     if not start.startswith("FILE:"):
         return start
     try:
@@ -97,7 +97,7 @@ def read_prompt(start: str) -> str:
 
 def as_text(ids: Iterable[int], tokenizer: Tokenizer | HubTokenizer,
             stops: Iterable[str] = ()) -> Iterator[str]:
-    """Token ids to text, piece by piece: never half a character, and nothing of a stop string.
+    """Token ids to text, piece by piece: never half a character, and never part of a stop string.
 
     Ends before the first stop string, and at <|endoftext|>.
     """
@@ -109,7 +109,7 @@ def as_text(ids: Iterable[int], tokenizer: Tokenizer | HubTokenizer,
         if found:
             yield held[:min(found)]
             return
-        keep = 0  # of its end
+        keep = 0  # characters at the end that could begin a stop string
         for stop in stops:
             keep = max(keep, *(n for n in range(len(stop)) if held.endswith(stop[:n])))
         yield held[:len(held) - keep]
@@ -127,7 +127,7 @@ def write(model: Transformer, tokenizer: Tokenizer | HubTokenizer, prompt: str, 
         print(f"(the model reads {block_size} tokens: the last {block_size // 2} of the prompt's {len(ids)})")
     device = model.wte.weight.device
     generator = torch.Generator(device).manual_seed(seed)
-    rows = 1 if stream else num_samples  # texts written at the same time
+    rows = 1 if stream else num_samples  # texts in a batch
     for _ in range(num_samples // rows):
         idx = torch.tensor([ids] * rows, device=device)
         tokens = model.stream(idx, max_new_tokens, generator=generator, compile=compile, **asdict(how))
@@ -172,7 +172,7 @@ def fill(model: Transformer, tokenizer: Tokenizer | HubTokenizer, text: str,
 # A fine-tuned model's answers
 
 def answer(model: Tuned, text: str) -> None:
-    """Print what it says about a text, or about two: the second on the lines behind the first."""
+    """Print what it says about a text, or about two: the first line, and all lines after it."""
     pair = None
     if model.task.head["paired"]:
         text, _, pair = text.partition("\n")
@@ -186,12 +186,12 @@ TABLES = (".csv", ".tsv", ".jsonl", ".json", ".conll")
 
 
 def answer_file(model: Tuned, path: str) -> None:
-    """Print predictions.csv of a file's rows, and on stderr how long it took, and how right it was."""
+    """Print the file's rows as predictions.csv has them; on stderr, how long it took and how right it was."""
     task = model.task
     rows = task.read(path, {**task.head["columns"], "label": "", "group": ""}, labelled=False)
     labelled = task.is_labelled(rows)
     for row in rows if not labelled else ():
-        row.label = None  # what is there is not what was learned
+        row.label = None  # that column holds other things than the labels that were learned
     began = time.perf_counter()
     answers = predict(model, rows)
     each = (time.perf_counter() - began) / len(rows)
@@ -210,9 +210,9 @@ def answer_file(model: Tuned, path: str) -> None:
 # Smaller, and elsewhere
 
 def to_int8(model: torch.nn.Module) -> torch.nn.Module:
-    """A copy whose Linear layers keep a weight in one byte, with a scale for each row, for a CPU.
+    """A copy whose Linear layers keep each weight in one byte, with a scale for each row, for a CPU.
 
-    One token at a time, a model is as fast as its weights are read; embeddings and norms stay as they are.
+    Writing one token at a time, a model is as fast as its weights are read. Embeddings and norms stay.
     Raises UserError if this torch cannot do it, or the model is on a GPU.
     """
     if next(model.parameters()).device.type != "cpu":
@@ -220,11 +220,11 @@ def to_int8(model: torch.nn.Module) -> torch.nn.Module:
     try:
         from torch.ao import quantization
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it is to move to a package of its own
+            warnings.simplefilter("ignore")  # torch says that this will move to another package
             smaller = copy.deepcopy(model.float())
             for layer in smaller.modules():
                 if type(layer).forward is torch.nn.Linear.forward:
-                    layer.__class__ = torch.nn.Linear  # torch swaps those of exactly this class
+                    layer.__class__ = torch.nn.Linear  # torch replaces layers of exactly this class
             how = {torch.nn.Linear: quantization.per_channel_dynamic_qconfig}
             return quantization.quantize_dynamic(smaller, how, torch.qint8, inplace=True)
     except (ImportError, AttributeError, RuntimeError) as error:
