@@ -1,12 +1,12 @@
 """
-Where a run happens, and what it leaves behind: Machine and Run. What a reader can trust unread.
+Where a run happens, and what it leaves behind: Machine and Run. A first reading can skip this file.
 
     machine = Machine("auto", "auto", seed=1337)     device, precision, processes
     run = Run(machine, "out/small", "scratch")       a folder: checkpoints, log, clock, signals
     model, tokenizer = load_body("out/small")        the model of a run, or of Hugging Face
 
-A checkpoint is one dict of tensors and plain values: nothing in the file can run code. It is written so that
-a whole one is there at every moment, and read so that a damaged one is found out.
+A checkpoint is one dict of tensors and plain values: nothing in the file can run code. At every moment a
+whole one is on the disk, and a damaged one is detected when it is read.
 """
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from lib.text import try_lock
 from lib.tokenizer import HubTokenizer, Tokenizer
 from model import Config, Transformer
 
-# about when the process began: `elapsed` counts what its user waits, imports included
+# about when the process began: `elapsed` includes the imports, for which its user waits too
 STARTED = time.time() - time.process_time()
 
 
@@ -41,7 +41,7 @@ STARTED = time.time() - time.process_time()
 # The machine
 
 class Machine:
-    """This process's device, the precision of its matrix products, and its rank among those of a torchrun.
+    """This process's device, the precision of its matrix products, and its rank under torchrun.
 
     device: auto, cpu, cuda, cuda:1 or mps. dtype: auto, float32, bfloat16 or float16. Seeds torch. Raises
     SettingError for what this machine does not have.
@@ -60,7 +60,7 @@ class Machine:
                 raise SettingError("dtype=float16: not on a CPU: use --dtype=float32, or bfloat16")
             self.scaler = torch.amp.GradScaler(self.device.type)
         if self.world > 1 and not dist.is_initialized():
-            # gloo beside nccl: what the processes say to each other about stopping does not wait for the GPUs
+            # gloo beside nccl: to agree on stopping, the processes need not wait for the GPUs
             both = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(both if backend in ("auto", "nccl") else backend)
         torch.set_float32_matmul_precision("high")  # tf32 where a GPU has it
@@ -75,7 +75,7 @@ class Machine:
         return f"{self.device}, {name}, {torch.get_num_threads()} threads, {processes}"
 
     def say(self, text: str) -> None:
-        """Printed by one process."""
+        """Print, in the first process only."""
         if self.main:
             print(text, flush=True)
 
@@ -86,7 +86,7 @@ class Machine:
         return torch.autocast(self.device.type, self.dtype)
 
     def to(self, tensor: torch.Tensor) -> torch.Tensor:
-        """To the device; without waiting for the copy, where it can be."""
+        """To the device, on CUDA without waiting for the copy."""
         if self.device.type == "cuda":
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
@@ -98,7 +98,7 @@ class Machine:
         return tensor
 
     def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Those of all processes, which are alike in shape, by rank."""
+        """This tensor of every process, by rank; all have one shape."""
         if self.world == 1:
             return [tensor]
         found = [torch.empty_like(tensor) for _ in range(self.world)]
@@ -106,19 +106,19 @@ class Machine:
         return found
 
     def mfu(self, flops: float) -> Optional[float]:
-        """The share of what all devices could do at most, if that is known. flops: a second, of all."""
+        """Model FLOPs utilization: the share of all devices' peak, if that is known. flops: per second."""
         peak = peak_flops(self.device)
         return flops / (peak * self.world) if peak else None
 
     def broadcast(self, values: list[float]) -> list[float]:
-        """The first process's, for all: what is decided by them is decided alike."""
+        """The first process's values, for all, so that all decide alike."""
         tensor = torch.tensor(values, dtype=torch.float64)
         if self.world > 1:
             dist.broadcast(tensor, 0)
         return tensor.tolist()
 
     def looks_each_step(self) -> bool:
-        """A look at the losses costs nothing on a CPU; float16 needs one, for what its scaler skips."""
+        """Is each loss read at once? That is free on a CPU, and float16 needs it: its scaler skips steps."""
         return self.device.type == "cpu" or self.scaler is not None
 
     def barrier(self) -> None:
@@ -127,7 +127,7 @@ class Machine:
             dist.barrier()
 
     def close(self) -> None:
-        """The last that a process does with the others."""
+        """The last thing that a process does with the others."""
         if self.world > 1:
             dist.barrier()  # the first to leave ends the others
             dist.destroy_process_group()
@@ -175,7 +175,7 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
-# dense bfloat16 (V100, T4: float16) FLOP/s by the makers' data sheets; the longest name that fits counts
+# dense bfloat16 (V100, T4: float16) FLOP/s from the makers' data sheets; the longest name that matches counts
 PEAK_FLOPS = {"V100": 125e12, "T4": 65e12, "A10": 125e12, "A100": 312e12, "L4": 121e12, "L40": 181e12,
               "L40S": 362e12, "RTX 3090": 71e12, "RTX 4090": 165e12, "RTX 5090": 209e12, "H100": 989e12,
               "H100 PCIe": 756e12, "H200": 989e12, "B200": 2250e12}
@@ -204,7 +204,7 @@ def main_process() -> bool:
 
 @contextlib.contextmanager
 def memory_advice(batch_size: int, steps: int, more: str = "") -> Iterator[None]:
-    """Out of memory becomes one line that says what to lower, and what keeps the run equal.
+    """Turns out-of-memory errors into one line that says what to lower so that the run stays the same.
 
     steps: gradient_accumulation_steps; more: other advice.
     """
@@ -219,7 +219,7 @@ def memory_advice(batch_size: int, steps: int, more: str = "") -> Iterator[None]
             told += (f"--batch_size={half} --gradient_accumulation_steps={steps * batch_size // half} "
                      "is the same run in less; ")
         told += more or "take shorter inputs, or a smaller model"
-        if not main_process():  # it may have happened here alone, and an error of all is told by the first
+        if not main_process():  # only the first reports an error of all, and this may be here alone
             print(f"error: {told}", file=sys.stderr, flush=True)
         raise UserError(told) from None
 
@@ -231,7 +231,7 @@ def memory_advice(batch_size: int, steps: int, more: str = "") -> Iterator[None]
 def replacing(path: Path, keep: Optional[Path] = None) -> Iterator:
     """A file to write bytes into, which takes the place of `path` once it is whole and on the disk.
 
-    keep: where to move what was there. Raises UserError where it cannot be written, and leaves the old one.
+    keep: where to move what was there. Raises UserError if it cannot be written, and leaves the old one.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -260,7 +260,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content) -> None:
-    """Strict JSON: what is not a number is null."""
+    """Strict JSON: nan and inf become null."""
     write_text(path, json.dumps(strict(content), indent=1, ensure_ascii=False))
 
 
@@ -277,7 +277,7 @@ def strict(x):
 
 VERSION = 2
 RESUME = ("ckpt.pt", "ckpt.prev.pt")  # what a run goes on from, the newest first
-USE = ("best.pt", *RESUME)  # what is written or classified with
+USE = ("best.pt", *RESUME)  # what sample.py and others load, the best first
 REPORTS = ("metrics.json", "predictions.csv", "curves.json", "report.txt", "loss.png", "roc.png",
            "precision_recall.png", "calibration.png", "confusion.png", "explain.html")
 
@@ -301,14 +301,14 @@ def refuse_to_replace(folder: Path) -> None:
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """There is a whole one at every moment: the last ckpt.pt stays, as ckpt.prev.pt. Raises UserError."""
+    """A whole one is there at every moment: the last ckpt.pt is kept as ckpt.prev.pt. Raises UserError."""
     keep = path.with_name("ckpt.prev.pt") if path.name == "ckpt.pt" else None
     with replacing(path, keep) as f:
         torch.save({"version": VERSION, **checkpoint}, f)
 
 
 def read_checkpoint(path: Path) -> dict:
-    """One file, on the CPU. Raises an error of any kind where it is damaged."""
+    """One file, on the CPU. Raises an error of any kind if it is damaged."""
     with zipfile.ZipFile(path) as f:  # a .pt is a zip, whose checksums torch.load ignores
         if f.testzip() is not None:
             raise zipfile.BadZipFile("checksum")
@@ -343,9 +343,9 @@ def upgraded(checkpoint: dict) -> dict:
 
 
 def find_checkpoint(folder: str | Path, names=USE) -> tuple[Path, dict]:
-    """The first sound checkpoint of these names. A damaged one is passed over, and named.
+    """The first intact checkpoint of these names. A damaged one is skipped with a warning.
 
-    Raises UserError where there is none. Nothing in the file is run: tensors and plain values only.
+    Raises UserError if there is none. Nothing in the file is run: tensors and plain values only.
     """
     damaged = []
     for path in (Path(folder) / name for name in names):
@@ -366,7 +366,7 @@ def find_checkpoint(folder: str | Path, names=USE) -> tuple[Path, dict]:
 def stored_settings(folder: str | Path) -> tuple[dict, dict]:
     """The settings of the run in a folder, and its script's defaults then; empty if there is none.
 
-    Only these are read. Whether the checkpoint is sound is found out by who takes its weights.
+    Only these are read. Whether the checkpoint is intact is checked when its weights are loaded.
     """
     for path in (Path(folder) / name for name in RESUME):
         try:
@@ -411,7 +411,7 @@ def load_body(path: str | Path, dtype: torch.dtype = torch.float32,
               **changes) -> tuple[Transformer, Tokenizer | HubTokenizer]:
     """A run's model, the best one, or Hugging Face's (a folder, or an id on the hub), and its tokenizer.
 
-    dtype: of the weights. changes: dropout or block_size, where they are to differ. Raises UserError.
+    dtype: of the weights. changes: another dropout or block_size. Raises UserError.
     """
     path, name = Path(path), Path(path).as_posix()
     try:
@@ -432,7 +432,7 @@ class State:
     """Where a run is. All that changes from step to step, but for weights and optimizers, is here: it is
     saved and restored as it is."""
     step: int = 0  # updates of the weights made
-    seen: int = 0  # windows or examples taken, those of steps that were left out too
+    seen: int = 0  # windows or examples taken, including those of skipped steps
     best: dict = field(default_factory=dict)  # the best evaluation: its metrics, iter and goal
     since_best: int = 0  # evaluations since
     pruned: bool = False  # the smallest weights are 0 for good
@@ -440,12 +440,12 @@ class State:
     losses: torch.Tensor = field(default_factory=lambda: torch.zeros(2))  # sum and number, see mean_loss
 
     def add_loss(self, loss: torch.Tensor) -> None:
-        """One that is not finite does not count. Nobody waits for the device here."""
+        """One that is not finite does not count. Does not wait for the device."""
         self.losses = self.losses.to(loss.device)
         self.losses += torch.stack((loss.nan_to_num(0, 0, 0), loss.isfinite()))
 
     def mean_loss(self) -> float:
-        """Of the steps since this was last asked."""
+        """Of the steps since the last call."""
         total, number = self.losses
         mean = (total / number).item()
         self.losses.zero_()
@@ -463,7 +463,7 @@ class State:
 class Run:
     """A folder that training writes to: its checkpoints, its log, its clock, and the signals that end it.
 
-    init_from: resume goes on with the run in the folder, all else begins one. origin: what that run began
+    init_from: resume goes on with the run in the folder, else a new one begins. origin: what that run began
     from, if its settings.json cannot tell. Raises SettingError for a folder that holds a run already, unless
     `overwrite` allows it to be removed, and UserError if there is no run to go on with.
     """
@@ -487,12 +487,12 @@ class Run:
         elif not overwrite:
             refuse_to_replace(self.folder)
         self.stop = Stop(max_minutes)
-        self.forget = False  # the best so far: it does not compare any more
+        self.forget = False  # the best so far, which no longer compares
         self.before = 0.0  # seconds that earlier processes took
         self.watcher = None  # is told each row of the log, too
 
     def same(self, settings: dict, fixed: tuple[str, ...], compared_on: tuple[str, ...] = ()) -> None:
-        """A resumed run stays what it was: what is given besides is said, and refused if it is `fixed`.
+        """A resumed run stays what it was: a setting that changes is reported, or refused if it is `fixed`.
 
         compared_on: settings without which the best evaluation so far does not compare: it is forgotten.
         """
@@ -514,7 +514,7 @@ class Run:
             self.machine.say(f"{name} {then} -> {value}{more}")
 
     def check_data(self, data: dict) -> None:
-        """A run is gone on with on the data that it was begun with. Raises UserError."""
+        """Raises UserError if the run was begun with other data."""
         for name, value in data.items():
             if self.resumed and self.checkpoint["data"][name] != value:
                 raise UserError(f"{self.folder}: was begun with other {name}: give the same data, seed and "
@@ -523,7 +523,7 @@ class Run:
     def begin(self, settings: dict, defaults: dict, **made_of) -> None:
         """From here on files are written. made_of: what each checkpoint holds besides: model_args, tokenizer.
 
-        Raises SettingError where the folder cannot be made, or another process is writing into it.
+        Raises SettingError if the folder cannot be made, or another process is writing into it.
         """
         self.made_of = {"settings": settings, "defaults": defaults, **made_of}
         if not self.machine.main:
@@ -545,7 +545,7 @@ class Run:
         write_text(self.log_file, self.rows_so_far())
 
     def rows_so_far(self) -> str:
-        """The log up to the checkpoint: what came behind it is about to come again."""
+        """The log up to the checkpoint: the steps after it will be repeated."""
         kept = []
         if self.resumed and self.log_file.exists():
             for row in self.log_file.read_text(encoding="utf-8").splitlines(keepends=True):
@@ -554,7 +554,7 @@ class Run:
         return "".join(kept)
 
     def restore(self, model, optimizers) -> State:
-        """Where the run is, and its optimizers and random states as they were then. A new one is at 0."""
+        """The state of the run, 0 for a new one; optimizers and random states are set as they were then."""
         state, saved = State(), self.checkpoint
         if self.resumed:
             load_optimizer_state(optimizers, model, saved["optimizer"])
@@ -614,7 +614,7 @@ class Run:
                                                  **extra, **self.made_of, **entries})
 
     def stopped(self) -> bool:
-        """Was this process, or another, asked to stop, or is the time over?"""
+        """Was any process asked to stop, or is the time over?"""
         return bool(self.stop.agreed())
 
     def close(self) -> None:
@@ -626,7 +626,7 @@ class Run:
 
 
 def locked(path: Path):
-    """The file, open: no other process can lock it as long. Raises SettingError if one has."""
+    """The file, open: until it is closed no other process can lock it. Raises SettingError if one has."""
     file = open(path, "a+", encoding="utf-8")
     try:
         try_lock(file)
@@ -644,8 +644,8 @@ OUT_OF_TIME = 1  # in place of a signal's number
 class Stop:
     """When to leave the loop: at SIGINT or SIGTERM to any process, or after max_minutes.
 
-    The first signal asks to stop after the step under way. Another one, more than a second later, stops at
-    once; not before, for torchrun passes on what the terminal has sent to all already.
+    The first signal asks to stop after the step under way. Another one stops at once, but only a second later
+    or more, since torchrun passes on what the terminal has sent to all processes already.
     """
 
     def __init__(self, max_minutes: Optional[float] = None):
@@ -654,7 +654,7 @@ class Stop:
         self.before = {one: signal.signal(one, self.ask) for one in (signal.SIGINT, signal.SIGTERM)}
 
     def release(self) -> None:
-        """From here on signals do what they did before."""
+        """Put back the signal handlers that were there before."""
         for one, handler in self.before.items():
             signal.signal(one, handler)
 
@@ -681,10 +681,10 @@ class Stop:
 
 
 class BadSteps:
-    """Counts the steps that were left out because the loss or the gradient was not finite, and tells of each.
+    """Counts the steps that were skipped because the loss or the gradient was not finite, and reports each.
 
-    What the device has found is looked at every `interval` steps, because each look waits for it. Raises
-    UserError after `limit` of them in a row. tell: False in all processes but one.
+    The values are read from the device every `interval` steps only, because reading waits for it. Raises
+    UserError after `limit` of them in a row. tell: print; False in all processes but one.
     """
 
     def __init__(self, limit: int, interval: int, tell: bool = True):
