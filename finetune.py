@@ -588,6 +588,7 @@ def fine_tune(run: Run, train: list[Row], val: list[Row], test: list[Row], given
                 save_best(run, state, model, s)
             save(run, "ckpt.pt", state, model, model.body.state_dict(), optimizers)
             enough = s.patience is not None and state.since_best >= s.patience
+            pace.restart(state)
 
     if run.stop.signal and state.step < len(plan.steps) and not enough:
         save(run, "ckpt.pt", state, model, model.body.state_dict(), optimizers)

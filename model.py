@@ -32,6 +32,7 @@ checkpoints.
 """
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -339,7 +340,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.act, gated = ACTIVATIONS[config.act]
+        act, gated = ACTIVATIONS[config.act]
+        self.act = copy.deepcopy(act)  # one with weights has its own in each layer
         self.gate = nn.Linear(config.n_embd, config.n_inner, bias=config.bias) if gated else None
         self.up = nn.Linear(config.n_embd, config.n_inner, bias=config.bias)
         self.down = Residual(config.n_inner, config.n_embd, bias=config.bias)
@@ -474,7 +476,7 @@ def draw(logits, how: Sampling, idx, pad_mask=None, generator=None):
     probs = F.softmax(best / how.temperature, -1)
     if how.top_p is not None:  # each takes what the one before has left
         before = probs.cumsum(-1) - probs  # what the likelier ones have already
-        probs = probs.masked_fill((before >= how.top_p) & (before > 0), 0.0)
+        probs = probs.masked_fill(before >= how.top_p, 0.0)
     if how.min_p is not None:
         probs = probs.masked_fill(probs < how.min_p * probs.amax(-1, keepdim=True), 0.0)
     return ids.gather(1, torch.multinomial(probs, 1, generator=generator)).squeeze(1)

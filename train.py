@@ -670,7 +670,7 @@ COMPARED_ON = ("dataset", "eval_iters", "mask_rate")  # with another, validation
 
 
 def settle(s: dict, machine: Machine) -> dict[str, float]:
-    """A warmup that is not shorter than the run, and a min_lr above the learning_rate, become a tenth of it if
+    """A warmup that is not shorter than the run, and a min_lr above learning_rate, become a tenth of it if
     that was given later. Returns these settings. Raises SettingError if both were given in one place.
 
     s: the script's globals().

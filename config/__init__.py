@@ -244,7 +244,8 @@ def from_file(path: str, settings: dict[str, Setting]) -> dict:
         tree = ast.parse(Path(path).read_bytes(), filename=path)
         exec(compile(tree, path, "exec"), namespace)
     except Exception as error:  # whatever is wrong with the user's own code
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == path]
         line = lines[-1] if lines else getattr(error, "lineno", 1)
         raise SettingError(f"{path}:{line}: {type(error).__name__}: {getattr(error, 'msg', error)}") from None
     line_of = {node.id: f":{node.lineno}" for node in ast.walk(tree)
