@@ -9,16 +9,15 @@ A metric is a line in one of the tables, and equals what scikit-learn, scipy or 
 computes; nan if it is not defined on these rows (ROC-AUC of a single class). Scores are a function of arrays
 with a row for each example: intervals and groups, which take some of the rows, need to know no task.
 """
-import contextlib
 import logging
 import math
 import re
 import string
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, namedtuple
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,14 +33,14 @@ def compute(table: dict[str, Callable], *arrays) -> dict[str, float]:
 # -----------------------------------------------------------------------------
 # Classes. y: (N,) class numbers, or (N, K) of 0 and 1 if a row has several labels; probs: (N, K).
 
-def nats(y, probs):
-    right = probs[np.arange(len(y)), y]
-    return -np.log(np.clip(right, 1e-300, 1)).mean()
+def nats(p):
+    """The mean log loss, if p are the probabilities of what is true."""
+    return -np.log(np.clip(p, 1e-300, 1)).mean()
 
 
-def binary_nats(y, probs):
-    right = np.where(y > 0.5, probs, 1 - probs)
-    return -np.log(np.clip(right, 1e-300, 1)).mean()
+def f1(right, sizes):
+    """sizes: how many there are, plus how many were called."""
+    return 2 * right / np.maximum(sizes, 1)
 
 
 def confusion(y, probs) -> np.ndarray:
@@ -54,8 +53,13 @@ def f1_macro(y, probs):
     """Mean over the classes that occur, in truth or in prediction."""
     table = confusion(y, probs)
     sizes = table.sum(0) + table.sum(1)
-    occurs = sizes > 0
-    return (2 * np.diag(table)[occurs] / sizes[occurs]).mean()
+    return f1(np.diag(table), sizes)[sizes > 0].mean()
+
+
+def label_f1(y, probs, axis=None):
+    """axis 0: of each label, (K,); None: of all together."""
+    y, called = y > 0.5, probs > 0.5
+    return f1((y & called).sum(axis), y.sum(axis) + called.sum(axis))
 
 
 def matthews(y, probs):
@@ -63,85 +67,53 @@ def matthews(y, probs):
     table = confusion(y, probs).astype(float)
     n, true, called = table.sum(), table.sum(1), table.sum(0)
     spread = (n * n - true @ true) * (n * n - called @ called)
-    if not spread:
-        return 0.0
-    return (np.trace(table) * n - true @ called) / math.sqrt(spread)
+    return (np.trace(table) * n - true @ called) / math.sqrt(spread) if spread else 0.0
 
 
-def label_hits(y, probs):
-    """Of each label: how often it was right, and how often in truth plus how often called."""
-    y, called = y > 0.5, probs > 0.5
-    return (y & called).sum(0), y.sum(0) + called.sum(0)
+def one_vs_rest(y, probs) -> dict:
+    """k -> (truth, score) of each class that occurs, against the rest; of two classes, of the second alone."""
+    n = probs.shape[1]
+    if y.ndim == 1 and n == 2:
+        return {1: (y == 1, probs[:, 1])}
+    truth = y > 0.5 if y.ndim == 2 else y[:, None] == np.arange(n)  # (N, K)
+    return {k: (truth[:, k], probs[:, k]) for k in np.flatnonzero(truth.any(0))}
 
 
-def label_f1_macro(y, probs):
-    hits, sizes = label_hits(y, probs)
-    return (2 * hits / np.maximum(sizes, 1)).mean()
-
-
-def label_f1_micro(y, probs):
-    hits, sizes = label_hits(y, probs)
-    return 2 * hits.sum() / max(1, sizes.sum())
-
-
-def one_vs_rest(y, probs) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(truth, score) of each class against the rest; of two classes, of the second alone."""
-    if y.ndim == 2:
-        return list(zip(y.T > 0.5, probs.T))
-    classes = range(1, 2) if probs.shape[1] == 2 else range(probs.shape[1])
-    return [(y == k, probs[:, k]) for k in classes]
-
-
-def positives(truth, score) -> tuple[np.ndarray, np.ndarray]:
-    """True and false positives if all from a score on are called positive: from none down to all."""
+def curve(truth, score) -> dict:
+    """What is right if all from a score on are called positive, from none down to all, and the areas below."""
     order = np.argsort(-score, kind="stable")
     last = np.append(np.flatnonzero(np.diff(score[order])), len(score) - 1)  # of each run of equal scores
-    true = np.cumsum(truth[order])[last]
-    return np.append(0, true), np.append(0, last + 1 - true)
-
-
-def roc_area(truth, score):
-    """How likely a positive scores above a negative, ties counting half."""
-    true, false = positives(truth, score)
+    hits = np.cumsum(truth[order])[last]
+    precision = hits / (last + 1)
+    true = np.append(0, hits)
+    false = np.append(0, last + 1 - hits)
+    # how likely a positive scores above a negative, ties counting half
     pairs = int(true[-1]) * int(false[-1])
-    if not pairs:
-        return math.nan
-    twice = np.diff(false) * (true[1:] + true[:-1])
-    return twice.sum() / 2 / pairs
+    twice = (np.diff(false) * (true[1:] + true[:-1])).sum()
+    # the precision at each threshold, weighted by the recall that it adds
+    added = (np.diff(true) * precision).sum()
+    return {"false_positive_rate": false / max(1, false[-1]),
+            "true_positive_rate": true / max(1, true[-1]),  # which is the recall
+            "precision": np.append(1.0, precision),
+            "roc_auc": twice / 2 / pairs if pairs else math.nan,
+            "average_precision": added / true[-1] if true[-1] else math.nan}
 
 
-def precision_area(truth, score):
-    """Average precision: the precision at each threshold, weighted by the recall that it adds."""
-    true, false = positives(truth, score)
-    if not true[-1]:
-        return math.nan
-    precision = true[1:] / (true + false)[1:]
-    return (np.diff(true) * precision).sum() / true[-1]
-
-
-def over_classes(area, y, probs):
+def over_classes(area: str, y, probs):
     """Mean over the classes of which it is defined."""
-    values = [float(area(*one)) for one in one_vs_rest(y, probs)]
-    defined = [value for value in values if not math.isnan(value)]
+    areas = [curve(*one)[area] for one in one_vs_rest(y, probs).values()]
+    defined = [value for value in areas if not math.isnan(value)]
     return np.mean(defined) if defined else math.nan
 
 
-def roc_auc(y, probs):
-    return over_classes(roc_area, y, probs)
-
-
-def average_precision(y, probs):
-    return over_classes(precision_area, y, probs)
-
-
-def calibration_bins(confidence, right, bins: int = 10) -> list[tuple[float, float, int]]:
-    """(mean confidence, share right, rows) of each bin that has rows."""
-    bin_of = np.minimum((np.nan_to_num(confidence) * bins).astype(int), bins - 1)
+def calibration_bins(confidence, right) -> list[tuple]:
+    """(mean confidence, share right, rows) of each tenth of the confidences that has rows."""
+    tenths = np.minimum((np.nan_to_num(confidence) * 10).astype(int), 9)
     found = []
-    for b in np.unique(bin_of):
-        mine = bin_of == b
-        mean, share = confidence[mine].mean(), right[mine].mean()
-        found.append((float(mean), float(share), int(mine.sum())))
+    for tenth in np.unique(tenths):
+        mine = tenths == tenth
+        means = float(confidence[mine].mean()), float(right[mine].mean())
+        found.append((*means, int(mine.sum())))
     return found
 
 
@@ -151,22 +123,21 @@ def calibration_error(y, probs):
     return sum(n * abs(confidence - right) for confidence, right, n in bins) / len(y)
 
 
+AREAS = {area: partial(over_classes, area) for area in ("roc_auc", "average_precision")}
 CLASS_METRICS = {
-    "loss": nats,
+    "loss": lambda y, probs: nats(probs[np.arange(len(y)), y]),
     "accuracy": lambda y, probs: (probs.argmax(1) == y).mean(),
     "f1_macro": f1_macro,
     "matthews": matthews,
-    "roc_auc": roc_auc,
-    "average_precision": average_precision,
+    **AREAS,
     "calibration_error": calibration_error,
 }
 LABEL_METRICS = {  # several labels a row
-    "loss": binary_nats,
+    "loss": lambda y, probs: nats(np.where(y > 0.5, probs, 1 - probs)),
     "accuracy": lambda y, probs: ((y > 0.5) == (probs > 0.5)).all(1).mean(),  # rows with all labels right
-    "f1_macro": label_f1_macro,
-    "f1_micro": label_f1_micro,
-    "roc_auc": roc_auc,
-    "average_precision": average_precision,
+    "f1_macro": lambda y, probs: label_f1(y, probs, axis=0).mean(),
+    "f1_micro": label_f1,
+    **AREAS,
 }
 
 
@@ -197,26 +168,18 @@ NUMBER_METRICS = {
 # -----------------------------------------------------------------------------
 # Tags, answers, texts
 
-class TagTotals(NamedTuple):
-    """Sums over sentences."""
-    found: int  # entities that were called, and are there
-    called: int
-    there: int
-    right: int  # tags
-    words: int
-    nats: float  # of the true tags
-
-
+# Sums over sentences: entities that were called and are there, called, there; tags; nats of the true tags.
+TagTotals = namedtuple("TagTotals", "found called there right words nats")
 TAG_METRICS = {
     "loss": lambda n: n.nats / max(1, n.words),
     "accuracy": lambda n: n.right / max(1, n.words),
     "precision": lambda n: n.found / max(1, n.called),
     "recall": lambda n: n.found / max(1, n.there),
-    "f1": lambda n: 2 * n.found / max(1, n.called + n.there),
+    "f1": lambda n: f1(n.found, n.called + n.there),
 }
 
 
-def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
+def entities(tags: Sequence[str]) -> set[tuple]:
     """(kind, first, end) of each entity. As in conlleval, an I- that continues nothing begins one."""
     found, begin, kind = set(), 0, None
     for i, tag in enumerate([*tags, "O"]):
@@ -229,63 +192,55 @@ def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
     return found
 
 
-def tag_counts(gold: Sequence[str], predicted: Sequence[str]) -> list[int]:
+def tag_counts(gold, predicted) -> list[int]:
     """TagTotals of a sentence, but its nats."""
     there, called = entities(gold), entities(predicted)
     right = sum(map(str.__eq__, gold, predicted))
     return [len(there & called), len(called), len(there), right, len(gold)]
 
 
-CJK = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-SIGNS = re.compile(f"[{re.escape(string.punctuation)}\u3000-\u303f\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40"
-                   "\uff5b-\uff65]")
-
 ANSWER_METRICS = {  # of what answer_match gives for each question, (N,) both
     "exact_match": lambda exact, f1: exact.mean(),
     "f1": lambda exact, f1: f1.mean(),
 }
 
+CJK = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+SIGNS = rf"[{re.escape(string.punctuation)}\u3000-\u303f\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65]"
+
 
 def answer_words(text: str) -> list[str]:
     """SQuAD's normalisation: lower case, no punctuation, no articles; a Chinese character is a word."""
-    text = re.sub(r"\b(a|an|the)\b", " ", SIGNS.sub("", text.lower()))
+    text = re.sub(r"\b(a|an|the)\b", " ", re.sub(SIGNS, "", text.lower()))
     return re.sub(f"([{CJK}])", r" \1 ", text).split()
 
 
 def answer_match(prediction: str, answers: Sequence[str]) -> tuple[float, float]:
     """Exact match and F1 against the best of the true answers (SQuAD 2.0). If there is none, "" is right."""
     said = answer_words(prediction)
-    exact = f1 = 0.0
+    exact = best = 0.0
     for gold in map(answer_words, answers or [""]):
         same = float(said == gold)
         common = (Counter(said) & Counter(gold)).total()
         exact = max(exact, same)
-        f1 = max(f1, 2 * common / (len(said) + len(gold)) if said and gold else same)
-    return exact, f1
+        best = max(best, f1(common, len(said) + len(gold)) if said and gold else same)
+    return exact, best
 
 
-class TokenTotals(NamedTuple):
-    """Sums over texts."""
-    nats: float
-    right: float  # tokens that were likeliest
-    tokens: float  # that count
-
-
-TOKEN_METRICS = {
-    "loss": lambda n: n.nats / max(1, n.tokens),
-    "perplexity": lambda n: math.exp(min(700, n.nats / max(1, n.tokens))),
-    "accuracy": lambda n: n.right / max(1, n.tokens),
+TOKEN_METRICS = {  # of sums over texts: nats, tokens that were likeliest, tokens that count
+    "loss": lambda nats, right, n: nats / max(1, n),
+    "perplexity": lambda nats, right, n: math.exp(min(700, nats / max(1, n))),
+    "accuracy": lambda nats, right, n: right / max(1, n),
 }
 
 
 # -----------------------------------------------------------------------------
 # Intervals and groups
 
-def bootstrap(scores: Callable, arrays: tuple, samples: int = 1000, seed: int = 0) -> dict[str, np.ndarray]:
-    """The metrics of `samples` sets of rows, drawn with replacement (Efron 1979): name -> (samples,)."""
+def bootstrap(scores: Callable, arrays: Sequence, seed: int = 0) -> dict[str, np.ndarray]:
+    """The metrics of 1000 sets of rows, drawn with replacement (Efron 1979): name -> (1000,)."""
     rng, n = np.random.default_rng(seed), len(arrays[0])
     drawn = []
-    for _ in range(samples):
+    for _ in range(1000):
         rows = rng.integers(n, size=n)
         drawn.append(scores(*(a[rows] for a in arrays)))
     return {name: np.array([one[name] for one in drawn]) for name in drawn[0]}
@@ -293,26 +248,21 @@ def bootstrap(scores: Callable, arrays: tuple, samples: int = 1000, seed: int = 
 
 def interval(values: np.ndarray) -> list[float]:
     """The middle 95% of them."""
-    values = values[~np.isnan(values)]
-    if not len(values):
-        return [math.nan, math.nan]
-    return np.quantile(values, (0.025, 0.975)).tolist()
+    known = values[~np.isnan(values)]
+    return np.quantile(known if len(known) else values, (0.025, 0.975)).tolist()
 
 
-def described(values: dict[str, float], drawn: dict[str, np.ndarray]) -> dict:
-    """metric -> value, and metric_ci95 -> [low, high]."""
+def with_intervals(scores: Callable, arrays: Sequence, drawn: dict | None = None) -> dict:
+    """metric -> value, and metric_ci95 -> [low, high]. drawn: what `bootstrap` gives."""
+    drawn = drawn or bootstrap(scores, arrays)
     found = {}
-    for name, value in values.items():
+    for name, value in scores(*arrays).items():
         found[name] = value
         found[f"{name}_ci95"] = interval(drawn[name])
     return found
 
 
-def with_intervals(scores: Callable, arrays: tuple, samples: int = 1000, seed: int = 0) -> dict:
-    return described(scores(*arrays), bootstrap(scores, arrays, samples, seed))
-
-
-def by_group(scores: Callable, arrays: tuple, groups: Sequence[str], samples: int = 1000) -> dict:
+def by_group(scores: Callable, arrays: Sequence, groups: Sequence[str]) -> dict:
     """Every metric for each group, and for each metric the largest gap between two groups.
 
     A gap's interval is of the difference between those two groups. Of many small groups two are always far
@@ -320,9 +270,9 @@ def by_group(scores: Callable, arrays: tuple, groups: Sequence[str], samples: in
     """
     groups, drawn, found = np.array(groups), {}, {}
     for seed, name in enumerate(np.unique(groups).tolist()):
-        mine = tuple(a[groups == name] for a in arrays)
-        drawn[name] = bootstrap(scores, mine, samples, seed)
-        found[name] = {"rows": len(mine[0]), **described(scores(*mine), drawn[name])}
+        mine = [a[groups == name] for a in arrays]
+        drawn[name] = bootstrap(scores, mine, seed)
+        found[name] = {"rows": len(mine[0]), **with_intervals(scores, mine, drawn[name])}
     gaps = {}
     for metric in drawn[name]:
         known = {name: one[metric] for name, one in found.items() if not math.isnan(one[metric])}
@@ -342,72 +292,55 @@ def split_words(text: str) -> list[str]:
     return words + [f"{a} {b}" for a, b in zip(words, words[1:])]
 
 
-def words_of(text: str, pair: str | None) -> list[str]:
+def words_of(row) -> list[str]:
     """Of two texts: the words of each apart, which are in both, and which in one of them alone."""
-    if pair is None:
-        return split_words(text)
-    a, b = split_words(text), split_words(pair)
+    if row.pair is None:
+        return split_words(row.text)
+    a, b = split_words(row.text), split_words(row.pair)
     groups = {"1": a, "2": b, "=": sorted({*a} & {*b}), "!": sorted({*a} ^ {*b})}
     return [f"{mark} {word}" for mark, words in groups.items() for word in words]
 
 
-class BagOfWords:
-    """A linear model on TF-IDF of words and pairs of words: logistic regression, or least squares.
+def tf_idf(rows, idf: dict) -> list[torch.Tensor]:
+    """As F.embedding_bag takes them: the words' numbers, where each text begins, values of length 1."""
+    number = {word: i for i, word in enumerate(idf)}
+    numbers, starts, values = [], [], []
+    for row in rows:
+        counts = Counter(word for word in words_of(row) if word in idf)
+        found = np.array([(1 + math.log(n)) * idf[word] for word, n in counts.items()])
+        starts.append(len(numbers))
+        numbers += [number[word] for word in counts]
+        values += (found / (np.linalg.norm(found) or 1)).tolist()
+    return [torch.tensor(numbers, dtype=torch.long), torch.tensor(starts), torch.tensor(values)]
 
-    texts: [(text, second text or None), ...]; n_out: outputs, K.
+
+def bag_of_words(train, test, n_out: int, loss: Callable) -> np.ndarray:
+    """The outputs of a linear model on TF-IDF of words for the rows of test, (N, n_out): before the softmax.
+
+    loss: a sum, of the outputs for the rows of train; so it is logistic regression, or least squares.
     """
+    count = Counter(word for row in train for word in set(words_of(row)))
+    known = sorted(word for word in count if count[word] > 1) or sorted(count) or [""]
+    n = 1 + len(train)
+    idf = {word: math.log(n / (1 + count[word])) + 1 for word in known}
+    features = tf_idf(train, idf)
+    weight = torch.zeros(len(known), n_out, requires_grad=True)
+    bias = torch.zeros(n_out, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=60, line_search_fn="strong_wolfe")
 
-    def __init__(self, n_out: int):
-        self.n_out = n_out
+    def linear(numbers, starts, values):
+        return F.embedding_bag(numbers, weight, starts, mode="sum", per_sample_weights=values) + bias
 
-    @torch.enable_grad()
-    def fit(self, texts, y: torch.Tensor, loss: Callable, penalty: float = 0.2) -> "BagOfWords":
-        """loss: a sum, of outputs (N, K) and y. penalty: of squared weights; 1 / (2 C) of scikit-learn."""
-        count = Counter(word for both in texts for word in set(words_of(*both)))
-        known = sorted(word for word in count if count[word] > 1) or sorted(count) or [""]
-        self.number = {word: i for i, word in enumerate(known)}
-        n = 1 + len(texts)
-        self.idf = {word: math.log(n / (1 + count[word])) + 1 for word in known}
-        self.weight = torch.zeros(len(known), self.n_out, requires_grad=True)
-        self.bias = torch.zeros(self.n_out, requires_grad=True)
-        features = self.features(texts)
-        optimizer = torch.optim.LBFGS([self.weight, self.bias], max_iter=60, line_search_fn="strong_wolfe")
+    def objective():
+        optimizer.zero_grad()
+        out = linear(*features)
+        penalty = 0.2 * weight.square().sum()  # scikit-learn's 1 / (2 C)
+        total = (loss(out) + penalty) / len(out)
+        total.backward()
+        return total
 
-        def objective():
-            optimizer.zero_grad()
-            total = loss(self.linear(features), y) + penalty * self.weight.square().sum()
-            total = total / len(y)
-            total.backward()
-            return total
-        optimizer.step(objective)
-        return self
-
-    def features(self, texts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As F.embedding_bag takes them: the words' numbers, where each text begins, values of length 1."""
-        numbers, starts, values = [], [], []
-        for both in texts:
-            counts = Counter(word for word in words_of(*both) if word in self.number)
-            row = np.array([(1 + math.log(n)) * self.idf[word] for word, n in counts.items()])
-            starts.append(len(numbers))
-            numbers += [self.number[word] for word in counts]
-            values += (row / (np.linalg.norm(row) or 1)).tolist()
-        return torch.tensor(numbers, dtype=torch.long), torch.tensor(starts), torch.tensor(values)
-
-    def linear(self, features) -> torch.Tensor:  # (N, K)
-        numbers, starts, values = features
-        sums = F.embedding_bag(numbers, self.weight, starts, mode="sum", per_sample_weights=values)
-        return sums + self.bias
-
-    @torch.no_grad()
-    def outputs(self, texts) -> np.ndarray:
-        """(N, K) as a model's head gives them: before the softmax or sigmoid."""
-        return self.linear(self.features(texts)).numpy()
-
-
-def sentences(text: str) -> list[tuple[int, int]]:
-    """Where sentences begin and end, roughly."""
-    found = re.finditer(r"[^.!?。！？]+[.!?。！？]?", text)
-    return [one.span() for one in found if one.group().strip()]
+    optimizer.step(objective)
+    return linear(*tf_idf(test, idf)).detach().numpy()
 
 
 # -----------------------------------------------------------------------------
@@ -418,85 +351,59 @@ def report(folder: Path, y: np.ndarray, probs: np.ndarray, labels: list[str]) ->
 
     y: (N,) class numbers, or (N, K) of 0 and 1 if a row has several labels; probs: (N, K).
     """
-    several = y.ndim == 2
-    truth = y > 0.5 if several else y[:, None] == np.arange(len(labels))  # (N, K)
-    shown = [1] if len(labels) == 2 and not several else np.flatnonzero(truth.any(0))
-    curves = {labels[k]: curve(truth[:, k], probs[:, k]) for k in shown}
-    if several:
+    if y.ndim == 2:
         called, table = probs > 0.5, None
-        bins = calibration_bins(probs.ravel(), truth.ravel())
+        bins = calibration_bins(probs.ravel(), y.ravel() > 0.5)
     else:
-        called, table = probs.argmax(1), confusion(y, probs)
+        called, table = probs.argmax(1), confusion(y, probs).tolist()
         bins = calibration_bins(probs.max(1), called == y)
-    write_json(folder / "curves.json", {"labels": labels, "curves": curves, "calibration": bins,
-                                        "confusion": None if several else table.tolist()})
+    curves = {}
+    for k, one in one_vs_rest(y, probs).items():
+        curves[labels[k]] = {name: np.array(values).tolist() for name, values in curve(*one).items()}
+    found = {"labels": labels, "curves": curves, "calibration": bins, "confusion": table}
+    write_json(folder / "curves.json", found)
     try:
-        import matplotlib
         from sklearn.metrics import classification_report
+        pictures = draw(folder, **found)
     except ImportError as error:
         print(f"(report.txt and pictures need {error.name}: pip install scikit-learn matplotlib)")
         return ["curves.json"]
     text = classification_report(y, called, digits=4, zero_division=0, labels=range(len(labels)),
                                  target_names=labels)
     write_text(folder / "report.txt", text)
-    matplotlib.use("Agg")
-    return ["curves.json", "report.txt", *draw(folder, curves, bins, table, labels)]
+    return ["curves.json", "report.txt", *pictures]
 
 
-def curve(truth, score) -> dict:
-    true, false = positives(truth, score)
-    return {"false_positive_rate": (false / max(1, false[-1])).tolist(),
-            "true_positive_rate": (true / max(1, true[-1])).tolist(),  # which is the recall
-            "precision": [1.0, *(true[1:] / (true + false)[1:]).tolist()],
-            "roc_auc": float(roc_area(truth, score)),
-            "average_precision": float(precision_area(truth, score))}
-
-
-def draw(folder: Path, curves: dict, bins: list, table: np.ndarray | None, labels: list[str]) -> list[str]:
-    """The pictures, from the numbers in curves.json. Returns the names of the files."""
+def draw(folder: Path, labels: list, curves: dict, calibration: list, confusion: list | None) -> list[str]:
+    """The pictures of what is in curves.json. Returns the names of the files."""
+    import matplotlib
+    from matplotlib.figure import Figure
     from sklearn.calibration import CalibrationDisplay
-    from sklearn.metrics import ConfusionMatrixDisplay, PrecisionRecallDisplay, RocCurveDisplay
-
-    with picture(folder / "roc.png", "ROC, and the area below") as axes:
-        for name, one in curves.items():
-            x = np.array(one["false_positive_rate"])
-            y = np.array(one["true_positive_rate"])
-            display = RocCurveDisplay(fpr=x, tpr=y, roc_auc=one["roc_auc"])
-            display.plot(ax=axes, name=in_legend(name))
-    with picture(folder / "precision_recall.png", "Precision and recall, and average precision") as axes:
-        for name, one in curves.items():
-            x = np.array(one["true_positive_rate"])[::-1]
-            y = np.array(one["precision"])[::-1]
-            display = PrecisionRecallDisplay(y, x, average_precision=one["average_precision"])
-            display.plot(ax=axes, name=in_legend(name))
-    with picture(folder / "calibration.png", "Calibration") as axes:
-        confidence, right, _ = zip(*bins)
-        CalibrationDisplay(right, confidence, confidence).plot(ax=axes)
-    names = ["roc.png", "precision_recall.png", "calibration.png"]
-    if table is not None:
-        with picture(folder / "confusion.png", "Confusion") as axes:
-            ConfusionMatrixDisplay(table, display_labels=labels).plot(
-                ax=axes, cmap="Blues", include_values=len(labels) <= 30, xticks_rotation="vertical")
-        names.append("confusion.png")
-    return names
-
-
-@contextlib.contextmanager
-def picture(file: Path, title: str) -> Iterator:
-    """Axes to draw on; what is drawn becomes the file. Text is text: no $ begins a formula."""
-    from matplotlib import pyplot as plt
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # fonts that are not there
+    from sklearn.metrics import ConfusionMatrixDisplay
     chinese = ["Noto Sans CJK SC", "Microsoft YaHei", "PingFang SC", "WenQuanYi Zen Hei"]
-    fonts = [*chinese, *plt.rcParams["font.sans-serif"]]
-    with plt.rc_context({"font.sans-serif": fonts, "text.parse_math": False}), warnings.catch_warnings():
+    fonts = [*chinese, *matplotlib.rcParams["font.sans-serif"]]
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # fonts that are not there
+    with matplotlib.rc_context({"font.sans-serif": fonts, "text.parse_math": False}), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a label in letters that no font here has
-        figure, axes = plt.subplots(figsize=(5.5, 5))
-        yield axes
-        axes.set_title(title)
-        figure.savefig(file, dpi=110, bbox_inches="tight")
-        plt.close(figure)
-
-
-def in_legend(label: str) -> str:
-    """matplotlib leaves out names that begin with _."""
-    return f" {label}" if label.startswith("_") else label
+        roc, recall, trust, table = (Figure(figsize=(5.5, 5)).add_subplot() for _ in range(4))
+        roc.set(title="ROC, and the area below", xlabel="False positive rate", ylabel="True positive rate")
+        recall.set(title="Precision and recall, and average precision", xlabel="Recall", ylabel="Precision")
+        for name, one in curves.items():
+            area, mean = one["roc_auc"], one["average_precision"]
+            # the space in front: a label that begins with _ is left out
+            roc.plot(one["false_positive_rate"], one["true_positive_rate"], label=f" {name} (AUC = {area:.2f})")
+            recall.step(one["true_positive_rate"], one["precision"], label=f" {name} (AP = {mean:.2f})")
+        roc.legend()
+        recall.legend()
+        confidence, right, _ = zip(*calibration)
+        CalibrationDisplay(right, confidence, confidence).plot(ax=trust)
+        trust.set_title("Calibration")
+        pictures = {"roc.png": roc, "precision_recall.png": recall, "calibration.png": trust}
+        if confusion:
+            ConfusionMatrixDisplay(np.array(confusion), display_labels=labels).plot(
+                ax=table, cmap="Blues", include_values=len(labels) <= 30, xticks_rotation="vertical")
+            table.set_title("Confusion")
+            pictures["confusion.png"] = table
+        for name, axes in pictures.items():
+            axes.figure.savefig(folder / name, dpi=110, bbox_inches="tight")
+    return list(pictures)

@@ -9,7 +9,9 @@ A task is a class here and a line in TASKS. It says for itself how its files are
 is told of a prediction; it knows neither the model nor the loop, which are in finetune.py.
 """
 import math
-from collections import Counter
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +39,6 @@ class Task:
     examples(rows) -> [Example]         one for each row, or one for each window of a row
     answers(rows, examples, outputs)    an answer for each row, in a form of the task's own, from arrays
     arrays(rows, answers)               truths and answers as the metrics take them: arrays, an entry a row
-    said(answer) -> dict                a prediction, as predictions.csv has it and Tuned.predict returns it
 
     head: the plain values that a checkpoint keeps of the task.
     """
@@ -48,7 +49,6 @@ class Task:
     by_token = False  # or of single tokens, those at `places`; if neither, of every token
     writes = False  # they are the body's own for the next token: it is causal, and keeps its head
     classes = False  # the labels are names of classes
-    stratified = False  # the classes are spread evenly over splits
     knows = set()  # settings that this task uses and others do not
     lists = optional = ()  # columns: whose cells may be lists, may be missing
 
@@ -56,10 +56,10 @@ class Task:
     def read(cls, path: str, columns: dict, labelled: bool = True) -> list[Row]:
         return text.read_rows(path, columns, labelled, cls.lists, cls.optional)
 
-    @staticmethod
-    def texts(row: Row) -> list[str]:
+    @classmethod
+    def texts(cls, row: Row) -> list[str]:
         """What a new tokenizer is made from."""
-        return [one for one in (row.text, row.pair) if one]
+        return [one for one in (row.text, row.pair, cls.writes and row.label) if one]
 
     @staticmethod
     def split_key(row: Row):
@@ -68,8 +68,8 @@ class Task:
 
     @classmethod
     def split(cls, rows: list[Row], k: int, seed: int) -> np.ndarray:
-        """Which of k parts each row belongs to, (N,)."""
-        labels = [row.label for row in rows] if cls.stratified else None
+        """Which of k parts each row belongs to, (N,); the classes of texts are spread evenly."""
+        labels = [row.label for row in rows] if cls.classes and cls.of_texts else None
         return text.split_rows([cls.split_key(row) for row in rows], labels, k, seed)
 
     def __init__(self, head: dict, tokenizer):
@@ -80,7 +80,7 @@ class Task:
 
     def row(self, where: str, text: str, pair: str | None = None) -> Row:
         """A text that stands in no file."""
-        return Row(where, text, pair)
+        return Row(where, text, pair, words=text.split())
 
     def target(self, row: Row):
         """What a label asks of the outputs, if windows do not change it. Raises UserError if unknown."""
@@ -88,9 +88,9 @@ class Task:
     def label_number(self, row: Row, label: str) -> int:
         if label in self.number:
             return self.number[label]
-        header = " (is it a header? name its columns: --text_column=..., --label_column=...)"
-        if not (self.of_texts and row.where.endswith(":1")):
-            header = ""
+        header = ""
+        if self.of_texts and row.where.endswith(":1"):
+            header = " (is it a header? name its columns: --text_column=..., --label_column=...)"
         raise UserError(f"{row.where}: label {label!r} does not occur in the training data, which has "
                         f"{', '.join(self.labels[:10])}: give more rows of it, or leave it out{header}")
 
@@ -121,7 +121,12 @@ class Task:
 
     def given(self, row: Row) -> dict:
         """A row, as predictions.csv has it."""
-        return {"text": row.text, "label": row.label}
+        pair = {"text_pair": row.pair} if self.of_texts and row.pair is not None else {}
+        return {"text": row.text, **pair, "label": row.label}
+
+    def said(self, answer) -> dict:
+        """A prediction, as predictions.csv has it and Tuned.predict returns it."""
+        return {"prediction": answer}
 
     def table(self, rows: list[Row], answers: list) -> tuple[list[str], list[list[str]]]:
         """The header and the lines of predictions.csv."""
@@ -133,8 +138,7 @@ class Task:
         header, (cells,) = self.table([row], [answer])
         return "\n".join(f"{name:15} {cell}" for name, cell in zip(header, cells) if cell)
 
-    def explained(self, row: Row, example: Example, out: np.ndarray,
-                  target: str) -> tuple[str, int, list[int]]:
+    def explained(self, row: Row, example: Example, out, target: str) -> tuple[str, int, list[int]]:
         """What is said, by which part of the example, and the sum of which of that part's outputs says it.
 
         out: all outputs for the example; target: a class to explain in place of the likeliest.
@@ -149,13 +153,21 @@ class Task:
         """Writes what is more than metrics. Returns the names of the files."""
         return []
 
-    def windows(self, length: int, room: int) -> list[tuple[int, int]]:
-        """Where windows of at most `room` tokens begin and end, half of each in the next one too."""
-        if length <= room:
-            return [(0, length)]
-        self.note_long("read in windows")
-        starts = [*range(0, length - room, max(1, room // 2)), length - room]
-        return [(i, i + room) for i in starts]
+    def windows(self, ids: list[int], *question: list[int]) -> Iterator[tuple[slice, int, tuple]]:
+        """Which of the ids, the place of the first, and the sequence (ids, segments), of each window.
+
+        Half of each is in the next one too.
+        """
+        wrap = self.tokenizer.wrap
+        room = self.head["max_length"] - len(wrap(*question, [])[0])
+        first = wrap(*question, [-1])[0].index(-1)
+        starts = [0]
+        if len(ids) > room:
+            self.note_long("read in windows")
+            starts = [*range(0, len(ids) - room, max(1, room // 2)), len(ids) - room]
+        for i in starts:
+            part = slice(i, i + room)
+            yield part, first, wrap(*question, ids[part])
 
     def note_long(self, fate: str) -> None:
         self.notes[f"are longer than {self.head['max_length']} tokens: {fate}"] += 1
@@ -167,22 +179,18 @@ class TextTask(Task):
     knows = {"pair_column", "pool", "pair"}
 
     def examples(self, rows):
-        parts = self.sequences(rows)
-        return [Example(i, parts[i], self.target(row)) for i, row in enumerate(rows)]
-
-    def sequences(self, rows: list[Row]) -> list[list]:
-        """The parts of each row's example."""
+        paired, apart = self.head["paired"], self.head["apart"]
         for row in rows:
-            if (row.pair is not None) != self.head["paired"]:
-                wanted = "two texts are" if self.head["paired"] else "one text is"
+            if (row.pair is not None) != paired:
+                wanted = "two texts are" if paired else "one text is"
                 raise UserError(f"{row.where}: {wanted} wanted, as in the training data")
         a = self.encoded([row.text for row in rows])
-        if not self.head["paired"]:
-            return [[self.wrapped(one)] for one in a]
-        b = self.encoded([row.pair for row in rows])
-        if self.head["apart"]:
-            return [[self.wrapped(one), self.wrapped(other)] for one, other in zip(a, b)]
-        return [[self.wrapped(one, other)] for one, other in zip(a, b)]
+        b = self.encoded([row.pair for row in rows]) if paired else [None] * len(rows)
+        found = []
+        for i, (one, other) in enumerate(zip(a, b)):
+            parts = [self.wrapped(one), self.wrapped(other)] if apart else [self.wrapped(one, other)]
+            found.append(Example(i, parts, self.target(rows[i])))
+        return found
 
     def encoded(self, texts: list[str]) -> list[list[int]]:
         most = 100 * self.head["max_length"]  # characters: megabytes cost no more than what is read of them
@@ -192,11 +200,12 @@ class TextTask(Task):
     def wrapped(self, a: list[int], b: list[int] | None = None) -> tuple[list[int], list[int]]:
         """A text or two as a sequence (ids, segments) of at most max_length; the longer one is cut first."""
         wrap, n = self.tokenizer.wrap, len(b or ())
-        room = self.head["max_length"] - len(wrap([], None if b is None else [])[0])
+        specials = len(wrap(a, b)[0]) - len(a) - n
+        room = self.head["max_length"] - specials
         if len(a) + n > room:
             self.note_long("cut there")
         a = a[:max(room // 2, room - n)]
-        return wrap(a, None if b is None else b[:room - len(a)])
+        return wrap(a, b and b[:room - len(a)])
 
     def explained(self, row, example, out, target):
         if self.head["apart"]:
@@ -211,41 +220,38 @@ class TextTask(Task):
 
     def bag_of_words(self, train, test) -> list:
         """The answers of a linear model, trained with the task's own loss."""
-        bag = metrics.BagOfWords(self.n_out)
         y = torch.from_numpy(self.targets(train))
-        bag.fit(texts_of(train), y, lambda out, y: self.loss(out, y, None, 0.0))
-        return self.answers(test, [], bag.outputs(texts_of(test)))
+        out = metrics.bag_of_words(train, test, self.n_out, lambda out: self.loss(out, y, None, 0.0))
+        return self.answers(test, [], out)
 
 
 class Classify(TextTask):
     """A class for each text; with multi_label any number of them, each for itself."""
     metrics = metrics.CLASS_METRICS
-    classes = stratified = True
+    classes = True
     knows = TextTask.knows | {"multi_label", "class_weight", "label_smoothing", "teacher"}
     lists = ("label",)
 
     @staticmethod
     def learn(rows, s):
-        labels = set()
-        for row in rows:
-            labels.update(split_labels(row.label) if s.multi_label else [one_label(row)])
+        labels = {label for row in rows for label in labels_of(row, s.multi_label)}
         if len(labels) < (1 if s.multi_label else 2):
             raise nothing_to_tell_apart(rows, f"the label {labels.pop()!r}" if labels else "no label")
-        return {"labels": sorted(labels, key=numbers_first), "several": s.multi_label}
+        return {"labels": sorted(sorted(labels), key=to_number), "several": s.multi_label}  # numbers first
 
     def __init__(self, head, tokenizer):
         super().__init__(head, tokenizer)
         self.several = head.get("several", False)
         if self.several:
             self.metrics, self.metric = metrics.LABEL_METRICS, "f1_macro"
-            self.knows = self.knows - {"teacher"}
 
     def target(self, row):
+        labels = [] if row.label is None else labels_of(row, self.several)
+        numbers = [self.label_number(row, label) for label in labels]
         if not self.several:
-            return 0 if row.label is None else self.label_number(row, one_label(row))
-        target = np.zeros(len(self.labels), dtype=np.float32)
-        for label in split_labels(row.label or []):
-            target[self.label_number(row, label)] = 1
+            return numbers[0] if numbers else 0
+        target = np.zeros(self.n_out, dtype=np.float32)
+        target[numbers] = 1
         return target
 
     def loss(self, out, target, weight, smoothing):
@@ -259,14 +265,15 @@ class Classify(TextTask):
             return super().count(target, weight)
         return weight[target].sum()
 
+    def counts(self, rows: list[Row]) -> np.ndarray:
+        """How many rows have each label, (K,)."""
+        y = self.targets(rows)
+        return y.sum(0) if self.several else np.bincount(y, minlength=self.n_out)
+
     def class_weight(self, rows: list[Row]) -> torch.Tensor:
         """(K,) so that classes count alike; of several labels, a label's presence as much as its absence."""
-        y, n = self.targets(rows), len(rows)
-        if self.several:
-            weight = (n - y.sum(0)) / np.maximum(1, y.sum(0))
-        else:
-            counts = np.bincount(y, minlength=len(self.labels))
-            weight = n / (len(counts) * counts)
+        n, counts = len(rows), self.counts(rows)
+        weight = (n - counts) / counts if self.several else n / (self.n_out * counts)
         return torch.tensor(weight, dtype=torch.float32)
 
     def answers(self, rows, examples, outputs):
@@ -278,22 +285,14 @@ class Classify(TextTask):
     def arrays(self, rows, answers):
         return self.targets(rows), np.stack(answers)
 
-    def given(self, row):
-        pair = {} if row.pair is None else {"text_pair": row.pair}
-        return {"text": row.text, **pair, "label": row.label}
-
     def said(self, answer):
         called = self.labels[answer.argmax()]
         if self.several:
             called = [label for label, p in zip(self.labels, answer) if p > 0.5]
-        probs = {f"prob_{label}": float(p) for label, p in zip(self.labels, answer)}
-        return {"prediction": called, **probs}
+        return {"prediction": called, **{f"prob_{label}": float(p) for label, p in zip(self.labels, answer)}}
 
     def baselines(self, train, test):
-        y = self.targets(train)
-        shares = y.mean(0)
-        if not self.several:
-            shares = np.bincount(y, minlength=self.n_out) / len(y)
+        shares = self.counts(train) / len(train)
         return {"majority": [shares] * len(test), "bag_of_words": self.bag_of_words(train, test)}
 
     def report(self, folder, y, probs):
@@ -307,13 +306,13 @@ class Regress(TextTask):
 
     @staticmethod
     def learn(rows, s):
-        y = np.array([to_number(row) for row in rows])
+        y = np.array([number_of(row) for row in rows])
         if np.ptp(y) == 0:
             raise nothing_to_tell_apart(rows, f"the label {y[0]:g}")
         return {"labels": ["number"], "mean": float(y.mean()), "std": float(y.std())}
 
     def target(self, row):
-        return np.float32((to_number(row) - self.head["mean"]) / self.head["std"])
+        return np.float32((number_of(row) - self.head["mean"]) / self.head["std"])
 
     def loss(self, out, target, weight, smoothing):
         return F.mse_loss(out[:, 0], target, reduction="sum")
@@ -322,18 +321,14 @@ class Regress(TextTask):
         return [float(out[0]) * self.head["std"] + self.head["mean"] for out in outputs]
 
     def arrays(self, rows, answers):
-        return np.array([to_number(row) for row in rows]), np.array(answers)
+        return np.array([number_of(row) for row in rows]), np.array(answers)
 
     def given(self, row):
         return {"label": row.label}
 
-    def said(self, answer):
-        return {"prediction": answer}
-
     def baselines(self, train, test):
-        mean = self.targets(train).mean()
-        return {"mean": self.answers(test, [], [[mean]] * len(test)),
-                "bag_of_words": self.bag_of_words(train, test)}
+        mean = self.answers(test, [], [[self.targets(train).mean()]])
+        return {"mean": mean * len(test), "bag_of_words": self.bag_of_words(train, test)}
 
 
 class Tag(Task):
@@ -357,16 +352,12 @@ class Tag(Task):
                                 f"{str(row.text)[:40]}, {str(row.label)[:40]}")
             row.words = [str(word) for word in words]
             row.text = " ".join(row.words)
-            if tags is not None:
-                row.label = [str(tag) for tag in tags]
+            row.label = tags and [str(tag) for tag in tags]
         return rows
 
     @staticmethod
     def learn(rows, s):
         return {"labels": sorted({tag for row in rows for tag in row.label})}
-
-    def row(self, where, text, pair=None):
-        return Row(where, text, pair, words=text.split())
 
     def target(self, row):
         """(words,) the numbers of their tags."""
@@ -376,32 +367,30 @@ class Tag(Task):
         return np.array(tags, dtype=np.int64)
 
     def examples(self, rows):
-        wrap, found = self.tokenizer.wrap, []
-        room = self.head["max_length"] - len(wrap([])[0])
-        offset = wrap([-1])[0].index(-1)  # special tokens in front
+        found = []
         for i, row in enumerate(rows):
             tags = self.target(row)
             of_char = np.repeat(np.arange(len(row.words)), [len(word) + 1 for word in row.words])
             ids, spans = self.tokenizer.offsets(row.text)
             word = np.array([of_char[max(begin, end - 1)] for begin, end in spans], dtype=np.int64)
             first = np.diff(word, prepend=-1) > 0  # the token that begins a word, with the space before it
-            for begin, end in self.windows(len(ids), room):
-                places = np.flatnonzero(first[begin:end])
-                words = word[begin:end][places]
-                sequence = wrap(ids[begin:end])
+            for part, offset, sequence in self.windows(ids):
+                places = np.flatnonzero(first[part])
+                words = word[part][places]
                 found.append(Example(i, [sequence], tags[words], places + offset, words))
         return found
 
     def answers(self, rows, examples, outputs):
         """(tags, their log-probabilities (words, K)). A word that the tokenizer drops is O."""
-        sums = [np.zeros((len(row.words), self.n_out + 1)) for row in rows]
-        for example, out in zip(examples, outputs):  # a word in two windows: the mean of both
-            sums[example.row][example.spans] += np.pad(out, ((0, 0), (0, 1)), constant_values=1)
+        sums = [np.zeros((len(row.words), self.n_out)) for row in rows]
+        times = [np.zeros((len(row.words), 1)) for row in rows]
+        for example, out in zip(examples, outputs):
+            sums[example.row][example.spans] += out
+            times[example.row][example.spans] += 1
         found = []
-        for total in sums:
-            out, times = total[:, :-1], total[:, -1:]
-            out = out / np.maximum(1, times)
-            out[times[:, 0] == 0, self.number.get("O", 0)] = 1.0
+        for out, n in zip(sums, times):
+            out /= np.maximum(1, n)  # a word in two windows: the mean of both
+            out[n[:, 0] == 0, self.number.get("O", 0)] = 1.0
             tags = [self.labels[k] for k in out.argmax(1)]
             found.append((tags, torch.from_numpy(out).log_softmax(-1).numpy()))
         return found
@@ -432,16 +421,16 @@ class Tag(Task):
 
     def baselines(self, train, test):
         """The most frequent tag, and for each word the one that it has most often."""
-        every, of_word = Counter(), {}
+        every, of_word = Counter(), defaultdict(Counter)
         for row in train:
             every.update(row.label)
             for word, tag in zip(row.words, row.label):
-                of_word.setdefault(word, Counter())[tag] += 1
+                of_word[word][tag] += 1
         majority, frequent = [], []
         for row in test:
             counts = [of_word.get(word, every) for word in row.words]
-            majority.append(([most_common(every)] * len(counts), None))
-            frequent.append(([most_common(one) for one in counts], None))
+            majority.append(([max(every, key=every.get)] * len(counts), None))
+            frequent.append(([max(one, key=one.get) for one in counts], None))
         return {"majority": majority, "most_frequent_of_word": frequent}
 
 
@@ -475,26 +464,25 @@ class Answer(Task):
 
     def examples(self, rows):
         """The target is (first, last), or position 0 twice if the answer is not in the window."""
-        L, wrap = self.head["max_length"], self.tokenizer.wrap
+        most = self.head["max_length"] // 3
         found, contexts = [], {}
         for i, row in enumerate(rows):
             question = self.tokenizer.encode(row.text)
-            if len(question) > L // 3:
-                self.notes[f"are questions longer than {L // 3} tokens: cut there"] += 1
-            question = question[:L // 3]
+            if len(question) > most:
+                self.notes[f"are questions longer than {most} tokens: cut there"] += 1
             if row.pair not in contexts:  # many questions are asked of one
                 contexts[row.pair] = self.tokenizer.offsets(row.pair)
             ids, spans = contexts[row.pair]
-            inside = tokens_of_answer(row, spans)
-            room = L - len(wrap(question, [])[0])
-            offset = wrap(question, [-1])[0].index(-1)
-            for begin, end in self.windows(len(ids), room):
-                target = np.zeros(2, dtype=np.int64)
-                if len(inside) and begin <= inside[0] and inside[-1] < end:
-                    target = inside[[0, -1]] - begin + offset
-                places = np.arange(end - begin) + offset
-                sequence = wrap(question, ids[begin:end])
-                found.append(Example(i, [sequence], target, places, spans[begin:end]))
+            begins, ends = np.array(spans, dtype=np.int64).reshape(-1, 2).T
+            known = [(begin, begin + len(answer)) for answer, begin in row.label or () if begin >= 0]
+            first, last = known[0] if known else (0, 0)
+            inside = (ends > first) & (begins < last)  # the tokens that the answer touches
+            for part, offset, sequence in self.windows(ids, question[:most]):
+                places = np.arange(len(ids[part])) + offset
+                answer = places[inside[part]]
+                whole = len(answer) == inside.sum() > 0
+                target = answer[[0, -1]] if whole else np.zeros(2, dtype=np.int64)
+                found.append(Example(i, [sequence], target, places, spans[part]))
         return found
 
     def best_span(self, row, example, out) -> tuple[float, str, list[int]]:
@@ -548,8 +536,8 @@ class Answer(Task):
         rng, first, spans = np.random.default_rng(0), [], []
         lengths = [len(row.label[0][0]) for row in train if row.label] or [1]
         for row in test:
-            begin, end = (metrics.sentences(row.pair) or [(0, 0)])[0]
-            first.append((row.pair[begin:end].strip(), 1.0))
+            sentence = re.search(r"[^.!?。！？]+[.!?。！？]?", row.pair)
+            first.append((sentence.group().strip() if sentence else "", 1.0))
             length = lengths[rng.integers(len(lengths))]
             begin = rng.integers(max(1, len(row.pair) - length + 1))
             spans.append((row.pair[begin:begin + length], 1.0))
@@ -574,16 +562,12 @@ class LM(Task):
     def learn(rows, s):
         return {"labels": [], "instruct": rows[0].label is not None}
 
-    @staticmethod
-    def texts(row):
-        return [one for one in (row.text, row.pair, row.label) if one]
-
     def examples(self, rows):
-        L, tokenizer, found = self.head["max_length"], self.tokenizer, []
+        L, encode, found = self.head["max_length"], self.tokenizer.encode, []
         instruct = self.head["instruct"]
         for i, row in enumerate(rows):
-            prompt = tokenizer.encode(prompt_of(row)) if instruct else []
-            ids = prompt + tokenizer.encode(row.label if instruct else row.text) + [tokenizer.eot]
+            prompt = encode(prompt_of(row)) if instruct else []
+            ids = prompt + encode(row.label if instruct else row.text) + [self.tokenizer.eot]
             if len(ids) > L + 1:
                 self.note_long("cut there" if instruct else "read in windows")
             for begin in range(0, 1 if instruct else max(1, len(ids) - 1), L):
@@ -614,7 +598,7 @@ class LM(Task):
         return (np.stack(answers),)
 
     def scores(self, sums):
-        return super().scores(metrics.TokenTotals(*sums.sum(0)))
+        return super().scores(*sums.sum(0))
 
     def said(self, answer):
         nats, _, n = answer.tolist()
@@ -627,59 +611,37 @@ TASKS = {"classify": Classify, "regress": Regress, "tag": Tag, "qa": Answer, "lm
 # -----------------------------------------------------------------------------
 # Labels
 
-def one_label(row: Row) -> str:
+def labels_of(row: Row, several: bool) -> list[str]:
+    if several:
+        labels = row.label if isinstance(row.label, list) else row.label.split("|")
+        return [str(one).strip() for one in labels if one is not None and str(one).strip()]
     if isinstance(row.label, list):
         raise UserError(f"{row.where}: a list of labels, {row.label}: that is for --multi_label")
     if not row.label:
         raise UserError(f"{row.where}: its label is empty: give it one, or leave the row out")
-    return row.label
+    return [row.label]
 
 
-def split_labels(label: str | list) -> list[str]:
-    labels = label if isinstance(label, list) else label.split("|")
-    return [str(one).strip() for one in labels if one is not None and str(one).strip()]
-
-
-def is_number(text: str) -> bool:
+def to_number(label: str) -> float:
+    """Infinity if it is none."""
     try:
-        return math.isfinite(float(text))
+        number = float(label)
     except ValueError:
-        return False
+        return math.inf
+    return number if math.isfinite(number) else math.inf
 
 
-def numbers_first(label: str) -> tuple:
-    return (0, float(label), label) if is_number(label) else (1, 0, label)
-
-
-def to_number(row: Row) -> float:
-    if row.label is None:
-        return 0.0
-    if not is_number(row.label):
+def number_of(row: Row) -> float:
+    number = 0.0 if row.label is None else to_number(row.label)
+    if number == math.inf:
         raise UserError(f"{row.where}: label {row.label!r}: a number is wanted (--task=classify for names)")
-    return float(row.label)
+    return number
 
 
 def nothing_to_tell_apart(rows: list[Row], what: str) -> UserError:
     file = rows[0].where.rpartition(":")[0]
     return UserError(f"{file}: all {len(rows)} examples to train on have {what}: there is nothing to tell "
                      "apart")
-
-
-def texts_of(rows: list[Row]) -> list[tuple]:
-    return [(row.text, row.pair) for row in rows]
-
-
-def most_common(counts: Counter):
-    return counts.most_common(1)[0][0]
-
-
-def tokens_of_answer(row: Row, spans: list[tuple[int, int]]) -> np.ndarray:
-    """The numbers of the tokens that the first answer touches whose place is known; none if there is none."""
-    begins, ends = np.array(spans, dtype=np.int64).reshape(-1, 2).T
-    for answer, begin in row.label or ():
-        if begin >= 0:
-            return np.flatnonzero((ends > begin) & (begins < begin + len(answer)))
-    return np.zeros(0, dtype=np.int64)
 
 
 def prompt_of(row: Row) -> str:

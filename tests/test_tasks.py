@@ -18,27 +18,25 @@ def contexts(n):
     """Questions on contexts, several of them longer than 64 tokens."""
     rng, rows = np.random.default_rng(0), []
     for i in range(n):
-        names = [f"n{j}" for j in rng.permutation(30)[:rng.integers(2, 25)]]
-        context = " ".join(f"{name} has {rng.integers(100)}." for name in names)
-        name = names[rng.integers(len(names))]
-        begin = context.index(f"{name} has ") + len(f"{name} has ")
-        answer = context[begin:context.index(".", begin)]
+        facts = [f"n{j} has {rng.integers(100)}." for j in rng.permutation(30)[:rng.integers(2, 25)]]
+        name, _, answer = facts[0].rstrip(".").split()
+        context = " ".join(rng.permutation(facts))
+        begin = context.index(facts[0]) + len(f"{name} has ")
         rows.append(Row("", f"what has {name}?", context, [(answer, begin)], f"article {i % 20}"))
     return rows
 
 
 WEIGHT = torch.tensor([0.5, 1.0, 3.0])
+CLASSIFY, SEVERAL = Classify(CLASSES, None), Classify({**CLASSES, "several": True}, None)
+NUMBER = Regress({**PLAIN, "labels": ["number"], "mean": 3.0, "std": 2.0}, None)
+TARGET = torch.arange(9) % 3
 LOSSES = {  # the task, outputs, targets, weight, label smoothing, and torch's mean
-    "class": (Classify(CLASSES, None), (9, 3), torch.arange(9) % 3, None, 0.0, F.cross_entropy),
-    "smoothed": (Classify(CLASSES, None), (9, 3), torch.arange(9) % 3, None, 0.1,
-                 lambda out, y: F.cross_entropy(out, y, label_smoothing=0.1)),
-    "weighted": (Classify(CLASSES, None), (9, 3), torch.arange(9) % 3, WEIGHT, 0.1,
+    "class": (CLASSIFY, (9, 3), TARGET, None, 0.0, F.cross_entropy),
+    "weighted": (CLASSIFY, (9, 3), TARGET, WEIGHT, 0.1,
                  lambda out, y: F.cross_entropy(out, y, WEIGHT, label_smoothing=0.1)),
-    "labels": (Classify({**CLASSES, "several": True}, None), (9, 3),
-               (torch.arange(27).view(9, 3) % 2).float(), WEIGHT, 0.0,
-               lambda out, y: F.binary_cross_entropy_with_logits(out, y, pos_weight=WEIGHT)),
-    "number": (Regress({**PLAIN, "labels": ["number"]}, None), (9, 1), torch.arange(9.0), None, 0.0,
-               lambda out, y: F.mse_loss(out[:, 0], y)),
+    "labels": (SEVERAL, (9, 3), F.one_hot(TARGET).float(), WEIGHT, 0.1, lambda out, y:
+               F.binary_cross_entropy_with_logits(out, y * 0.9 + 0.05, pos_weight=WEIGHT)),
+    "number": (NUMBER, (9, 1), torch.arange(9.0), None, 0.0, lambda out, y: F.mse_loss(out[:, 0], y)),
     "answer": (Answer({**PLAIN, "labels": ["first", "last"]}, None), (9, 20, 2),
                torch.arange(18).view(9, 2), None, 0.0, F.cross_entropy),
     "tokens": (LM({**PLAIN, "labels": []}, None), (9, 50), torch.arange(9), None, 0.0, F.cross_entropy)}
@@ -89,35 +87,31 @@ def test_of_two_texts_the_longer_is_cut_first(apart):
 
 
 def test_predictions_are_told_as_the_file_has_them():
-    rows, probs = [Row("", "x", None, "a"), Row("", "y", "z", "b")], np.array([0.7, 0.2, 0.1])
-    header, lines = Classify(CLASSES, None).table(rows[:1], [probs])
+    rows, probs = [Row("", "x", None, "a"), Row("", "y", "z", "b")], np.array([0.7, 0.6, 0.1])
+    header, lines = CLASSIFY.table(rows[:1], [probs])
     assert header == ["text", "label", "prediction", "prob_a", "prob_b", "prob_c"]
-    assert lines == [["x", "a", "a", "0.700000", "0.200000", "0.100000"]]
-    several = Classify({**CLASSES, "several": True}, None)
-    assert several.said(np.array([0.7, 0.6, 0.1]))["prediction"] == ["a", "b"]
-    assert several.table(rows[1:], [probs])[1] == [["y", "z", "b", "a", "0.700000", "0.200000", "0.100000"]]
-    number = Regress({**PLAIN, "labels": ["number"], "mean": 3.0, "std": 2.0}, None)
-    answer, = number.answers(rows[:1], [], [np.array([0.5])])
-    assert number.said(answer) == {"prediction": 4.0} and number.target(Row("", "", label="4")) == 0.5
-    tag = Tag({**PLAIN, "labels": ["B", "O"]}, None)
-    row = tag.row("", "Rome is")
-    assert tag.said((["B", "O"], None)) == {"prediction": ["B", "O"]}
-    assert tag.table([row], [(["B", "O"], None)])[1] == [["", "Rome", "", "B"], ["", "is", "", "O"]]
+    assert lines == [["x", "a", "a", "0.700000", "0.600000", "0.100000"]]
+    assert SEVERAL.said(probs)["prediction"] == ["a", "b"]
+    assert SEVERAL.table(rows[1:], [probs])[1] == [["y", "z", "b", "a|b", "0.700000", "0.600000", "0.100000"]]
+    answer, = NUMBER.answers(rows[:1], [], [np.array([0.5])])
+    assert NUMBER.said(answer) == {"prediction": 4.0} and NUMBER.target(Row("", "", label="4")) == 0.5
+    tag, answer = Tag({**PLAIN, "labels": ["B", "O"]}, None), (["B", "O"], None)
+    assert tag.said(answer) == {"prediction": ["B", "O"]}
+    assert tag.table([tag.row("", "Rome is")], [answer])[1] == [["", "Rome", "", "B"], ["", "is", "", "O"]]
 
 
 def test_answers_are_scored_only_if_their_labels_were_learned():
-    task = Classify(CLASSES, None)
-    assert task.is_labelled([Row("", "x", label="a"), Row("", "y", label="c")])
+    assert CLASSIFY.is_labelled([Row("", "x", label="a"), Row("", "y", label="c")])
     for label in ("d", "", None, ["a"]):
-        assert not task.is_labelled([Row("", "x", label="a"), Row("", "y", label=label)])
+        assert not CLASSIFY.is_labelled([Row("", "x", label="a"), Row("", "y", label=label)])
 
 
 def test_what_is_explained_is_the_likeliest_class_or_the_one_asked_for():
-    task, out = Classify(CLASSES, None), np.array([0.1, 0.9, 0.3])
-    assert task.explained(None, None, out, "") == ("b", 0, [1])
-    assert task.explained(None, None, out, "c") == ("c", 0, [2])
+    out = np.array([0.1, 0.9, 0.3])
+    assert CLASSIFY.explained(None, None, out, "") == ("b", 0, [1])
+    assert CLASSIFY.explained(None, None, out, "c") == ("c", 0, [2])
     with pytest.raises(SettingError, match="--target=d: must be a class, one of a, b, c"):
-        task.explained(None, None, out, "d")
+        CLASSIFY.explained(None, None, out, "d")
     for task in (Classify({**CLASSES, "apart": True}, None), Tag(CLASSES, None)):
         with pytest.raises(UserError, match="explain"):
             task.explained(None, None, out, "")
@@ -141,8 +135,8 @@ def test_answers_are_exact_and_in_some_window(kind):
         if example.target.any():
             gold = row.label[0][0]
             assert gold in text and len(text) <= len(gold) + 3 and p > 0.5  # whole tokens
-            assert task.explained(row, example, out, "") == (text, 0, [2 * example.target[0],
-                                                                       2 * example.target[1] + 1])
+            first, last = example.target
+            assert task.explained(row, example, out, "") == (text, 0, [2 * first, 2 * last + 1])
             answered.add(example.row)
     assert answered == set(range(40))
 
@@ -201,10 +195,9 @@ def test_loss_is_on_the_response_alone_and_on_each_token_of_a_text():
 
 def test_classes_that_are_rare_weigh_as_much_as_frequent_ones():
     rows = [Row("", "", label=label) for label in "aaaabbc"]
-    weight = Classify(CLASSES, None).class_weight(rows)
+    weight = CLASSIFY.class_weight(rows)
     assert (weight * torch.tensor([4, 2, 1])).tolist() == pytest.approx([7 / 3] * 3)
-    weight = Classify({**CLASSES, "several": True}, None).class_weight(rows)
-    assert weight.tolist() == pytest.approx([3 / 4, 5 / 2, 6])
+    assert SEVERAL.class_weight(rows).tolist() == pytest.approx([3 / 4, 5 / 2, 6])
 
 
 @pytest.mark.parametrize("name", TASKS)
