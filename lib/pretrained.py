@@ -23,102 +23,86 @@ from model import Config, Transformer
 class Family(NamedTuple):
     """What a column is called in transformers: read in one direction to load, in the other to save."""
     classes: tuple[str, str]  # with a head, without
-    prefix: str  # of the body's weights, if there is a head
     fixed: dict  # our settings that all its models share; the rest are Config's defaults
     fields: dict  # our setting -> its name in config.json
     defaults: dict  # what config.json may leave out
     only: dict  # what we follow at this value alone
-    names: dict  # our layer (* is its number) or parameter -> theirs
+    names: dict  # our layer of the body -> theirs; those of a block without its number
+    head: dict  # our layer or parameter of the head -> theirs
+    prefix: str  # of the body's weights, if there is a head
+    blocks: str  # their name for our "blocks"
     ignore: str = r"$."  # weights that have no place here, as a regular expression
     transposed: bool = False  # matrices of the blocks are (in, out)
     mirrored: bool = False  # rope turns the other way: as if each head had its halves swapped
 
 
-ACTS = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu", "relu2": "relu2"}  # ours -> theirs
+ACTS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu": "gelu", "relu": "relu",
+        "relu2": "relu2"}  # theirs -> ours
+
+FIELDS = dict(vocab_size="vocab_size", block_size="max_position_embeddings", n_layer="num_hidden_layers",
+              n_head="num_attention_heads", n_embd="hidden_size", n_inner="intermediate_size",
+              tied="tie_word_embeddings")
 
 GPT2 = Family(
-    classes=("GPT2LMHeadModel", "GPT2Model"), prefix="transformer.",
+    classes=("GPT2LMHeadModel", "GPT2Model"), prefix="transformer.", blocks="h",
     fixed=dict(bias=True),
     fields=dict(vocab_size="vocab_size", block_size="n_positions", n_layer="n_layer", n_head="n_head",
-                n_embd="n_embd", n_inner="n_inner", act="activation_function", norm_eps="layer_norm_epsilon",
-                tied="tie_word_embeddings"),
+                n_embd="n_embd", n_inner="n_inner", tied="tie_word_embeddings", act="activation_function",
+                norm_eps="layer_norm_epsilon"),
     defaults=dict(n_inner=None, activation_function="gelu_new", layer_norm_epsilon=1e-5,
                   tie_word_embeddings=True),
     only=dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False),
-    names={"wte": "transformer.wte", "positions.wpe": "transformer.wpe",
-           "blocks.*.norm1": "transformer.h.*.ln_1",
-           "blocks.*.attn.q": "transformer.h.*.attn.c_attn",  # the three are one matrix, side by side
-           "blocks.*.attn.k": "transformer.h.*.attn.c_attn",
-           "blocks.*.attn.v": "transformer.h.*.attn.c_attn",
-           "blocks.*.attn.o": "transformer.h.*.attn.c_proj", "blocks.*.norm2": "transformer.h.*.ln_2",
-           "blocks.*.mlp.up": "transformer.h.*.mlp.c_fc", "blocks.*.mlp.down": "transformer.h.*.mlp.c_proj",
-           "norm_f": "transformer.ln_f", "head": "lm_head"},
+    names={"wte": "wte", "positions.wpe": "wpe", "norm1": "ln_1", "norm2": "ln_2", "norm_f": "ln_f",
+           "attn.q": "attn.c_attn", "attn.k": "attn.c_attn", "attn.v": "attn.c_attn",  # one, side by side
+           "attn.o": "attn.c_proj", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"},
+    head={"head": "lm_head"},
     ignore=r".*\.attn\.(masked_)?bias$",  # the causal mask, which old versions stored
     transposed=True)
 
 LLAMA = Family(
-    classes=("LlamaForCausalLM", "LlamaModel"), prefix="model.",
+    classes=("LlamaForCausalLM", "LlamaModel"), prefix="model.", blocks="layers",
     fixed=dict(pos="rope", norm="rms", act="swiglu"),
-    fields=dict(vocab_size="vocab_size", block_size="max_position_embeddings", n_layer="num_hidden_layers",
-                n_head="num_attention_heads", n_kv_head="num_key_value_heads", head_dim="head_dim",
-                n_embd="hidden_size", n_inner="intermediate_size", norm_eps="rms_norm_eps",
-                tied="tie_word_embeddings"),
+    fields=FIELDS | dict(n_kv_head="num_key_value_heads", head_dim="head_dim", norm_eps="rms_norm_eps"),
     defaults=dict(num_key_value_heads=None, head_dim=None, rms_norm_eps=1e-6, tie_word_embeddings=False),
     only=dict(hidden_act="silu", attention_bias=False, mlp_bias=False),
-    names={"wte": "model.embed_tokens", "blocks.*.norm1": "model.layers.*.input_layernorm",
-           "blocks.*.attn.q": "model.layers.*.self_attn.q_proj",
-           "blocks.*.attn.k": "model.layers.*.self_attn.k_proj",
-           "blocks.*.attn.v": "model.layers.*.self_attn.v_proj",
-           "blocks.*.attn.o": "model.layers.*.self_attn.o_proj",
-           "blocks.*.norm2": "model.layers.*.post_attention_layernorm",
-           "blocks.*.mlp.gate": "model.layers.*.mlp.gate_proj",
-           "blocks.*.mlp.up": "model.layers.*.mlp.up_proj",
-           "blocks.*.mlp.down": "model.layers.*.mlp.down_proj",
-           "norm_f": "model.norm", "head": "lm_head"},
+    names={"wte": "embed_tokens", "norm1": "input_layernorm", "norm2": "post_attention_layernorm",
+           "norm_f": "norm", "attn.q": "self_attn.q_proj", "attn.k": "self_attn.k_proj",
+           "attn.v": "self_attn.v_proj", "attn.o": "self_attn.o_proj",
+           "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj"},
+    head={"head": "lm_head"},
     ignore=r".*rotary_emb\.inv_freq$")
 
 NANOCHAT = LLAMA._replace(
     classes=("NanoChatForCausalLM", "NanoChatModel"),
     fixed=dict(pos="rope", norm="rms", norm_weight=False, norm_embd=True, act="relu2", qk_norm="after"),
-    fields={name: theirs for name, theirs in LLAMA.fields.items() if name != "head_dim"}
-           | {"softcap": "final_logit_softcapping"},
+    fields=FIELDS | dict(n_kv_head="num_key_value_heads", norm_eps="rms_norm_eps",
+                         softcap="final_logit_softcapping"),
     defaults=LLAMA.defaults | {"final_logit_softcapping": 15.0},
     only=dict(hidden_act="relu2", attention_bias=False),
-    names=LLAMA.names | {"blocks.*.mlp.up": "model.layers.*.mlp.fc1",
-                         "blocks.*.mlp.down": "model.layers.*.mlp.fc2"},
+    names=LLAMA.names | {"mlp.up": "mlp.fc1", "mlp.down": "mlp.fc2"},
     mirrored=True)
 
 BERT = Family(
-    classes=("BertForMaskedLM", "BertModel"), prefix="bert.",
+    classes=("BertForMaskedLM", "BertModel"), prefix="bert.", blocks="encoder.layer",
     fixed=dict(causal=False, norm_place="post", norm_embd=True, bias=True, head="mlm", head_bias=True),
-    fields=dict(vocab_size="vocab_size", block_size="max_position_embeddings", n_segment="type_vocab_size",
-                n_layer="num_hidden_layers", n_head="num_attention_heads", n_embd="hidden_size",
-                n_inner="intermediate_size", act="hidden_act", norm_eps="layer_norm_eps",
-                tied="tie_word_embeddings"),
+    fields=FIELDS | dict(n_segment="type_vocab_size", act="hidden_act", norm_eps="layer_norm_eps"),
     defaults=dict(type_vocab_size=2, hidden_act="gelu", layer_norm_eps=1e-12, tie_word_embeddings=True),
     only=dict(position_embedding_type="absolute"),
-    names={"wte": "bert.embeddings.word_embeddings", "positions.wpe": "bert.embeddings.position_embeddings",
-           "wse": "bert.embeddings.token_type_embeddings", "norm_embd": "bert.embeddings.LayerNorm",
-           "blocks.*.attn.q": "bert.encoder.layer.*.attention.self.query",
-           "blocks.*.attn.k": "bert.encoder.layer.*.attention.self.key",
-           "blocks.*.attn.v": "bert.encoder.layer.*.attention.self.value",
-           "blocks.*.attn.o": "bert.encoder.layer.*.attention.output.dense",
-           "blocks.*.norm1": "bert.encoder.layer.*.attention.output.LayerNorm",
-           "blocks.*.mlp.up": "bert.encoder.layer.*.intermediate.dense",
-           "blocks.*.mlp.down": "bert.encoder.layer.*.output.dense",
-           "blocks.*.norm2": "bert.encoder.layer.*.output.LayerNorm",
-           "head.dense": "cls.predictions.transform.dense",
-           "head.norm": "cls.predictions.transform.LayerNorm",
-           "head": "cls.predictions.decoder", "head.bias": "cls.predictions.bias"},
-    ignore=r"(bert\.)?(pooler\..*|embeddings\.position_ids)$|cls\.seq_relationship\.|.*\.decoder\.bias$")
+    names={"wte": "embeddings.word_embeddings", "wse": "embeddings.token_type_embeddings",
+           "positions.wpe": "embeddings.position_embeddings", "norm_embd": "embeddings.LayerNorm",
+           "attn.q": "attention.self.query", "attn.k": "attention.self.key",
+           "attn.v": "attention.self.value", "attn.o": "attention.output.dense",
+           "norm1": "attention.output.LayerNorm", "norm2": "output.LayerNorm",
+           "mlp.up": "intermediate.dense", "mlp.down": "output.dense"},
+    head={"head": "cls.predictions.decoder", "head.bias": "cls.predictions.bias",
+          "head.dense": "cls.predictions.transform.dense", "head.norm": "cls.predictions.transform.LayerNorm"},
+    ignore=r"(pooler\..*|embeddings\.position_ids)$|cls\.seq_relationship\.|.*\.decoder\.bias$")
 
 ROBERTA = BERT._replace(
     classes=("RobertaForMaskedLM", "RobertaModel"), prefix="roberta.",
     fixed=BERT.fixed | {"pos_offset": 2},
-    names={name: theirs.replace("bert.", "roberta.") for name, theirs in BERT.names.items()}
-          | {"head.dense": "lm_head.dense", "head.norm": "lm_head.layer_norm",
-             "head": "lm_head.decoder", "head.bias": "lm_head.bias"},
-    ignore=BERT.ignore.replace("bert", "roberta"))
+    head={"head": "lm_head.decoder", "head.bias": "lm_head.bias", "head.dense": "lm_head.dense",
+          "head.norm": "lm_head.layer_norm"})
 
 FAMILIES = {  # model_type in config.json -> the column
     "gpt2": GPT2,
@@ -133,8 +117,8 @@ FAMILIES = {  # model_type in config.json -> the column
                             fixed=LLAMA.fixed | {"qk_norm": "before"},
                             defaults=LLAMA.defaults | {"head_dim": 128},
                             only=dict(hidden_act="silu", attention_bias=False, use_sliding_window=False),
-                            names=LLAMA.names | {"blocks.*.attn.norm_q": "model.layers.*.self_attn.q_norm",
-                                                 "blocks.*.attn.norm_k": "model.layers.*.self_attn.k_norm"}),
+                            names=LLAMA.names | {"attn.norm_q": "self_attn.q_norm",
+                                                 "attn.norm_k": "self_attn.k_norm"}),
 }
 
 
@@ -149,8 +133,9 @@ def load(cls: type[Transformer], path: str | Path, dropout: float, block_size: i
         if block_size > settings["block_size"]:
             raise ValueError(f"block_size={block_size}: the model was made for {settings['block_size']}")
         settings["block_size"] = block_size
-    if not has_head(family, settings, weights):
-        settings["head"] = "none"
+    if not any(name.startswith(tuple(family.head.values())) for name in weights):
+        if family.fixed.get("head") == "mlm" or not settings.get("tied", True):
+            settings["head"] = "none"  # else it is the embedding
     with torch.device("meta"):  # shapes without memory: the weights come from the files
         model = cls(Config(**settings | {"dropout": dropout}))
     prefix = family.prefix if any(name.startswith(family.prefix) for name in weights) else ""
@@ -161,20 +146,12 @@ def load(cls: type[Transformer], path: str | Path, dropout: float, block_size: i
             state |= fitted(weight, ours, model, dtype, f"{path}: {their}")
         elif ours != ["head.weight"] or not model.config.tied:
             raise ValueError(f"{path}: has no weight {their}")
-    extra = [name for name in weights if not re.match(family.ignore, name)]
+    extra = [name for name in weights if not re.match(family.ignore, name.removeprefix(family.prefix))]
     if extra:
         raise ValueError(f"{path}: weight {extra[0]} has no place in this model")
     model.load_state_dict(state, assign=True, strict=False)  # each was checked above
     model.tie()
     return model.eval()
-
-
-def has_head(family: Family, settings: dict, weights: dict) -> bool:
-    """Without weights of its own there can be one yet: the embedding's, if the family ties the two."""
-    prefixes = [name for name in family.names.values() if not name.startswith(family.prefix)]
-    if any(name.startswith(tuple(prefixes)) for name in weights):
-        return True
-    return family.fixed.get("head") != "mlm" and settings.get("tied", True)
 
 
 def fitted(weight: torch.Tensor, ours: list[str], model: Transformer, dtype: torch.dtype,
@@ -205,17 +182,17 @@ def from_hf_config(theirs: dict) -> tuple[Family, dict]:
             raise ValueError(f"config.json: {name}={theirs[name]!r}: only {value!r} is supported")
     if set(theirs.get("layer_types") or ()) - {"full_attention"}:
         raise ValueError(f"config.json: layer_types={theirs['layer_types']}: must be full_attention")
-    missing = [name for name in family.fields.values() if name not in theirs]
-    if missing:
-        raise ValueError(f"config.json: has no {missing[0]}")
-    ours = {**family.fixed, **{name: theirs[their] for name, their in family.fields.items()}}
+    ours = dict(family.fixed)
+    for name, their in family.fields.items():
+        if their not in theirs:
+            raise ValueError(f"config.json: has no {their}")
+        ours[name] = theirs[their]
     ours["block_size"] -= ours.get("pos_offset", 0)
     if "act" in family.fields:
-        acts = {their: name for name, their in ACTS.items()} | {"gelu_pytorch_tanh": "gelu_tanh"}
-        if ours["act"] not in acts:
+        if ours["act"] not in ACTS:
             raise ValueError(f"config.json: {family.fields['act']}={ours['act']!r}: must be one of "
-                             f"{', '.join(acts)}")
-        ours["act"] = acts[ours["act"]]
+                             f"{', '.join(ACTS)}")
+        ours["act"] = ACTS[ours["act"]]
     if ours.get("pos") == "rope":
         ours |= rope_of(theirs)
     return family, ours
@@ -240,17 +217,14 @@ def open_weights(path: str | Path) -> tuple[Family, dict, dict[str, Callable]]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if not {"model", "model_args"} <= set(checkpoint) or "version" in checkpoint:
             raise ValueError(f"{path}: not a nanoGPT checkpoint (a run of ours is read by sample.load)")
-        family = GPT2._replace(transposed=False)
         settings = {name: value for name, value in checkpoint["model_args"].items() if value is not None}
-        weights = {name.removeprefix("_orig_mod."): value for name, value in checkpoint["model"].items()}
-        return family, settings, {name: lambda value=value: value for name, value in weights.items()}
+        weights = {name.removeprefix("_orig_mod."): w.detach for name, w in checkpoint["model"].items()}
+        return GPT2._replace(transposed=False), settings, weights
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
         raise ImportError("Hugging Face models need safetensors: pip install safetensors") from None
-    folder = Path(path)
-    if not folder.is_dir():
-        folder = Path(download(str(path)))
+    folder = Path(path) if Path(path).is_dir() else Path(download(str(path)))
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder}: has no config.json, so it is no Hugging Face model")
     family, settings = from_hf_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
@@ -317,12 +291,13 @@ def to_hf_config(config) -> tuple[Family, dict]:
     free = ["dropout", "init", "n_gram_rows"]
     free += ["head", "head_bias", "tied"] if config.head == "none" else []
     wanted = {name: value for name, value in asdict(config).items() if name not in free}
-    nearest = None
+    differs = {}
     for kind, family in FAMILIES.items():
         theirs = {"model_type": kind, "architectures": [family.classes[config.head == "none"]], **family.only,
                   **{their: getattr(config, name) for name, their in family.fields.items()}}
         if "act" in family.fields:
-            theirs[family.fields["act"]] = ACTS.get(config.act, config.act)
+            acts = {name: their for their, name in ACTS.items()}  # gelu_new of two
+            theirs[family.fields["act"]] = acts.get(config.act, config.act)
         theirs[family.fields["block_size"]] += config.pos_offset
         if family.fixed.get("pos") == "rope":
             scaling = config.rope_scaling and {"rope_type": "llama3", **config.rope_scaling}
@@ -333,13 +308,12 @@ def to_hf_config(config) -> tuple[Family, dict]:
             found = asdict(type(config)(**from_hf_config(theirs)[1]))
         except ValueError:
             continue
-        differs = [f"{name}={value}" for name, value in wanted.items() if found[name] != value]
-        if not differs:
+        differs[kind] = [f"{name}={value}" for name, value in wanted.items() if found[name] != value]
+        if not differs[kind]:
             return family, theirs
-        if nearest is None or len(differs) < len(nearest[1]):
-            nearest = kind, differs
-    raise ValueError(f"transformers has no such model: the nearest, {nearest[0]}, differs in "
-                     f"{', '.join(nearest[1])}")
+    nearest = min(differs, key=lambda kind: len(differs[kind]))
+    raise ValueError(f"transformers has no such model: the nearest, {nearest}, differs in "
+                     f"{', '.join(differs[nearest])}")
 
 
 # -----------------------------------------------------------------------------
@@ -350,11 +324,13 @@ def their_names(model: torch.nn.Module, family: Family, prefix: str) -> dict[str
     groups = {}
     for name in model.state_dict():
         layer, _, kind = name.rpartition(".")
-        number = "".join(re.findall(r"\.(\d+)\.", name))
-        pattern = re.sub(r"\.\d+\.", ".*.", layer)
-        their = family.names.get(name) or family.names[pattern].replace("*", number) + "." + kind
-        if their.startswith(family.prefix):
-            their = prefix + their.removeprefix(family.prefix)
+        if layer.startswith("blocks."):
+            _, number, part = layer.split(".", 2)
+            their = f"{prefix}{family.blocks}.{number}.{family.names[part]}.{kind}"
+        elif layer in family.names:
+            their = f"{prefix}{family.names[layer]}.{kind}"
+        else:
+            their = family.head.get(name) or f"{family.head[layer]}.{kind}"
         groups.setdefault(their, []).append(name)
     return groups
 

@@ -11,6 +11,7 @@ writing as fast as memory is read.
 """
 from __future__ import annotations
 
+import collections
 import contextlib
 import sys
 import time
@@ -25,7 +26,7 @@ from torch import nn
 import sample
 import train
 from config import SettingError, at_least, launch, values_of
-from lib.run import STARTED, Machine, load_body, memory_advice, peak_memory, stored_settings
+from lib.run import STARTED, Machine, memory_advice, peak_memory, stored_settings
 from model import Config, Transformer
 
 # -----------------------------------------------------------------------------
@@ -53,17 +54,6 @@ def now(device: torch.device) -> float:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()
-
-
-class Laps:
-    """A stopwatch: laps("forward") adds the seconds since the lap before to those of the forward passes."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.last, self.seconds = device, now(device), {}
-
-    def __call__(self, name: str) -> None:
-        before, self.last = self.last, now(self.device)
-        self.seconds[name] = self.seconds.get(name, 0.0) + self.last - before
 
 
 def fastest(work: Callable, device: torch.device, times: int = 8) -> float:
@@ -96,15 +86,38 @@ def reading_rate(device: torch.device) -> float:
 # -----------------------------------------------------------------------------
 # A training step
 
+class Stopwatch(Machine):
+    """train_step asks its machine for a precision before each forward pass, and for a sum after the last
+    backward pass: here is where a step is taken apart."""
+
+    def start(self) -> None:
+        self.seconds = dict.fromkeys(("data", "forward", "backward", "update"), 0.0)
+        self.last = now(self.device)
+
+    def lap(self, part: str) -> None:
+        """What has passed since the lap before was spent on this part."""
+        before, self.last = self.last, now(self.device)
+        self.seconds[part] += self.last - before
+
+    @contextlib.contextmanager
+    def amp(self):
+        self.lap("backward")  # of the micro-batch before
+        with super().amp():
+            yield
+        self.lap("forward")
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.lap("backward")
+        return super().sum(tensor)
+
+
 def bench_training(given: dict, s: SimpleNamespace) -> None:
     """given: the model's settings; s: all of train.py's."""
-    machine = Machine(s.device, s.dtype, s.seed, s.deterministic, s.backend)
-    model, tokenizer = None, None
-    if s.init_from != "scratch":
-        changes = {name: given[name] for name in ("dropout", "block_size") if name in given}
-        model, its_tokenizer = load_body(s.out_dir if s.init_from == "resume" else s.init_from, **changes)
-        tokenizer = its_tokenizer.to_dict()
-    model, data = train.fit(model, tokenizer, given, s.dataset, machine)
+    machine = Stopwatch(s.device, s.dtype, s.seed, s.deterministic, s.backend)
+    machine.start()
+    origin = s.out_dir if s.init_from == "resume" else s.init_from
+    start = train.open_model(SimpleNamespace(init_from=origin, resumed=False), given)
+    model, data = train.fit(*start, given, s.dataset, machine)
     T = model.config.block_size
     mask, counted = None, None
     if not model.config.causal:
@@ -125,39 +138,19 @@ def bench_training(given: dict, s: SimpleNamespace) -> None:
     step_windows = s.batch_size * s.gradient_accumulation_steps
     share = step_windows // machine.world
     for step in range(-2, STEPS):  # two to warm up
-        if step in (-2, 0):
-            laps = Laps(machine.device)
+        if step == 0:
+            machine.start()
         first = max(0, step) * step_windows + machine.rank * share
         x, y = (machine.to(t) for t in windows.get(first, share))  # (N, T) each; the loop reads ahead
         micro_batches = list(zip(x.split(s.batch_size), y.split(s.batch_size), strict=True))
-        laps("data")
+        machine.lap("data")
         with memory_advice(s.batch_size, s.gradient_accumulation_steps, "" if s.remat else train.REMAT):
-            step_by_parts(objective, micro_batches, (y != -1).sum(), model, optimizers, machine, s.grad_clip,
-                          laps)
+            train.train_step(objective, micro_batches, (y != -1).sum(), model, optimizers, machine, s.grad_clip)
+        machine.lap("update")
         if step == -2:
-            started = time.time() - STARTED
+            until_first = time.time() - STARTED
     if machine.main:
-        print("\n" + training_table(laps.seconds, step_windows * T, model, machine, started))
-
-
-def step_by_parts(objective, micro_batches: list[tuple], counted: torch.Tensor, model, optimizers,
-                  machine: Machine, grad_clip: float, laps: Laps) -> None:
-    """train.train_step, with a stop after each part."""
-    counted = machine.sum(counted).clamp(min=1)
-    total = torch.zeros(2, device=machine.device)
-    for n, micro_batch in enumerate(micro_batches, start=1):
-        local = machine.world > 1 and n < len(micro_batches)
-        with objective.no_sync() if local else contextlib.nullcontext():
-            with machine.amp():
-                sums = objective(*micro_batch) / counted
-            total += sums.detach()
-            laps("forward")
-            loss = sums.sum() * machine.world
-            (machine.scaler.scale(loss) if machine.scaler else loss).backward()
-            laps("backward")
-    machine.sum(total)
-    train.update(model, optimizers, total.sum(), grad_clip, machine.scaler)
-    laps("update")
+        print("\n" + training_table(dict(machine.seconds), step_windows * T, model, machine, until_first))
 
 
 def training_table(seconds: dict, tokens: int, model: Transformer, machine: Machine, started: float) -> str:
@@ -200,26 +193,18 @@ def model_to_write(given: dict, machine: Machine) -> Transformer:
     return model.eval()
 
 
-def weights_read(model: nn.Module) -> int:
-    """How many weights one token needs: those of all matrix products, the head's too; no look-ups."""
-    return sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
-
-
 def time_writing(model: Transformer, prompt: torch.Tensor, new: int) -> tuple[float, float]:
     """Seconds until the first token after the prompt, (B, T), and for each of the others."""
     firsts, others = [], []
-    for n in range(1 + ROUNDS):
-        laps = Laps(prompt.device)
+    for _ in range(1 + ROUNDS):  # the first warms up
+        start = now(prompt.device)
         tokens = model.stream(prompt, new, temperature=0, compile=compile)
         next(tokens)
-        laps("first")
-        for _ in tokens:
-            pass
-        laps("others")
-        if n > 0:  # once to warm up
-            firsts.append(laps.seconds["first"])
-            others.append(laps.seconds["others"] / (new - 1))
-    return min(firsts), min(others)
+        first = now(prompt.device)
+        collections.deque(tokens, maxlen=0)  # to the end
+        firsts.append(first - start)
+        others.append((now(prompt.device) - first) / (new - 1))
+    return min(firsts[1:]), min(others[1:])
 
 
 def time_transformers(prompt: torch.Tensor, new: int, machine: Machine) -> tuple[float, float]:
@@ -244,7 +229,9 @@ def time_transformers(prompt: torch.Tensor, new: int, machine: Machine) -> tuple
 def bench_writing(given: dict) -> None:
     machine = Machine(device, dtype)
     model = model_to_write(given, machine)
-    context, weights = model.config.block_size, weights_read(model)
+    context = model.config.block_size
+    # what one token needs: the weights of all matrix products, the head's too; no look-ups
+    weights = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
     new = max(2, min(max_new_tokens, context // 2))
     length = max(1, min(prompt_tokens, context - new))
     rate = reading_rate(machine.device)

@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Optional
 
@@ -98,8 +99,7 @@ def read_space(word: str, kind: Any) -> Space:
     values = [checked(parse(part, kind), kind, word) for part in text.split(separator)]
     if separator == ",":
         return Space(values)
-    numbers = all(type(value) in (int, float) for value in values)
-    if len(values) != 2 or not numbers or values[0] >= values[1]:
+    if len(values) != 2 or not {type(value) for value in values} <= {int, float} or values[0] >= values[1]:
         raise SettingError(f"{word}: a range is low..high, in numbers; a choice is a,b,c")
     low, high = values
     return Space([], low, high, log=0 < 10 * low <= high)
@@ -130,24 +130,25 @@ def propose(method: str, spaces: dict[str, Space], rows: list[dict], best, seed:
     A function of the rows so far and the seed alone: a search resumes from its rows. best: min or max.
     """
     tried = [row["settings"] for row in rows]
+    for point in candidates(method, spaces, rows, best, seed):
+        if point not in tried:
+            return point
+    return None
+
+
+def candidates(method: str, spaces: dict[str, Space], rows: list[dict], best, seed: int) -> Iterator[dict]:
     if method == "grid":
         axes = []
         for space in spaces.values():
             axes.append(space.choices or [space.at(i / (GRID - 1)) for i in range(GRID)])
         for values in itertools.product(*axes):
-            point = dict(zip(spaces, values))
-            if point not in tried:
-                return point
-        return None
+            yield dict(zip(spaces, values))
+        return
     draw = random.Random(f"{seed} {len(rows)}")
-    point = None
     if method == "bayes":
-        point = ask_optuna(spaces, rows, best, draw.getrandbits(31))
+        yield ask_optuna(spaces, rows, best, draw.getrandbits(31))
     for _ in range(1000):
-        if point and point not in tried:
-            return point
-        point = {name: space.at(draw.random()) for name, space in spaces.items()}
-    return None
+        yield {name: space.at(draw.random()) for name, space in spaces.items()}
 
 
 def ask_optuna(spaces: dict[str, Space], rows: list[dict], best, seed: int) -> dict:
@@ -156,22 +157,21 @@ def ask_optuna(spaces: dict[str, Space], rows: list[dict], best, seed: int) -> d
         import optuna
     except ImportError:
         raise UserError("--method=bayes needs optuna: pip install optuna; or --method=random") from None
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+    from optuna.trial import TrialState
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     kinds = {}
     for name, (choices, low, high, log) in spaces.items():
-        if choices:
-            kinds[name] = optuna.distributions.CategoricalDistribution(choices)
-        elif isinstance(low, int):
-            kinds[name] = optuna.distributions.IntDistribution(low, high, log=log)
-        else:
-            kinds[name] = optuna.distributions.FloatDistribution(low, high, log=log)
+        number = IntDistribution if isinstance(low, int) else FloatDistribution
+        kinds[name] = CategoricalDistribution(choices) if choices else number(low, high, log=log)
     sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=4)
     study = optuna.create_study(direction="minimize" if best is min else "maximize", sampler=sampler)
     for row in rows:
-        done = row["state"] == "done"  # optuna takes "pruned" for worse than all that are
+        state, value = TrialState.COMPLETE, row["value"]
+        if row["state"] != "done":
+            state, value = TrialState.PRUNED, None  # optuna takes these for worse than all others
         study.add_trial(optuna.trial.create_trial(
-            state=optuna.trial.TrialState.COMPLETE if done else optuna.trial.TrialState.PRUNED,
-            value=row["value"] if done else None, params=row["settings"], distributions=kinds,
+            state=state, value=value, params=row["settings"], distributions=kinds,
             intermediate_values=dict(row["curve"])))
     return study.ask(kinds).params
 
@@ -201,8 +201,7 @@ def hopeless(curve: list, others: list[list], best) -> bool:
     if not then or 2 * len(then) < len(others):
         return False  # few of them looked so early
     mine = best(value for _, value in curve)
-    median = statistics.median(then)
-    return mine != median and best(mine, median) == median
+    return best(mine, statistics.median(then)) != mine
 
 
 def try_out(command: list[str], folder: Path, metric: str, best, others: list[list], seconds: float) -> dict:
@@ -263,15 +262,6 @@ def table(rows: list[dict], metric: str) -> str:
     return "\n".join("  ".join([*map(str.rjust, line[:-1], widths), line[-1]]) for line in lines)
 
 
-def save_winner(path: Path, script: str, shared: dict, metric: str, row: dict, number: int) -> None:
-    """The settings of the best of so many trials, as a config file."""
-    settings = {**shared, **row["settings"], "out_dir": (path.parent / "best").as_posix()}
-    lines = [f"# python {script} {path.as_posix()}",
-             f"# {metric} {row['value']:.6g}, trial {row['trial']} of {number}",
-             *(f"{name} = {value!r}" for name, value in settings.items())]
-    write_text(path, "\n".join(lines) + "\n")
-
-
 def plot(rows: list[dict], spaces: dict[str, Space], metric: str, picture: Path) -> None:
     """The metric against each setting, if matplotlib is installed."""
     try:
@@ -280,11 +270,11 @@ def plot(rows: list[dict], spaces: dict[str, Space], metric: str, picture: Path)
         return
     figure = Figure(figsize=(3 * len(spaces) + 1, 3), layout="constrained")
     rows = [row for row in rows if row["value"] is not None]
-    values = [row["value"] for row in rows]
     for n, (name, space) in enumerate(spaces.items(), start=1):
         places = [row["settings"][name] for row in rows]
         axes = figure.add_subplot(1, len(spaces), n, xlabel=name, ylabel=metric)
-        axes.plot([str(place) for place in places] if space.choices else places, values, "o", alpha=0.6)
+        axes.plot(list(map(str, places)) if space.choices else places, [row["value"] for row in rows], "o",
+                  alpha=0.6)
         if space.log:
             axes.set_xscale("log")
     figure.savefig(picture, dpi=100)
@@ -334,7 +324,10 @@ def main(words: list[str]):
             for file in (folder / str(row["trial"])).rglob("*.pt"):
                 file.unlink()  # a disk fills quickly
         if first["state"] == "done":
-            save_winner(winner, script, shared, metric, first, number)
+            settings = {**shared, **first["settings"], "out_dir": (folder / "best").as_posix()}
+            lines = [f"{name} = {value!r}\n" for name, value in settings.items()]
+            write_text(winner, f"# python {script} {winner.as_posix()}\n# {metric} {first['value']:.6g}, "
+                               f"trial {first['trial']} of {number}\n{''.join(lines)}")
         plot(rows, spaces, metric, folder / "search.png")
     print(table(ranked(rows, best), metric))
     if not winner.exists():
