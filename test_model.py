@@ -31,6 +31,17 @@ TINY = dict(block_size=16, vocab_size=61, n_layer=2, n_head=4, n_embd=32)
 MODERN = dict(pos="rope", norm="rms", norm_weight=False, norm_eps=1e-6, norm_embd=True, qk_norm="after",
               act="relu2", tied=False, softcap=15.0, init="zero_out")
 
+class Near(Learned):
+    """Each head likes near tokens better, more or less so, and sees none further away than 4."""
+
+    def bias(self, query, key):
+        distance = query - key
+        slopes = torch.tensor([0.1, 0.2, 0.4, 0.8]).view(4, 1, 1)
+        return torch.where(distance > 4, -math.inf, -slopes * distance.abs())
+
+
+POSITIONS["near"] = Near
+
 COLUMNS = {  # what you add to model.py gets a line here, and a dozen tests
     "gpt2": dict(bias=True),
     "modern": MODERN,
@@ -41,6 +52,7 @@ COLUMNS = {  # what you add to model.py gets a line here, and a dozen tests
     "llama": dict(pos="rope", norm="rms", act="swiglu", n_kv_head=2, tied=False),
     "qwen": dict(pos="rope", norm="rms", act="swiglu", n_kv_head=1, head_dim=6, qk_norm="before",
                  qkv_bias=True),
+    "near": dict(pos="near"),
 }
 columns = pytest.mark.parametrize("column", COLUMNS)
 
@@ -80,13 +92,6 @@ def test_no_gradient_comes_from_the_future(column):
     assert grad[0, 9:].abs().max() == 0 and (grad[0, :9].abs().amax(-1) > 0).all()
 
 
-def test_a_masked_model_sees_both_sides():
-    model, idx = tiny("vanilla", causal=False), tokens(1, 16)
-    other = idx.clone()
-    other[0, -1] = (idx[0, -1] + 1) % 61
-    assert (model(idx)[0][0, 0] - model(other)[0][0, 0]).abs().max() > 1e-3
-
-
 @columns
 @pytest.mark.parametrize("causal", [True, False])
 def test_padding_changes_nothing(column, causal):
@@ -101,7 +106,7 @@ def test_padding_changes_nothing(column, causal):
         torch.testing.assert_close(logits[1, left:left + 9], alone[0], atol=1e-5, rtol=1e-5)
 
 
-def test_targets_of_minus_one_do_not_count():
+def test_targets_of_minus_one_do_not_count_and_too_many_are_refused():
     model, idx, targets = tiny(), tokens(2, 16), tokens(2, 16, seed=1)
     targets[0, 3:], targets[1, :9] = -1, -1
     logits, loss = model(idx, targets)
@@ -110,11 +115,8 @@ def test_targets_of_minus_one_do_not_count():
     assert logits.shape == (2, 16, 61) and model(idx)[1] is None
     assert model(idx, torch.full_like(idx, -1))[1] == 0  # not NaN
     assert model.penalty() == 0
-
-
-def test_too_long_an_input_is_refused():
     with pytest.raises(ValueError, match="17 tokens.*block_size=16"):
-        tiny()(tokens(1, 17))
+        model(tokens(1, 17))
 
 
 @pytest.mark.parametrize("settings, given, words", [
@@ -173,15 +175,6 @@ def test_weights_are_cast_and_angles_never(column, dtype):
     assert difference(cast.hidden(idx).float(), rounded.hidden(idx)) < 0.02
 
 
-class Near(Learned):
-    """Each head likes near tokens better, more or less so, and sees none further away than 4."""
-
-    def bias(self, query, key):
-        distance = query - key
-        slopes = torch.tensor([0.1, 0.2, 0.4, 0.8]).view(4, 1, 1)
-        return torch.where(distance > 4, -math.inf, -slopes * distance.abs())
-
-
 def naive(model, idx):
     """GPT-2 with Near's scores, pair by pair: (B, T) -> (B, T, C)."""
     x = model.wte(idx) + model.positions.wpe.weight[:idx.size(1)]
@@ -201,29 +194,12 @@ def naive(model, idx):
 
 
 @torch.no_grad()
-def test_what_is_added_to_scores_holds_wherever_attention_is_computed(monkeypatch):
-    monkeypatch.setitem(POSITIONS, "near", Near)
-    model, idx = tiny("gpt2", pos="near").double(), tokens(2, 12)
+def test_what_a_position_adds_to_scores_is_what_it_says():
+    model, idx = tiny("near").double(), tokens(2, 12)
     exact = naive(model, idx)
-    close = partial(torch.testing.assert_close, atol=1e-6, rtol=1e-6)  # the slopes are float32
-    close(model.train().hidden(idx), exact)
-    model.eval()
-    mask = torch.ones(2, 12, dtype=torch.bool)
-    mask[0, :5] = mask[1, 9:] = False
-    padded = model.hidden(idx, mask)
-    close(padded[0, 5:], naive(model, idx[:1, 5:])[0])
-    close(padded[1, :9], exact[1, :9])
-    cache = [KVCache(model.config, 2, 16, model.wte.weight) for _ in model.blocks]
-    read, past = [], 0
-    for part in idx.split((7, 1, 1, 3), dim=1):
-        read.append(model.hidden(part, cache=cache, past=past))
-        past += part.size(1)
-    close(torch.cat(read, dim=1), exact)
-    with fixed_shapes():
-        texts = [model.generate(idx[:, :9], 20, temperature=0, pad_mask=mask[:, :9], compile=fixed)
-                 for fixed in (False, True)]
-    assert torch.equal(*texts)
-    assert tiny("gpt2").flops_per_token() - model.flops_per_token() == 12 * 2 * 32 * (16 - 5)
+    for one in (model.train(), model.eval()):  # the slopes are float32
+        torch.testing.assert_close(one.hidden(idx), exact, atol=1e-6, rtol=1e-6)
+    assert tiny("gpt2", bias=False).flops_per_token() - model.flops_per_token() == 12 * 2 * 32 * (16 - 5)
 
 
 class Pair(torch.nn.Module):
@@ -262,8 +238,7 @@ def test_cached_equals_uncached(column):
     with fixed_shapes():
         assert torch.equal(cached, model.generate(prompt, 3 * 16, temperature=0, compile=True))
     # and it is what forward says, as long as all fits
-    for t in range(5, 16):
-        assert torch.equal(model(cached[:, :t])[0][:, -1].argmax(-1), cached[:, t])
+    assert torch.equal(model(cached[:, :15])[0][:, 4:].argmax(-1), cached[:, 5:16])
     long = tokens(1, 40)  # a prompt over block_size
     assert torch.equal(model.generate(long, 20, temperature=0),
                        model.generate(long, 20, temperature=0, use_cache=False))
@@ -292,12 +267,6 @@ def test_models_write_in_any_precision(dtype):
         assert tiny(column).to(dtype).generate(tokens(2, 5), 20).shape == (2, 25)
 
 
-def test_generate_leaves_the_model_as_it_was():
-    model = tiny(dropout=0.5).train()
-    one = model.generate(tokens(1, 4), 8, temperature=0)
-    assert model.training and torch.equal(one, model.generate(tokens(1, 4), 8, temperature=0))
-
-
 @pytest.mark.parametrize("how, kept", [
     ({}, 6), ({"top_k": 3}, 3), ({"top_p": 0.9}, 3), ({"top_k": 5, "top_p": 0.5}, 1), ({"min_p": 0.1}, 3)])
 def test_draws_follow_the_filtered_softmax(how, kept):
@@ -313,18 +282,14 @@ def test_draws_follow_the_filtered_softmax(how, kept):
     assert chi2 < 25, f"chi-square {chi2:.1f} with {kept - 1} degrees of freedom"
 
 
-def test_top_k_1_is_greedy():
-    model = tiny()
+def test_text_is_greedy_or_drawn_by_its_seed_and_the_model_is_left_as_it_was():
+    model = tiny(dropout=0.5).train()
     greedy = model.generate(tokens(2, 5), 20, temperature=0)
-    assert torch.equal(model.generate(tokens(2, 5), 20, temperature=1.3, top_k=1), greedy)
-    assert torch.equal(model.generate(tokens(2, 5), 20, top_p=1e-9), greedy)
-
-
-def test_a_seed_repeats_the_text():
-    model = tiny()
+    for narrow in ({"temperature": 0}, {"temperature": 1.3, "top_k": 1}, {"top_p": 1e-9}):
+        assert torch.equal(model.generate(tokens(2, 5), 20, **narrow), greedy)
     one, two, three = (model.generate(tokens(1, 3), 30, generator=torch.Generator().manual_seed(seed))
                        for seed in (1, 1, 2))
-    assert torch.equal(one, two) and not torch.equal(one, three)
+    assert torch.equal(one, two) and not torch.equal(one, three) and model.training
 
 
 # -----------------------------------------------------------------------------
@@ -343,6 +308,14 @@ def step(model, x, y, batch_size, optimizers=(), objective=None, machine=MACHINE
 
 def gradients(model):
     return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def assert_same_step(loss, model, expected, plain):
+    """The same loss, with the same gradient."""
+    loss.backward()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert difference(gradients(model), gradients(plain)) < 1e-5
 
 
 def flat(weights: dict) -> torch.Tensor:
@@ -387,37 +360,24 @@ def test_a_warmup_or_a_floor_that_is_too_large_yields_to_what_is_given_later(pla
         assert train.settle(given, Machine("cpu")) == pytest.approx(settled)
 
 
-
-@pytest.mark.parametrize("batch_size", [16, 8, 4, 1])
-def test_accumulation_equals_one_large_batch(batch_size):
-    x, y = tokens(16, 16), ragged(16)
-    model, whole = tiny(), tiny()
-    expected = whole(x, y)[1]
-    expected.backward()
-    loss, _, norm = step(model, x, y, batch_size)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    assert norm.item() == pytest.approx(gradients(whole).norm().item(), rel=1e-5)
-    assert difference(gradients(model), gradients(whole)) < 1e-6
-
-
 def computed(folder):
     """What one of several processes computes of its share of the same step."""
-    machine, found = Machine("cpu", "float32"), {}
-    model, share = tiny(), 24 // machine.world
+    machine, model = Machine("cpu", "float32"), tiny()
+    share = 24 // machine.world
     mine = slice(machine.rank * share, (machine.rank + 1) * share)
     x, y = tokens(24, 16)[mine], ragged(24)[mine]
     objective, _ = train.ready(train.Objective(model), machine)
-    optimizers = optimizers_of(model, "muon")
+    optimizers, found = optimizers_of(model, "muon"), {"steps": []}
     for batch_size in (1, 2, 6):
         model.zero_grad()
         loss, _, norm = step(model, x, y, batch_size, (), objective, machine)
-        found[batch_size] = {"loss": loss, "norm": norm, "grad": gradients(model)}
+        found["steps"].append([loss, norm, gradients(model)])
     data, lengths = tokens(16 * 40 + 5).numpy(), np.arange(61) % 4
     found["val"] = [train.evaluate(objective, data, 37, size, 16, machine, token_bytes=lengths)
                     for size in (1, 7, 64)]
     model.zero_grad()
     step(model, x, y, 6, optimizers, objective, machine)
-    found["weights"] = {name: p.clone() for name, p in model.state_dict().items()}
+    found["weights"] = copy.deepcopy(model.state_dict())
     if machine.rank == machine.world - 1:
         model.penalty = lambda: torch.tensor(math.nan)  # here alone: nobody may take this step
     step(model, x, y, 6, optimizers, objective, machine)
@@ -425,17 +385,21 @@ def computed(folder):
     torch.save(found, folder / f"{machine.world}.{machine.rank}")
 
 
-@posix
-@pytest.mark.parametrize("world", [2, pytest.param(3, marks=slow), pytest.param(4, marks=slow)])
-def test_any_number_of_processes_computes_the_same(tmp_path, world):
-    computed(tmp_path)
-    together(world, computed, tmp_path)
-    alone = torch.load(tmp_path / "1.0", weights_only=True)
-    every = [torch.load(tmp_path / f"{world}.{rank}", weights_only=True) for rank in range(world)]
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=posix), pytest.param(3, marks=[posix, slow]),
+                                   pytest.param(4, marks=[posix, slow])])
+def test_micro_batches_in_any_number_of_processes_are_one_batch(tmp_path, world):
+    plain = tiny()
+    expected = plain(tokens(24, 16), ragged(24))[1]
+    expected.backward()
+    wanted = gradients(plain)
+    for number in {1, world}:
+        together(number, computed, tmp_path)
+    alone, *every = (torch.load(path, weights_only=True) for path in sorted(tmp_path.iterdir()))
     for found in (alone, *every):
-        for size in (1, 2, 6):
-            assert found[size]["loss"].item() == pytest.approx(alone[6]["loss"].item(), rel=1e-6)
-            assert difference(found[size]["grad"], alone[6]["grad"]) < 1e-6
+        for loss, norm, grad in found["steps"]:
+            assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+            assert norm.item() == pytest.approx(wanted.norm().item(), rel=1e-5)
+            assert difference(grad, wanted) < 1e-6
         assert all(val == pytest.approx(alone["val"][0], rel=1e-6) for val in found["val"])
         assert difference(flat(found["weights"]), flat(alone["weights"])) < 1e-5
         assert same(found["weights"], found["after"])
@@ -494,16 +458,15 @@ def test_validation_is_one_number_for_any_batch_size(monkeypatch, causal, eval_i
     found = [train.evaluate(objective, data, eval_iters, size, 16, MACHINE, mask, lengths)
              for size in (1, 7, 64)]
     assert all(one == pytest.approx(found[0], rel=1e-6) for one in found)
-    starts = np.arange(40) * 16 if eval_iters == 0 else np.linspace(0, 39, 13).astype(int) * 16
-    x, y = train.gather(data, starts, 16)
-    size = lengths[y].sum()
+    windows = np.linspace(0, 39, eval_iters or 40).astype(int)
+    x, y = train.gather(data, windows * 16, 16)
     if mask:
-        x, y = mask(x, starts // 16, 0)  # masks go with the windows
-        size = lengths[y].sum()
+        x, y = mask(x, windows, 0)  # masks go with the windows
     (logits, loss), counted = model(x, y), y != -1
     ranks = (logits > logits.gather(-1, y.clamp(min=0).unsqueeze(-1))).sum(-1)[counted]
     assert found[0] == pytest.approx({
-        "loss": loss.item(), "bpb": loss.item() * counted.sum().item() / math.log(2) / size,
+        "loss": loss.item(),
+        "bpb": loss.item() * counted.sum().item() / math.log(2) / lengths[y].sum(),
         "accuracy": (ranks == 0).double().mean().item(),
         "top3": (ranks < 3).double().mean().item()}, rel=1e-5)
 
@@ -536,12 +499,9 @@ def test_the_chunked_loss_equals_the_plain_one(monkeypatch, column, compiling):
     x, y = tokens(30, 16), tokens(30, 16, seed=1)  # 480 tokens: four chunks of 100 and a part
     y[3, 5:] = -1
     model, plain = (scaled() if column == "scaled" else tiny(column) for _ in range(2))
-    loss, extra = train.Objective(model)(x, y) * 0.5
-    (loss + extra).backward()
-    reference = (plain(x, y)[1] + plain.penalty()) * (y != -1).sum() * 0.5
-    reference.backward()
-    assert (loss + extra).item() == pytest.approx(reference.item(), rel=1e-6)
-    assert difference(gradients(model), gradients(plain)) < 1e-6
+    loss = train.Objective(model)(x, y).sum() * 0.5  # and the penalty
+    expected = (plain(x, y)[1] + plain.penalty()) * (y != -1).sum() * 0.5
+    assert_same_step(loss, model, expected, plain)
 
 
 def test_the_head_sees_masked_positions_only():
@@ -549,35 +509,28 @@ def test_the_head_sees_masked_positions_only():
     y[2, :12] = -1  # ragged, too
     model, plain, seen = tiny(causal=False), tiny(causal=False), []
     model.head.register_forward_pre_hook(lambda head, args: seen.append(args[0].numel() // 32))
-    objective = train.Objective(model, train.count_masked(16, 0.3))
-    loss = objective(x, y)[0]
-    loss.backward()
-    reference = plain(x, y)[1] * (y != -1).sum()
-    reference.backward()
-    assert sum(seen) == 5 * 5 and loss.item() == pytest.approx(reference.item(), rel=1e-6)
-    assert difference(gradients(model), gradients(plain)) < 1e-6
+    loss = train.Objective(model, train.count_masked(16, 0.3))(x, y)[0]
+    assert_same_step(loss, model, plain(x, y)[1] * (y != -1).sum(), plain)
+    assert sum(seen) == 5 * 5
 
 
 def test_smoothing_and_teacher_are_what_they_say():
     x, y = tokens(4, 16), tokens(4, 16, seed=1)
     y[1, 3:] = -1
-    model, teacher = tiny(), tiny("gpt2", seed=1).requires_grad_(False)
-    logits, flat = model(x)[0].flatten(0, 1), y.flatten()
-    hard, smooth = (F.cross_entropy(logits, flat, ignore_index=-1, reduction="sum", label_smoothing=share)
+    model, plain, teacher = tiny(), tiny(), tiny("gpt2", seed=1).requires_grad_(False)
+    kept = y != -1
+    logits = plain(x)[0][kept]
+    hard, smooth = (F.cross_entropy(logits, y[kept], reduction="sum", label_smoothing=share)
                     for share in (0.0, 0.1))
-    objective = train.Objective(model, label_smoothing=0.1)
-    assert objective(x, y)[0].item() == pytest.approx(smooth.item(), rel=1e-5)
-    assert objective.eval()(x, y)[0].item() == pytest.approx(hard.item(), rel=1e-5)
-    objective = train.Objective(model, teacher=teacher, teacher_share=0.3, temperature=3.0)
-    p, q = F.softmax(teacher(x)[0].flatten(0, 1) / 3, -1), F.softmax(logits / 3, -1)
-    expected = 0.7 * hard + 0.3 * 9 * (p * (p / q).log()).sum(-1)[flat != -1].sum()
-    loss = objective(x, y)[0]
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    loss.backward()
-    wanted = torch.autograd.grad(expected, list(model.parameters()))
-    assert difference(gradients(model), torch.cat([grad.flatten() for grad in wanted])) < 1e-5
+    smoothed = train.Objective(model, label_smoothing=0.1)
+    assert smoothed(x, y)[0].item() == pytest.approx(smooth.item(), rel=1e-5)
+    taught = train.Objective(model, teacher=teacher, teacher_share=0.3, temperature=3.0)
+    p, q = F.softmax(teacher(x)[0][kept] / 3, -1), F.softmax(logits / 3, -1)
+    expected = 0.7 * hard + 0.3 * 9 * (p * (p / q).log()).sum()
+    assert_same_step(taught(x, y)[0], model, expected, plain)
     assert all(p.grad is None for p in teacher.parameters())
-    assert objective.eval()(x, y)[0].item() == pytest.approx(hard.item(), rel=1e-5)
+    for objective in (smoothed.eval(), taught.eval()):
+        assert objective(x, y)[0].item() == pytest.approx(hard.item(), rel=1e-5)
 
 
 def test_recomputed_activations_give_the_same_gradient():
