@@ -608,10 +608,10 @@ def test_bad_steps_in_a_row_end_the_run(capsys):
 def test_float16_steps_that_overflow_do_not_count(home, monkeypatch):
     monkeypatch.setattr(train, "Machine", Half)
     said = run_here(train, *TOY, "--out_dir=out/half", cwd=home)
-    steps, skipped = [row for row in log_of(home, "half") if "loss" in row], said.count("not finite")
+    steps, skipped = [row for row in log_of(home / "out/half") if "loss" in row], said.count("not finite")
     assert skipped > 2 and [row["iter"] for row in steps] == list(range(1, 9))
     assert steps[-1]["tokens"] == (8 + skipped) * 4 * 32  # their tokens are gone, the schedule is not
-    assert [row["lr"] for row in steps] == [row["lr"] for row in log_of(home, "whole") if "loss" in row]
+    assert [row["lr"] for row in steps] == [row["lr"] for row in log_of(home / "out/whole") if "loss" in row]
 
 
 def test_a_penalty_is_in_the_training_alone_and_a_bad_step_is_told(home, monkeypatch):
@@ -621,10 +621,10 @@ def test_a_penalty_is_in_the_training_alone_and_a_bad_step_is_told(home, monkeyp
     with pytest.raises(UserError, match="iter 6: .* 2 steps in a row.*learning_rate"):
         run_here(train, *args, cwd=home)
     run_here(train, *args, "--init_from=resume", cwd=home)
-    rows = [row for row in log_of(home, "penalty") if "loss" in row]
+    rows = [row for row in log_of(home / "out/penalty") if "loss" in row]
     assert [row["penalty"] for row in rows] == [0.5] * 8
     assert rows[0]["loss"] == pytest.approx(math.log(300), abs=0.2)  # without it
-    evaluations = [row for row in log_of(home, "penalty") if "val_loss" in row]
+    evaluations = [row for row in log_of(home / "out/penalty") if "val_loss" in row]
     assert "val_accuracy" in evaluations[0] and evaluations[0]["mean_loss"] < 6
 
 
@@ -642,13 +642,13 @@ def test_a_masked_model_is_trained_and_teaches(home):
     args = [*TOY, "--causal=False", "--max_iters=30", "--eval_interval=15", "--sample_tokens=10",
             "--eval_iters=0", "--dropout=0"]
     said = run_here(train, *args, "--out_dir=out/masked", cwd=home)
-    rows = [row for row in log_of(home, "masked") if "val_loss" in row]
+    rows = [row for row in log_of(home / "out/masked") if "val_loss" in row]
     assert set(rows[0]) == {"iter", "elapsed", "train_loss", "val_loss", "val_accuracy", "mean_loss"}
     assert rows[1]["val_loss"] < rows[0]["val_loss"] and 0 < rows[1]["val_accuracy"] < 1
     assert re.search(r"\[.*\|.*\]", said, re.DOTALL)  # guesses, and the truth where they are wrong
     run_here(train, *args, "--out_dir=out/student", "--teacher=out/masked", "--n_layer=1", "--remat",
              "--label_smoothing=0.1", cwd=home)
-    assert "teacher" not in "".join(checkpoint(home, "student")["model"])
+    assert "teacher" not in "".join(checkpoint(home / "out/student")["model"])
 
 
 def test_other_weights_start_a_new_run(home, monkeypatch):
@@ -656,8 +656,8 @@ def test_other_weights_start_a_new_run(home, monkeypatch):
     gentle = [*TOY, "--max_iters=1", "--warmup_iters=0", "--learning_rate=1e-9", "--muon_lr=1e-9",
               "--min_lr=0"]
     run_here(train, *gentle, "--out_dir=out/from_ours", "--init_from=out/whole", cwd=home)
-    best = checkpoint(home, "whole", "best.pt")["state"]["best"]["val_loss"]
-    state = checkpoint(home, "from_ours")["state"]
+    best = checkpoint(home / "out/whole", "best.pt")["state"]["best"]["val_loss"]
+    state = checkpoint(home / "out/from_ours")["state"]
     assert state["step"] == 1 and state["best"]["val_loss"] == pytest.approx(best, abs=1e-3)
     pytest.importorskip("safetensors"), pytest.importorskip("tokenizers")
     monkeypatch.chdir(home)
@@ -669,7 +669,7 @@ def test_other_weights_start_a_new_run(home, monkeypatch):
     run_here(train, *gentle, *theirs, "--dataset=theirs_toy", "--teacher=theirs", "--eval_iters=0")
     said = run_here(train, "--out_dir=out/gpt2", "--init_from=resume", "--eval_only", "--eval_iters=0")
     told = float(re.search(r"val loss (\S+),", said)[1])
-    assert log_of(home, "from_theirs")[-1]["val_loss"] == pytest.approx(told, abs=0.02)
+    assert log_of(home / "out/from_theirs")[-1]["val_loss"] == pytest.approx(told, abs=0.02)
     with pytest.raises(SettingError, match="dataset=toy.*tokenizer"):
         run_here(train, *TOY, *theirs, "--out_dir=out/none")
 
@@ -683,7 +683,7 @@ def test_compiling_changes_nothing_but_the_speed(home):
                        ("cut", ["--max_iters=8", "--init_from=resume"])):
         done = script("train.py", *plain, "--compile", f"--out_dir=out/{name}", *more, cwd=home)
         assert done.returncode == 0 and ", compiled" in done.stdout, done.stderr
-    fast, cut, slow_one = (checkpoint(home, name) for name in ("fast", "cut", "plain"))
+    fast, cut, slow_one = (checkpoint(home / "out" / name) for name in ("fast", "cut", "plain"))
     assert same(fast["model"], cut["model"]) and same(fast["optimizer"], cut["optimizer"])
     assert difference(flat(fast["model"]), flat(slow_one["model"])) < 1e-3
     done = script("train.py", *TOY, "--out_dir=out/fallback", "--compile", "--max_iters=2", cwd=home,

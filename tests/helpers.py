@@ -71,9 +71,7 @@ def one_line(process, status, *words):
     for word in words:
         assert word in lines[0], f"{word!r} is not in: {lines[0]}"
 
-
 CHINESE = "千里之行，始于足下。道可道，非常道；名可名，非常名。" * 3
-
 
 MIXED = (
     "def f(x):\n    return x + 1  # aaaa aaaaa bananas\n\n\tif x:\r\n" * 4 + CHINESE + "🙂👩‍👩‍👧 été 123456 "
@@ -85,7 +83,6 @@ def words(n: int, seed: int) -> list[str]:
     vocabulary = np.array([f"{a}{b}{c}" for a in ("ka", "lo", "mi") for b in ("ra", "tu")
                            for c in "snxyz"])
     return np.random.default_rng(seed).choice(vocabulary, n).tolist()
-
 
 TOY = ["--dataset=toy", "--device=cpu", "--compile=False", "--n_layer=2", "--n_head=2", "--n_embd=32",
        "--block_size=32", "--batch_size=2", "--gradient_accumulation_steps=2", "--learning_rate=1e-2",
@@ -112,6 +109,7 @@ def run_here(module, *args, cwd=".") -> str:
             module.main(settings.configure(vars(module), fields, [str(arg) for arg in args], stored))
     except SystemExit as stopped:
         if stopped.code:
+            stopped.said = said.getvalue()
             raise
     finally:
         os.chdir(here)
@@ -130,36 +128,42 @@ class Half(Machine):
         self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**26)
 
 
-def free_port() -> str:
+@contextlib.contextmanager
+def full_disk(size: int):
+    """Inside `with`, a file of more bytes cannot be written."""
+    import resource  # POSIX
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def start(world: int, job, *args):
+    """job(*args) in `world` new processes that are a group as torchrun's are. They are the .processes."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
-
-
-def of_rank(rank: int, world: int, port: str) -> dict:
-    return {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-
-
-def start(*args, cwd, world=1) -> list[subprocess.Popen]:
-    """Start one of the scripts in as many processes as torchrun would."""
-    command, port = [sys.executable, str(ROOT / args[0]), *args[1:]], free_port()
-    return [subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                             env={**os.environ, **of_rank(rank, world, port)}) for rank in range(world)]
-
-
-def together(world: int, job, *args) -> None:
-    """job(*args) in `world` new processes that are a group; in this one, if it is one."""
-    if world == 1:
-        job(*args)
-        return
+        port = s.getsockname()[1]
     how = "fork" if sys.platform == "linux" else "spawn"  # torch is imported already then
-    torch.multiprocessing.start_processes(as_rank, (world, free_port(), job, args), world, start_method=how)
+    return torch.multiprocessing.start_processes(as_rank, (world, port, job, args), world, join=False,
+                                                 start_method=how)
 
 
 def as_rank(rank, world, port, job, args):
-    os.environ.update(of_rank(rank, world, port))
+    os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port))
     job(*args)
+
+
+def together(world: int, job, *args) -> None:
+    """The same, waited for; in this process, if it is one."""
+    if world == 1:
+        job(*args)
+        return
+    running = start(world, job, *args)
+    while not running.join():
+        pass
 
 
 @pytest.fixture(scope="session")
@@ -173,12 +177,12 @@ def home(tmp_path_factory):
     return home
 
 
-def log_of(home, name) -> list[dict]:
-    return [json.loads(line) for line in (home / "out" / name / "log.jsonl").read_text().splitlines()]
+def log_of(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def checkpoint(home, name, file="ckpt.pt"):
-    return torch.load(home / "out" / name / file, weights_only=True)
+def checkpoint(folder, name="ckpt.pt") -> dict:
+    return torch.load(folder / name, weights_only=True)
 
 
 def same(a, b) -> bool:
@@ -209,7 +213,6 @@ def write_rows(path, header, *columns):
         csv.writer(f).writerows([header, *zip(*columns)] if header else zip(*columns))
     return str(path)
 
-
 QUICK = ("--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=64", "--causal=False", "--pos=rope",
          "--norm=rms", "--vocab_size=300", "--learning_rate=5e-3", "--device=cpu", "--log_interval=5",
          "--batch_size=16", "--weight_decay=0.0")
@@ -231,17 +234,13 @@ def tuned(tmp_path_factory):
     tune(folder / "out", f"--data={folder / 'data.csv'}", "--group_column=who", "--epochs=4", *QUICK)
     return folder
 
-
 SMALL = dict(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=56,
              max_position_embeddings=96)
 
-
 GROUPED = dict(**SMALL, num_key_value_heads=2)
-
 
 LLAMA3 = dict(rope_type="llama3", rope_theta=500.0, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
               original_max_position_embeddings=48)
-
 
 FAMILIES = {  # name -> transformers' class, its configuration
     "gpt2": ("GPT2LMHead", dict(vocab_size=97, n_positions=96, n_embd=32, n_layer=2, n_head=4)),

@@ -1,5 +1,6 @@
 """A run: its folder, its checkpoints, its log; what stops one, and that it goes on as if nothing had been."""
 import ast
+import itertools
 import json
 import math
 import os
@@ -17,9 +18,9 @@ import finetune
 import sample
 import train
 from config import SettingError, UserError
-from lib.run import RESUME, find_checkpoint, locked
-from tests.helpers import (ROOT, TOY, checkpoint, log_of, one_line, posix, run_here, same, script, slow,
-                           start, together, tune)
+from lib.run import REPORTS, RESUME, find_checkpoint, locked
+from tests.helpers import (ROOT, TOY, checkpoint, full_disk, log_of, posix, run_here, same, script, slow, start,
+                           together)
 
 LEFT = {"best.pt", "ckpt.pt", "ckpt.prev.pt", "log.jsonl", "run.lock", "settings.json"}  # and loss.png
 
@@ -34,7 +35,7 @@ def resume(home, name, *args) -> str:
 
 def is_same_run(home, one, other, but=("elapsed",), file="ckpt.pt") -> bool:
     """Bit for bit: weights, optimizer, random states, and where they are, but for the time."""
-    a, b = (checkpoint(home, name, file) for name in (one, other))
+    a, b = (checkpoint(home / "out" / name, file) for name in (one, other))
     for found in (a, b):
         found["state"] = {key: value for key, value in found["state"].items() if key not in but}
     return all(same(a[key], b[key]) for key in ("model", "optimizer", "rng", "model_args", "state"))
@@ -43,39 +44,64 @@ def is_same_run(home, one, other, but=("elapsed",), file="ckpt.pt") -> bool:
 def rows_of(home, name) -> list[dict]:
     """The log without its times."""
     times = ("elapsed", "dt", "tokens_per_s")
-    return [{key: value for key, value in row.items() if key not in times} for row in log_of(home, name)]
+    return [{key: value for key, value in row.items() if key not in times}
+            for row in log_of(home / "out" / name)]
 
 
 def test_a_run_does_max_iters_updates_and_leaves_what_it_promised(home):
-    folder, state = home / "out/whole", checkpoint(home, "whole")
-    rows = log_of(home, "whole")
+    state, rows = checkpoint(home / "out/whole"), log_of(home / "out/whole")
     steps, evaluations = ([row for row in rows if key in row] for key in ("loss", "val_loss"))
     assert [row["iter"] for row in steps] == list(range(1, 9)) and steps[-1]["tokens"] == 8 * 2 * 2 * 32
-    assert set(steps[0]) == {"iter", "tokens", "loss", "lr", "grad_norm", "dt", "elapsed", "tokens_per_s",
-                             "mfu"}
+    assert set(steps[0]) == set("iter tokens loss lr grad_norm dt elapsed tokens_per_s mfu".split())
     assert [row["iter"] for row in evaluations] == [4, 8] and evaluations[1]["val_loss"] < 5.7
-    assert set(evaluations[0]) == {"iter", "elapsed", "train_loss", "val_loss", "val_bpb", "val_accuracy",
-                                   "mean_loss"}
+    assert set(evaluations[0]) == set("iter elapsed train_loss val_loss val_bpb val_accuracy mean_loss".split())
     mean = np.mean([row["loss"] for row in steps[:4]])
     assert evaluations[0]["mean_loss"] == pytest.approx(mean, rel=1e-5) != evaluations[0]["train_loss"]
-    assert json.loads((folder / "settings.json").read_text())["n_layer"] == 2
-    assert set(state) == {"version", "model", "model_args", "optimizer", "scaler", "rng", "state", "settings",
-                          "defaults", "tokenizer", "compiled"}
+    assert json.loads((home / "out/whole/settings.json").read_text())["n_layer"] == 2
+    assert set(state) == set("version model model_args optimizer scaler rng state settings defaults tokenizer "
+                             "compiled".split())
     assert state["state"]["step"] == 8 and state["state"]["seen"] == 8 * 4
-    assert checkpoint(home, "whole", "ckpt.prev.pt")["state"]["step"] == 4
+    assert checkpoint(home / "out/whole", "ckpt.prev.pt")["state"]["step"] == 4
     assert set(state["optimizer"]) == set(state["model"]) - {"head.weight"}  # by name; tied to the embedding
     printed = (home / "printed.txt").read_text(encoding="utf-8")
     assert all(words in printed for words in ("left", "bits per byte", "A sample", "cpu, float32, 1 threads"))
-    assert all((folder / name).exists() for name in LEFT)
 
 
-def test_resuming_equals_never_stopping(home):
-    run(home, "cut", *TOY, "--max_iters=5", "--lr_decay_iters=8")
-    said = resume(home, "cut", "--max_iters=8")
+def as_version_1(folder):
+    """The same checkpoints as they were written before."""
+    for path in folder.glob("*.pt"):
+        saved = torch.load(path, weights_only=True)
+        state, settings = saved.pop("state"), saved["settings"]
+        del saved["defaults"]
+        data = {"elapsed": state["elapsed"]}
+        if "head" in saved:
+            data |= saved.pop("data")
+            data |= {"best": state["best"], "waited": state["since_best"], "iter_num": state["step"]}
+            settings["teacher_weight"] = settings.pop("teacher_share")
+            settings |= {"linear": 0, "patience": 0, "lora_rank": 0, "folds": 0}
+        else:
+            data |= {"windows": state["seen"], "since_best": state["since_best"], "running": state["losses"],
+                     "compiled": saved.pop("compiled")}
+            settings["profile"] = False
+        lowest = state["best"].get("val_loss", state["best"].get("loss", math.inf))
+        saved |= {"version": 1, "iter_num": state["step"], "best_val_loss": lowest, "data": data}
+        torch.save(saved, path)
+
+
+EARLIER = ("elapsed", "best", "since_best", "losses")  # one evaluation more, at the step it stopped at
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_resuming_equals_never_stopping(home, version):
+    name = f"version{version}"
+    run(home, name, *TOY, "--max_iters=5", "--lr_decay_iters=8")
+    if version == 1:
+        as_version_1(home / "out" / name)
+        run(home, "from_first", *TOY, f"--init_from=out/{name}", "--max_iters=1")
+    said = resume(home, name, "--max_iters=8")
     assert "max_iters 5 -> 8" in said and said.count(" -> ") == 1
-    # one evaluation more was made on the way, at step 5: what it found may be the best
-    assert is_same_run(home, "whole", "cut", ("elapsed", "best", "since_best", "losses"))
-    rows = log_of(home, "cut")
+    assert is_same_run(home, "whole", name, EARLIER)
+    rows = log_of(home / "out" / name)
     assert [row["iter"] for row in rows if "loss" in row] == list(range(1, 9))
     assert rows[-1]["elapsed"] > max(row["elapsed"] for row in rows if row["iter"] <= 5)
 
@@ -94,10 +120,8 @@ def test_two_processes_are_one_run(home):
     run(home, "alone", *TOY[:-1], "--dropout=0")
     for a, b in zip(rows_of(home, "alone"), rows_of(home, "both"), strict=True):
         assert a.pop("mfu", None) is b.pop("mfu", None) and a == pytest.approx(b, rel=2e-4)
-    for name, weight in checkpoint(home, "alone")["model"].items():
-        torch.testing.assert_close(weight, checkpoint(home, "both")["model"][name], atol=1e-4, rtol=1e-3)
-    assert is_same_run(home, "whole2", "cut2", ("elapsed", "best", "since_best", "losses"))
-    first, second = checkpoint(home, "cut2")["rng"]["cpu"]
+    assert is_same_run(home, "whole2", "cut2", EARLIER)
+    first, second = checkpoint(home / "out/cut2")["rng"]["cpu"]
     assert not torch.equal(first, second)  # dropout differs
 
 
@@ -117,8 +141,15 @@ def until(condition, process, timeout=100):
     """Wait for it, as long as the process is there."""
     end = time.time() + timeout
     while not condition():
-        assert time.time() < end and process.poll() is None, "it has ended before"
+        assert time.time() < end and process.is_alive(), "it has ended before"
         time.sleep(0.001)
+
+
+def ended(processes) -> list[int]:
+    """Their exit statuses."""
+    for process in processes:
+        process.join(20)
+    return [process.exitcode for process in processes]
 
 
 def steps_logged(home, name) -> int:
@@ -148,7 +179,7 @@ def between_the_renames(folder):
 
 
 @posix
-@pytest.mark.parametrize("world, kills", [(1, 2), pytest.param(1, 7, marks=slow),
+@pytest.mark.parametrize("world, kills", [(1, 3), pytest.param(1, 7, marks=slow),
                                           pytest.param(2, 7, marks=slow)])
 def test_killed_anywhere_a_run_ends_as_if_never_killed(home, world, kills):
     long = [*TOY, "--batch_size=4", "--max_iters=40", "--sample_tokens=5"]  # ends in the third epoch
@@ -157,14 +188,14 @@ def test_killed_anywhere_a_run_ends_as_if_never_killed(home, world, kills):
     folder, rng = home / "out" / name, np.random.default_rng(kills)
     for kill in range(kills):
         more = ["--init_from=resume"] if folder.exists() else long
-        ranks = start("train.py", f"--out_dir=out/{name}", *more, cwd=home, world=world)
+        ranks = start(world, run, home, name, *more).processes
         moment = partial((saves, evaluates, steps)[kill % 3], home, name, 5 * kill + 2)
         until(moment, ranks[0])
         time.sleep(rng.uniform(0, 0.02) * (kill % 3))
         for rank in rng.permutation(world):
             ranks[rank].kill()
             time.sleep(rng.uniform(0, 0.02))
-        assert [rank.wait() for rank in ranks][0] == -signal.SIGKILL, ranks[0].stdout.read()
+        assert ended(ranks)[0] == -signal.SIGKILL
         if kill == 1 and (folder / "ckpt.pt").exists():
             between_the_renames(folder)
     together(world, resume, home, name)
@@ -173,43 +204,48 @@ def test_killed_anywhere_a_run_ends_as_if_never_killed(home, world, kills):
     assert not list(folder.glob("*.tmp"))
 
 
+def stopped_and_gone_on_with(home, world):
+    """One process, the last, gets a signal in its third step."""
+    rank, steps_taken, take = int(os.environ.get("RANK", 0)), itertools.count(1), train.train_step
+
+    def step(*args):
+        if next(steps_taken) == 3 and rank == world - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take(*args)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(train, "train_step", step)
+        run(home, f"stopped{world}", *TOY)
+    assert stopped.value.code == 143
+    assert rank or "stopped after 3 steps, saved: --init_from=resume" in stopped.value.said
+    resume(home, f"stopped{world}")
+    run(home, f"straight{world}", *TOY)
+
+
 @posix
-def test_a_signal_to_one_process_stops_all_and_the_run_goes_on(home):
-    endless, ranks = ["--max_iters=100000", "--eval_interval=100000"], {}
-    for world in (1, 2):
-        args = [*TOY, *endless, f"--out_dir=out/stopped{world}"]
-        ranks[world] = start("train.py", *args, cwd=home, world=world)
-    for world in (1, 2):
-        until(partial(steps, home, f"stopped{world}", 3), ranks[world][0])
-        ranks[world][-1].send_signal(signal.SIGTERM)
-    for world in (1, 2):
-        said = [rank.communicate(timeout=60)[0] for rank in ranks[world]]
-        assert [rank.returncode for rank in ranks[world]] == [143] * world, said
-        step = checkpoint(home, f"stopped{world}")["state"]["step"]
-        assert f"stopped after {step} steps, saved: --init_from=resume" in said[0] and step >= 3
-        more = [f"--max_iters={step + 3}", "--lr_decay_iters=100000"]
-        together(world, resume, home, f"stopped{world}", *more)
-        together(world, run, home, f"straight{world}", *TOY, *endless, *more)
-        assert is_same_run(home, f"stopped{world}", f"straight{world}")
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_signal_to_one_process_stops_all_and_the_run_goes_on(home, world):
+    together(world, stopped_and_gone_on_with, home, world)
+    assert is_same_run(home, f"stopped{world}", f"straight{world}")
 
 
 @posix
 def test_a_second_signal_does_not_wait_for_the_step(home):
-    process, = start("train.py", *TOY, "--out_dir=out/now", "--gradient_accumulation_steps=10000", cwd=home)
+    process, = start(1, run, home, "now", *TOY, "--gradient_accumulation_steps=10000").processes
     until((home / "out/now/log.jsonl").exists, process)
     for wait in (1.5, 0.2, 1):
         time.sleep(wait)
-        assert process.poll() is None  # the same one once more, passed on by torchrun, is none
-        process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=20) == 130 and not (home / "out/now/ckpt.pt").exists()
+        assert process.is_alive()  # the same one once more, passed on by torchrun, is none
+        os.kill(process.pid, signal.SIGINT)
+    assert ended([process]) == [130] and not (home / "out/now/ckpt.pt").exists()
 
 
 def test_limits_of_time_and_patience(home):
     assert "init_from=resume" in run(home, "short", *TOY, "--max_minutes=0.001")
-    assert checkpoint(home, "short")["state"]["step"] == 0
+    assert checkpoint(home / "out/short")["state"]["step"] == 0
     said = resume(home, "short", "--learning_rate=0.5", "--muon_lr=0.5", "--max_iters=100",
                   "--eval_interval=3", "--patience=2", "--max_minutes=None")
-    values = [row["val_loss"] for row in log_of(home, "short") if "val_loss" in row]
+    values = [row["val_loss"] for row in log_of(home / "out/short") if "val_loss" in row]
     assert "no better one in 2 evaluations" in said and len(values) < 20 and min(values) == values[-3]
 
 
@@ -226,11 +262,9 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(home, monkeypa
 def test_a_full_disk_harms_nothing(home):
     folder = shutil.copytree(home / "out/whole", home / "out/full")
     before = {path.name: path.read_bytes() for path in folder.glob("*.pt")}
-    assert min(map(len, before.values())) > 61_440
-    command = [sys.executable, str(ROOT / "train.py"), "--out_dir=out/full", "--init_from=resume",
-               "--max_iters=12"]
-    done = script("bash", "-c", 'ulimit -f 60; exec "$@"', "bash", *command, cwd=home)
-    one_line(done, 1, "best.pt", "cannot be written", "make room")
+    with full_disk(60_000), pytest.raises(UserError, match="best.pt: cannot be written.*make room"):
+        resume(home, "full", "--max_iters=12")
+    assert min(map(len, before.values())) > 60_000
     assert before == {path.name: path.read_bytes() for path in folder.glob("*.pt*")}
 
 
@@ -239,14 +273,13 @@ def test_a_full_disk_harms_nothing(home):
 def test_memory_is_flat(home):
     args = ["--n_layer=1", "--max_iters=2200", "--gradient_accumulation_steps=1", "--eval_interval=100",
             "--sample_tokens=4", "--log_interval=100"]
-    process, = start("train.py", *TOY, *args, "--out_dir=out/flat", cwd=home)
+    process, = start(1, run, home, "flat", *TOY, *args).processes
     resident = []
     for step in (500, 2000):
-        until(lambda step=step: steps_logged(home, "flat") >= step, process)
+        until(partial(steps, home, "flat", step), process)
         with open(f"/proc/{process.pid}/statm") as f:
             resident.append(int(f.read().split()[1]) * 4096)
     process.kill()
-    process.communicate()
     assert resident[1] < resident[0] + 4e6
 
 
@@ -266,7 +299,7 @@ def test_a_damaged_checkpoint_is_found_and_the_one_before_used(home, capsys):
     assert "ckpt.pt is damaged" in resume(home, "damaged")
     assert is_same_run(home, "whole", "damaged") and rows_of(home, "whole") == rows_of(home, "damaged")
     # the damaged one has not taken the good one's place
-    assert checkpoint(home, "damaged", "ckpt.prev.pt")["state"]["step"] == 4
+    assert checkpoint(home / "out/damaged", "ckpt.prev.pt")["state"]["step"] == 4
     assert (folder / "ckpt.damaged.pt").read_bytes() == bytes(flipped)
     for name in RESUME:
         (folder / name).write_bytes(b"")
@@ -301,15 +334,15 @@ def test_a_run_remembers_its_settings(home):
             resume(home, "remembers", f"--{given}")
     said = resume(home, "remembers", "--max_iters=12", "--batch_size=1", "--dropout=0.2")
     assert "batch_size 2 -> 1\n" in said and "dropout 0.1 -> 0.2\n" in said and said.count(" -> ") == 3
-    rows = [row for row in log_of(home, "remembers") if "loss" in row]
+    rows = [row for row in log_of(home / "out/remembers") if "loss" in row]
     assert rows[-1]["tokens"] == (8 * 4 + 4 * 2) * 32 and (folder / "best.pt").exists()
     before = (folder / "best.pt").read_bytes()
     assert "eval_iters 5 -> 1\n" in resume(home, "remembers", "--eval_only", "--eval_iters=1")
     said = resume(home, "remembers", "--max_iters=16", "--eval_iters=1")
     assert "eval_iters 5 -> 1, so the best so far is forgotten" in said
     assert (folder / "best.before.pt").read_bytes() == before
-    assert checkpoint(home, "remembers", "best.pt")["state"]["best"]["iter"] == 16
-    assert checkpoint(home, "remembers")["settings"]["eval_iters"] == 1
+    assert checkpoint(home / "out/remembers", "best.pt")["state"]["best"]["iter"] == 16
+    assert checkpoint(home / "out/remembers")["settings"]["eval_iters"] == 1
 
 
 def test_a_run_is_replaced_only_if_asked(home):
@@ -319,10 +352,8 @@ def test_a_run_is_replaced_only_if_asked(home):
         (folder / file).write_text("old")
         with pytest.raises(SettingError, match=f"out/old: a run is here already .{file}.*resume.*overwrite"):
             run(home, "old", *TOY)
-        if file != "anything.pt":
-            (folder / file).unlink()
-    for file in ("best.pt", "lora.pt", "ckpt.prev.pt", "log.jsonl", "roc.png", "metrics.json",
-                 "predictions.csv", "curves.json", "report.txt", "explain.html"):
+        (folder / file).unlink()
+    for file in {*LEFT, *REPORTS, "anything.pt", "lora.pt"} - {"run.lock"}:
         (folder / file).write_text("old")
     with pytest.raises(SettingError, match="block_size=5000"):
         run(home, "old", *TOY, "--overwrite", "--block_size=5000")
@@ -378,49 +409,20 @@ def test_a_run_stays_compiled_or_not(home, monkeypatch):
         resume(home, "plain", "--compile=True")
 
 
-def as_version_1(path):
-    """The same checkpoint as it was written before."""
-    saved = torch.load(path, weights_only=True)
-    state = saved.pop("state")
-    place = {"elapsed": state["elapsed"]}
-    if "head" in saved:
-        place |= {**saved.pop("data"), "best": state["best"], "waited": state["since_best"],
-                  "iter_num": state["step"]}
-        saved["settings"] |= {"linear": 0, "teacher_weight": saved["settings"].pop("teacher_share"),
-                              "patience": 0, "lora_rank": 0, "folds": 0}
-    else:
-        place |= {"windows": state["seen"], "since_best": state["since_best"], "running": state["losses"],
-                  "compiled": saved.pop("compiled")}
-        saved["settings"]["profile"] = False
-    loss = state["best"].get("val_loss", state["best"].get("loss", math.inf))
-    del saved["defaults"]
-    torch.save({**saved, "version": 1, "iter_num": state["step"], "best_val_loss": loss, "data": place}, path)
+def test_fine_tuned_checkpoints_of_before_are_read(tuned, tmp_path):
+    out = shutil.copytree(tuned / "out", tmp_path / "out")
 
+    def edit(part, **entries):
+        for path in out.glob("*.pt"):
+            saved = torch.load(path, weights_only=True)
+            saved[part] |= entries
+            torch.save(saved, path)
 
-def test_checkpoints_of_before_are_read(home, tuned, tmp_path):
-    run(home, "first", *TOY, "--max_iters=5", "--lr_decay_iters=8")
-    for path in (home / "out/first").glob("*.pt"):
-        as_version_1(path)
-    model, tokenizer = sample.load(home / "out/first")
-    assert tokenizer.vocab_size == model.config.vocab_size == 300
-    run(home, "from_first", *TOY, "--init_from=out/first", "--max_iters=1")
-    labelled = [f"--data={tuned / 'data.csv'}", "--epochs=1", "--device=cpu"]
-    tune(tmp_path / "from_first", *labelled, f"--init_from={home / 'out/first'}")
-    said = resume(home, "first", "--max_iters=8")
-    assert said.count(" -> ") == 1 and is_same_run(home, "whole", "first", ("elapsed", "best", "since_best",
-                                                                            "losses"))
-    shutil.copytree(tuned / "out", tmp_path / "tuned")
-    said = sample.load(tmp_path / "tuned")[0].predict(["w3 fine"])
-    for path in (tmp_path / "tuned").glob("*.pt"):
-        as_version_1(path)
-    assert sample.load(tmp_path / "tuned")[0].predict(["w3 fine"]) == said
-    saved = torch.load(tmp_path / "tuned/best.pt", weights_only=True)
-    saved["head"] |= {"linear": {"any": 1}, "share": 0.4}  # a mixture that is gone
-    torch.save(saved, tmp_path / "tuned/best.pt")
-    assert sample.load(tmp_path / "tuned")[0].predict(["w3 fine"]) == said
-    for path in (tmp_path / "tuned").glob("ckpt*.pt"):
-        saved = torch.load(path, weights_only=True)
-        saved["settings"]["linear"] = 2
-        torch.save(saved, path)
+    said = sample.load(out)[0].predict(["w3 fine"])
+    as_version_1(out)
+    assert sample.load(out)[0].predict(["w3 fine"]) == said
+    edit("head", linear={"any": 1}, share=0.4)  # a mixture that is gone
+    assert sample.load(out)[0].predict(["w3 fine"]) == said
+    edit("settings", linear=2)
     with pytest.raises(UserError, match="linear=2: .*--overwrite"):
-        run_here(finetune, f"--out_dir={tmp_path / 'tuned'}", "--init_from=resume")
+        run_here(finetune, f"--out_dir={out}", "--init_from=resume")
