@@ -71,6 +71,12 @@ def one_line(process, status, *words):
     for word in words:
         assert word in lines[0], f"{word!r} is not in: {lines[0]}"
 
+def says(error, *words):
+    """What was raised is one line with these words."""
+    told = str(error.value)
+    assert "\n" not in told and not [word for word in words if word not in told], told
+
+
 CHINESE = "千里之行，始于足下。道可道，非常道；名可名，非常名。" * 3
 
 MIXED = (

@@ -18,7 +18,7 @@ import pytest
 from config import UserError
 from lib import text as text_file
 from lib.text import as_csv, documents, locked, read_conll, read_paragraphs, read_rows, read_squad, split_rows
-from tests.helpers import CHINESE, MIXED, ROOT, words, write_rows
+from tests.helpers import CHINESE, MIXED, ROOT, says, words, write_rows
 
 COLUMNS = dict.fromkeys(("text", "pair", "label", "group"), "")
 PAGES = [f"Page {i}: " + " ".join(words(30, i)) for i in range(80)]
@@ -78,17 +78,14 @@ answers = functools.partial(rows_of, optional=("label", "pair"))
     ("a.csv", "text,label\n", rows_of, ["a.csv", "no examples"]),
     ("a.csv", b"text,label\na,x\n\xff,y\n", rows_of, ["a.csv:3", "UTF-8", "0xff", "convert"]),
     ("a.csv", "label,body\n1,x\n", texts_of, ["a.csv:1", "'text'", "--text_key"]),
-    ("a.csv", "label,text\n1\n", texts_of, ["a.csv:2", "'text'"]),
     ("missing.csv", None, rows_of, ["missing.csv", "cannot be read"]),
     ("missing.txt", None, texts_of, ["missing.txt", "no such file"]),
     ("a.jsonl", '{"text": "a", "label": "x"}\n\n{"text": \n', rows_of, ["a.jsonl:3", "JSON"]),
     ("a.jsonl", '{"text": "a", "label": "x"}\n{"text": "b"}\n', rows_of, ["a.jsonl:2", "label"]),
     ("a.jsonl", '{"text": "a", "output": "x"}\n{"text": "b"}\n', answers, ["a.jsonl:2", "'output'"]),
     ("a.jsonl", '{"text": "x"}\n{"tekst": "y"}\n', texts_of, ["a.jsonl:2", "'text'", "--text_key"]),
-    ("a.jsonl", '{"text": 5}\n', texts_of, ["a.jsonl:1", "'text'"]),
     ("a.json", '[{"text": "x"}, {"text": 5}]', texts_of, ["a.json:2", "'text'"]),
     ("a.json", "[1, 2]", rows_of, ["a.json:1", "object"]),
-    ("a.json", "null", rows_of, ["a.json", "list of objects"]),
     ("a.json", " \n", rows_of, ["a.json", "list of objects"]),
     ("a.json", " \n", read_squad, ["a.json", "SQuAD"]),
     ("a.json", "[" * 100_000, rows_of, ["a.json:1", "recursion"]),
@@ -104,7 +101,6 @@ answers = functools.partial(rows_of, optional=("label", "pair"))
     ("a.txt", "café".encode("latin-1"), texts_of, ["a.txt:1", "offset 3", "0xe9", "--encoding", "--errors"]),
     ("a.txt.gz", b"\x1f\x8b\x08\0\0\0\0\0\0\x03\xcbH", texts_of, ["a.txt.gz", "end-of-stream"]),
     ("a.csv.gz", b"this is no gzip", rows_of, ["a.csv.gz", "gzip"]),
-    ("a.txt.xz", b"nonsense at all", texts_of, ["a.txt.xz"]),
     ("", None, texts_of, ["no text in this folder"]),
 ])
 def test_bad_files_are_one_line(tmp_path, name, content, read, said):
@@ -112,9 +108,7 @@ def test_bad_files_are_one_line(tmp_path, name, content, read, said):
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError) as error:
         read(str(tmp_path / name))
-    assert "\n" not in str(error.value)
-    for word in said:
-        assert word in str(error.value), str(error.value)
+    says(error, *said)
 
 
 @pytest.mark.parametrize("name, content, expected", [
@@ -137,16 +131,19 @@ def test_odd_texts_come_back_as_they_were(tmp_path, capsys):
     assert [row.text for row in rows] == [text.replace("\0", "\ufffd") for text in texts]
     assert rows[6].where.endswith(":9")  # two\nlines took two
     assert "a.csv:3: a NUL byte" in capsys.readouterr().err
-    texts = ["half \ud83d", "whole \ud83d\ude00", r"\ud83d spelt", "another \ude00", "carriage\rreturn", ""]
-    lines = [json.dumps({"text": text, "label": "x"}) for text in texts]
-    (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    expected = ["half ?", "whole \U0001f600", r"\ud83d spelt", "another ?", "carriage\rreturn", ""]
-    assert [row.text for row in rows_of(tmp_path / "a.jsonl")] == expected == texts_of(tmp_path / "a.jsonl")
+
+
+def test_half_a_character_is_replaced_and_told(tmp_path, capsys):
+    expected = {"half \ud83d": "half ?", "whole \ud83d\ude00": "whole \U0001f600",
+                r"\ud83d spelt": r"\ud83d spelt", "carriage\rreturn": "carriage\rreturn", "": ""}
+    path, texts = tmp_path / "a.jsonl", list(expected.values())
+    path.write_text("\n".join(json.dumps({"text": text, "label": "x"}) for text in expected))
+    assert [row.text for row in rows_of(path)] == texts == texts_of(path)
     said = capsys.readouterr().err
     assert said.count("half a character") == said.count("a.jsonl:1:") == 2  # once for each reading
-    written = as_csv([text, i] for i, text in enumerate(expected))
+    written = as_csv([text, i] for i, text in enumerate(texts))
     assert "\r\n" not in written
-    assert [row[0] for row in csv.reader(written.splitlines(keepends=True))] == expected
+    assert [row[0] for row in csv.reader(written.splitlines(keepends=True))] == texts
 
 
 def test_rows_to_be_answered_need_no_label_and_are_all_kept(tmp_path):
@@ -189,8 +186,8 @@ def test_the_library_of_python_is_there_without_a_download():
     assert len(files) > 300 and sum(map(len, files.values())) > 5_000_000
     assert not any("site-packages" in name or "/test/" in f"/{name}" for name in files)
     splits = text_file.python_packages()
-    train, val, test = ({row.where.partition(":")[0] for row in rows} for rows in splits)
-    assert not train & val and not train & test and not val & test
+    names = [{row.where.partition(":")[0] for row in rows} for rows in splits]
+    assert len(set.union(*names)) == sum(map(len, names))
     for rows in splits:
         assert {row.label for row in rows} >= {"asyncio", "email", "xml"}
         assert all(row.text and len(row.text) <= 400 and row.where.startswith(row.label) for row in rows)
