@@ -22,7 +22,7 @@ import train
 from config import SettingError, UserError
 from lib.optim import optimizer_state
 from lib.run import Machine, memory_advice
-from model import MLP, POSITIONS, Config, KVCache, Learned, Sampling, Transformer, block_matrices, draw
+from model import MLP, POSITIONS, Config, Learned, Sampling, Transformer, block_matrices, draw
 from tests.helpers import (ROOT, TOY, Half, checkpoint, difference, log_of, posix, run_here, same, script,
                            slow, tiny, together, tokens)
 
@@ -30,6 +30,7 @@ TINY = dict(block_size=16, vocab_size=61, n_layer=2, n_head=4, n_embd=32)
 
 MODERN = dict(pos="rope", norm="rms", norm_weight=False, norm_eps=1e-6, norm_embd=True, qk_norm="after",
               act="relu2", tied=False, softcap=15.0, init="zero_out")
+
 
 class Near(Learned):
     """Each head likes near tokens better, more or less so, and sees none further away than 4."""
@@ -591,18 +592,17 @@ def test_a_step_that_is_not_finite_leaves_no_trace(monkeypatch, optimizer):
         assert same(before, [model.state_dict(), optimizer_state(optimizers, model)]) == bad
 
 
-def test_bad_steps_in_a_row_end_the_run(capsys):
+@pytest.mark.parametrize("interval", [1, 3])
+def test_bad_steps_in_a_row_end_the_run(capsys, interval):
     good, bad = torch.tensor(1.0), torch.tensor(math.nan)
-    for interval in (1, 3):
-        counter = train.BadSteps(2, interval)
-        for i, loss in enumerate([good, bad, good, good, bad, good], start=1):
-            counter.add(i, 0.1, loss, good)
-        assert capsys.readouterr().out.count("not finite") == 2
-        counter.add(7, 0.1, good, bad)
-        with pytest.raises(UserError, match=r"iter 8: loss nan, lr 1.00e-01, norm 1"):
-            for i in (8, 9, 10):
-                counter.add(i, 0.1, bad, good)
-        capsys.readouterr()
+    counter = train.BadSteps(2, interval)
+    for i, loss in enumerate([good, bad, good, good, bad, good], start=1):
+        counter.add(i, 0.1, loss, good)
+    assert capsys.readouterr().out.count("not finite") == 2
+    counter.add(7, 0.1, good, bad)
+    with pytest.raises(UserError, match=r"iter 8: loss nan, lr 1.00e-01, norm 1"):
+        for i in (8, 9, 10):
+            counter.add(i, 0.1, bad, good)
 
 
 def test_float16_steps_that_overflow_do_not_count(home, monkeypatch):

@@ -90,6 +90,9 @@ def words(n: int, seed: int) -> list[str]:
                            for c in "snxyz"])
     return np.random.default_rng(seed).choice(vocabulary, n).tolist()
 
+
+PAGES = [f"Page {i}: " + " ".join(words(30, i)) for i in range(80)]
+
 TOY = ["--dataset=toy", "--device=cpu", "--compile=False", "--n_layer=2", "--n_head=2", "--n_embd=32",
        "--block_size=32", "--batch_size=2", "--gradient_accumulation_steps=2", "--learning_rate=1e-2",
        "--warmup_iters=0", "--max_iters=8", "--eval_interval=4", "--eval_iters=5", "--dropout=0.1",

@@ -5,9 +5,7 @@ import numpy as np
 import pytest
 
 from lib.clean import clean, collect, near_copies
-from tests.helpers import words
-
-PAGES = [f"Page {i}: " + " ".join(words(30, i)) for i in range(80)]
+from tests.helpers import PAGES, words
 
 DIRTY = ("\r\nCafe\u0301 <b>bold</b><br>x\x07\x1b\nsame\nsame\nsame\nend: jo.e@x.org, 10.1.2.3, "
          "+1 555-123-4567 sk-aaaaaaaaaaaaaaaaaaaa")

@@ -70,25 +70,23 @@ def test_states_are_kept_by_the_names_of_parameters(optimizer):
 
 
 def test_pruning_is_once_half_way_and_a_resumed_run_keeps_it():
-    model, twin = tiny("gpt2"), tiny("gpt2")
+    model, twin, state = tiny("gpt2"), tiny("gpt2"), State()
     pruning, resumed, up = Pruning(model, 0.5, 30), None, model.blocks[0].mlp.up.weight
-    state = State()
-    for step in range(1, 31):
-        state.step = step
+    for state.step in range(1, 31):
         with torch.no_grad():
-            for one in (model, twin):
-                for p in one.parameters():
-                    p.add_(0.003)  # an update, which moves the zeros too
+            for p in (*model.parameters(), *twin.parameters()):
+                p.add_(0.003)  # an update, which moves the zeros too
         smallest = up.abs().flatten().argsort()[:up.numel() // 2]
         pruning.after(state)
         zeros = (up == 0).flatten()
-        assert zeros.sum() == (0 if step < 15 else up.numel() // 2) and pruning.is_done(state) == (step >= 15)
-        if step == 15:
+        done = state.step >= 15
+        assert zeros.sum() == done * (up.numel() // 2) and pruning.is_done(state) == done
+        if state.step == 15:
             assert zeros[smallest].all()
-            chosen = zeros.clone()
-        elif step > 15:
+            chosen = zeros
+        elif done:
             assert torch.equal(zeros, chosen)
-        if step == 20:
+        if state.step == 20:
             twin.load_state_dict(model.state_dict())
             resumed = Pruning(twin, 0.5, 300)  # more steps than before: what is 0 stays so all the same
         elif resumed:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,10 +15,7 @@ import prepare
 from config import SettingError, UserError
 from lib import text as text_file
 from lib.tokenizer import Tokenizer
-from tests.helpers import CHINESE, MIXED, ROOT, one_line, script, slow, words
-
-PAGES = [f"Page {i}: " + " ".join(words(30, i)) for i in range(80)]
-
+from tests.helpers import CHINESE, MIXED, PAGES, ROOT, full_disk, posix, slow, start
 
 def write_jsonl(path, texts) -> str:
     path.write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
@@ -163,73 +161,65 @@ def test_what_cannot_be_is_said_and_leaves_nothing(tmp_path, monkeypatch, settin
     assert "\n" not in str(found.value) and not list(tmp_path.glob("data/*"))
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="signals and limits are POSIX's")
+def prepare_numbers(folder, **settings):
+    return prepare.prepare(source=str(folder / "a.txt"), root=folder / "data", **settings)
+
+
+def data_sets(folder) -> dict[str, dict]:
+    return {path.name: contents(path) for path in (folder / "data").glob("[!.]*")}
+
+
+@posix
 def test_a_prepare_that_breaks_off_leaves_the_old_data_set_or_none(tmp_path):
     """Killed at random moments, without an old data set and with one; the next is as if nothing had been."""
     (tmp_path / "a.txt").write_text("".join(f"{i} {i * i} words\n" for i in range(60_000)), encoding="utf-8")
-    command = [sys.executable, str(ROOT / "prepare.py"), "--source=a.txt", "--vocab_size=300", "--overwrite"]
-    data = tmp_path / "data"
+    new, data = dict(vocab_size=300, overwrite=True), tmp_path / "data"
     began = time.monotonic()
-    assert script(*command, cwd=tmp_path).returncode == 0
+    prepare_numbers(tmp_path, **new)
     took = time.monotonic() - began
-    new = {"a": contents(data / "a")}
+    expected, before, seen = data_sets(tmp_path), {}, []
     shutil.rmtree(data)
-    rng, before, seen = np.random.default_rng(0), {}, []
+    rng = np.random.default_rng(0)
     for i in range(8):
         if i == 4:
-            prepare.prepare(source=str(tmp_path / "a.txt"), tokenizer="bytes", overwrite=True, root=data)
-            before = {"a": contents(data / "a")}
-        with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) as run:
-            while not (data / ".a.preparing").exists() and run.poll() is None:
-                time.sleep(0.001)
-            time.sleep(rng.uniform(0, took))
-            run.kill()
-        before = new if run.returncode == 0 else before  # it was faster
-        assert {path.name: contents(path) for path in data.glob("[!.]*")} == before
+            prepare_numbers(tmp_path, tokenizer="bytes", overwrite=True)
+            before = data_sets(tmp_path)
+        process, = start(1, partial(prepare_numbers, **new), tmp_path).processes
+        time.sleep(rng.uniform(0, took))
+        process.kill()
+        process.join()
+        before = expected if process.exitcode == 0 else before  # it was faster
+        assert data_sets(tmp_path) == before
         seen += [path.name for path in data.glob(".a.preparing/*")]
     assert "spool.tmp" in seen
-
-    # the system's limit on the size of a file, for a full disk
-    import resource
-    limit = (10**6, resource.RLIM_INFINITY)
-    full = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
-                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
-    one_line(full, 1, "File too large", "nothing changed")
-    assert {path.name: contents(path) for path in data.iterdir()} == before
+    with full_disk(10**6), pytest.raises(UserError, match="File too large: nothing changed"):
+        prepare_numbers(tmp_path, **new)
+    assert data_sets(tmp_path) == before and not (data / ".a.preparing").exists()
 
     # killed between the two renames; and what is not ours
     (data / "a").rename(data / ".a.replaced")
     for name in (".a.preparing", ".a.b.preparing", ".a.notes", "a.old"):
         (data / name).mkdir()
     with pytest.raises(SettingError, match="other settings"):
-        prepare.prepare(source=str(tmp_path / "a.txt"), vocab_size=280, root=data)
+        prepare_numbers(tmp_path, vocab_size=280)
     assert contents(data / "a") == before["a"]
     assert names_in(data) == [".a.b.preparing", ".a.notes", "a", "a.old"]
-    assert script(*command, cwd=tmp_path).returncode == 0
-    assert contents(data / "a") == new["a"]
+    assert contents(prepare_numbers(tmp_path, **new)) == expected["a"]
 
 
-def test_two_at_once_are_one_after_the_other(tmp_path):
+def test_two_at_once_are_one_after_the_other_and_tell_what_is_there(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", PAGES)
-    command = [sys.executable, str(ROOT / "prepare.py"), "--source=a.jsonl", "--vocab_size=300"]
-    runs = [subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    said = [run.communicate()[0] for run in runs]
-    assert [run.returncode for run in runs] == [0, 0, 0]
-    assert ["same settings" in one for one in said].count(True) == 2
-    assert names_in(tmp_path / "data") == ["a"]
-
-
-def test_the_report_and_a_look_at_the_documents(tmp_path):
-    write_jsonl(tmp_path / "pages.jsonl", PAGES)
-    outputs = []
-    for seed in (1, 2):
-        done = script("prepare.py", "--source=pages.jsonl", "--vocab_size=300", "--report", "--show=2",
-                      f"--seed={seed}", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        outputs.append(done.stdout[done.stdout.index("--- document"):])
-    for said in ("bytes a token", "same settings", "read: 80 documents", "tokens are used"):
-        assert said in done.stdout
-    assert outputs[0] != outputs[1] and outputs[0].count("\nPage ") == 2
+    command = [sys.executable, str(ROOT / "prepare.py"), "--source=a.jsonl", "--vocab_size=300", "--report",
+               "--show=2"]
+    runs = [subprocess.Popen([*command, f"--seed={seed}"], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+            for seed in (1, 2)]
+    told = [run.communicate()[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0] and names_in(tmp_path / "data") == ["a"]
+    assert ["same settings" in one for one in told].count(True) == 1
+    for words in ("bytes a token", "read: 80 documents", "tokens are used"):
+        assert all(words in one for one in told)
+    first, second = (one[one.index("--- document"):] for one in told)
+    assert first != second and first.count("\nPage ") == 2
 
 
 @slow

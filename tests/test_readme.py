@@ -40,7 +40,6 @@ beta2 = 0.99
 warmup_iters = 100
 """
 
-
 NANOGPT_GPT2 = """
 wandb_log = True
 wandb_project = 'owt'

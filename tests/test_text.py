@@ -18,10 +18,9 @@ import pytest
 from config import UserError
 from lib import text as text_file
 from lib.text import as_csv, documents, locked, read_conll, read_paragraphs, read_rows, read_squad, split_rows
-from tests.helpers import CHINESE, MIXED, ROOT, says, words, write_rows
+from tests.helpers import CHINESE, MIXED, PAGES, ROOT, says, write_rows
 
 COLUMNS = dict.fromkeys(("text", "pair", "label", "group"), "")
-PAGES = [f"Page {i}: " + " ".join(words(30, i)) for i in range(80)]
 
 
 def rows_of(path, labelled=True, lists=(), optional=(), **columns):

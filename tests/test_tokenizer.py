@@ -86,11 +86,9 @@ def test_a_long_text_in_pieces_gives_the_same_tokens(tmp_path, monkeypatch, patt
     text = (MIXED + "It's, we'll 1234, x2\n\n  He said...\n/ (no) über,all ½ ") * 20
     ranks = make_tokenizer("bpe", [text], 500).ranks
     tokenizer = Tokenizer("bpe", PATTERNS[pattern], ranks, {EOT: len(ranks), MASK: len(ranks) + 1})
-    data = 2 * text.encode()
+    data, n = 2 * text.encode(), len(text.encode())
     (tmp_path / "spool").write_bytes(data)
-    n = len(data) // 2
-    spans = np.array([[0, n], [7, n - 60], [n, 2 * n]])
-    expected = []
+    spans, expected = np.array([[0, n], [7, n - 60], [n, 2 * n]]), []
     for start, end in spans:
         expected += [*tokenizer.encode(data[start:end].decode("utf-8", "ignore")), tokenizer.eot]
     for unit, threads in ((40, 1), (100, 2), (10**6, 3)):
