@@ -5,7 +5,6 @@ What takes longer runs with SLOW=1; what compares with `transformers` or `tokeni
 are missing. What measures a speed runs with TIMED=1, and wants a machine that does nothing else.
 """
 
-import ast
 import copy
 import math
 import re
@@ -23,7 +22,7 @@ from config import SettingError, UserError
 from lib.optim import optimizer_state
 from lib.run import Machine, memory_advice
 from model import MLP, POSITIONS, Config, Learned, Sampling, Transformer, block_matrices, draw
-from tests.helpers import (ROOT, TOY, Half, checkpoint, difference, log_of, posix, run_here, same, script,
+from tests.helpers import (TOY, Half, checkpoint, difference, log_of, posix, run_here, same, script,
                            slow, tiny, together, tokens)
 
 TINY = dict(block_size=16, vocab_size=61, n_layer=2, n_head=4, n_embd=32)
@@ -123,18 +122,13 @@ def test_targets_of_minus_one_do_not_count_and_too_many_are_refused():
 @pytest.mark.parametrize("settings, given, words", [
     (Config, {"n_head": 5}, "n_embd=32: must be a multiple of n_head=5"),
     (Config, {"n_kv_head": 3}, "n_kv_head=3: must divide n_head=4"),
-    (Config, {"n_layer": 0}, "n_layer=0: must be int at least 1"),
     (Config, {"pos": "ropes"}, "pos='ropes': must be one of learned, sinusoidal, rope"),
     (Config, {"qk_norm": "first"}, "qk_norm='first': must be one of None, before, after"),
     (Config, {"dropout": 1.0}, "dropout=1.0: must be float at least 0 and below 1"),
-    (Config, {"norm_eps": math.nan}, "norm_eps=nan: must be float at least 0"),
-    (Config, {"softcap": 0.0}, "softcap=0.0: must be float above 0 or None"),
     (Config, {"pos": "rope", "head_dim": 5}, "head_dim=5: must be even for pos='rope'"),
     (Config, {"rope_scaling": {"factor": 2}}, "rope_scaling={'factor': 2}: must have factor, low_freq"),
     (Sampling, {"temperature": -1}, "temperature=-1: must be float at least 0"),
-    (Sampling, {"top_k": 0}, "top_k=0: must be int at least 1 or None"),
     (Sampling, {"top_p": 1.5}, "top_p=1.5: must be float above 0 and at most 1 or None"),
-    (Sampling, {"min_p": -0.1}, "min_p=-0.1: must be float at least 0 and at most 1 or None"),
     (Sampling, {"repetition_penalty": 0}, "repetition_penalty=0: must be float above 0")])
 def test_a_bad_setting_is_named(settings, given, words):
     with pytest.raises(ValueError, match=re.escape(words)):
@@ -549,19 +543,19 @@ def test_recomputed_activations_give_the_same_gradient():
 def test_every_parameter_is_in_exactly_one_group(optimizer):
     model = scaled()
     names = {p: name for name, p in model.named_parameters()}
+    matrices = {names[layer.weight] for layer in block_matrices(model)}
     for embd_lr in (None, 0.3):
-        groups = [group for one in optimizers_of(model, optimizer, embd_lr=embd_lr)
-                  for group in one.param_groups]
-        assert sorted(names[p] for group in groups for p in group["params"]) == sorted(names.values())
-        for group in groups:
-            held = [names[p] for p in group["params"]]
-            is_matrix = {p.ndim >= 2 for p in group["params"]}  # those of more dimensions too
-            assert group["weight_decay"] == (0.1 if True in is_matrix else 0.0) and len(is_matrix) == 1
-            lr = {"wte.weight": embd_lr or 0.01}.get(held[0], 0.01)
-            if optimizer in train.BLOCKS_ONLY and held[0].startswith("blocks."):
-                lr = 0.02
-                assert set(group["params"]) == {layer.weight for layer in block_matrices(model)}
-            assert group["lr"] == lr and (held == ["wte.weight"] or "wte.weight" not in held or not embd_lr)
+        found = {}
+        for group in (group for one in optimizers_of(model, optimizer, embd_lr=embd_lr)
+                      for group in one.param_groups):
+            for p in group["params"]:
+                assert names[p] not in found
+                found[names[p]] = group["lr"]
+                assert group["weight_decay"] == (0.1 if p.ndim >= 2 else 0.0)  # those of more dimensions too
+        rates = dict.fromkeys(names.values(), 0.01) | {"wte.weight": embd_lr or 0.01}
+        if optimizer in train.BLOCKS_ONLY:
+            rates |= dict.fromkeys(matrices, 0.02)
+        assert found == rates
 
 
 @columns
@@ -690,12 +684,3 @@ def test_compiling_changes_nothing_but_the_speed(home):
                   CXX="/nowhere/c++", PATH="", TORCHINDUCTOR_CACHE_DIR=str(home / "cache"))
     assert done.returncode == 0 and "torch.compile failed" in done.stderr, done.stderr
     assert "iter 2/2" in done.stdout
-
-
-def test_the_loop_is_about_a_screen_and_reads_in_paragraphs():
-    for file in ("train.py", "finetune.py"):
-        source = (ROOT / file).read_text(encoding="utf-8")
-        loop = max((node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.While)),
-                   key=lambda node: node.end_lineno - node.lineno)
-        lines = source.splitlines()[loop.lineno:loop.end_lineno]
-        assert len(lines) < 75 and lines.count("") >= 2, file

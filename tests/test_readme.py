@@ -15,62 +15,34 @@ from model import Config
 from tests.helpers import ROOT, run_here, script, slow
 from tools import explain, search
 
-NANOGPT_SHAKESPEARE = """
-out_dir = 'out-shakespeare-char'
-eval_interval = 250
-eval_iters = 200
-log_interval = 10
-always_save_checkpoint = False
-wandb_log = False
-wandb_project = 'shakespeare-char'
-wandb_run_name = 'mini-gpt'
-dataset = 'shakespeare_char'
-gradient_accumulation_steps = 1
-batch_size = 64
-block_size = 256
-n_layer = 6
-n_head = 6
-n_embd = 384
-dropout = 0.2
-learning_rate = 1e-3
-max_iters = 5000
-lr_decay_iters = 5000
-min_lr = 1e-4
-beta2 = 0.99
-warmup_iters = 100
-"""
-
-NANOGPT_GPT2 = """
-wandb_log = True
-wandb_project = 'owt'
-wandb_run_name = 'gpt2-124M'
-batch_size = 12
-block_size = 1024
-gradient_accumulation_steps = 5 * 8
-max_iters = 600000
-lr_decay_iters = 600000
-eval_interval = 1000
-eval_iters = 200
-log_interval = 10
-weight_decay = 1e-1
-"""
+NANOGPT = {  # their files, a statement a word
+    "shakespeare_char": "out_dir='out-shakespeare-char' eval_interval=250 eval_iters=200 log_interval=10 "
+        "always_save_checkpoint=False wandb_log=False wandb_project='shakespeare-char' "
+        "wandb_run_name='mini-gpt' dataset='shakespeare_char' gradient_accumulation_steps=1 batch_size=64 "
+        "block_size=256 n_layer=6 n_head=6 n_embd=384 dropout=0.2 learning_rate=1e-3 max_iters=5000 "
+        "lr_decay_iters=5000 min_lr=1e-4 beta2=0.99 warmup_iters=100",
+    "gpt2": "wandb_log=True wandb_project='owt' wandb_run_name='gpt2-124M' batch_size=12 block_size=1024 "
+        "gradient_accumulation_steps=5*8 max_iters=600000 lr_decay_iters=600000 eval_interval=1000 "
+        "eval_iters=200 log_interval=10 weight_decay=1e-1",
+}
+SMALLER = {
+    "shakespeare_char": ["--n_embd=24", "--batch_size=2"],
+    "gpt2": ["--dataset=toy", "--block_size=64", "--n_layer=1", "--n_embd=24", "--batch_size=1",
+             "--gradient_accumulation_steps=2"],
+}
 
 
-@pytest.mark.parametrize("text, smaller", [
-    (NANOGPT_SHAKESPEARE, ["--n_embd=24", "--batch_size=2"]),
-    (NANOGPT_GPT2, ["--dataset=toy", "--block_size=64", "--n_layer=1", "--n_embd=24", "--batch_size=1",
-                    "--gradient_accumulation_steps=2"]),
-], ids=["shakespeare_char", "gpt2"])
-def test_nanogpt_config_files_run_unmodified(home, tmp_path, monkeypatch, text, smaller):
+@pytest.mark.parametrize("name", NANOGPT)
+def test_nanogpt_config_files_run_unmodified(home, tmp_path, monkeypatch, name):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     shutil.copytree(home / "data", tmp_path / "data")
-    (tmp_path / "theirs.py").write_text(text, encoding="utf-8")
+    (tmp_path / "theirs.py").write_text(NANOGPT[name].replace(" ", "\n"), encoding="utf-8")
     chars = tmp_path / "chars.txt"
     chars.write_text("First Citizen:\nBefore we proceed any further, hear me speak.\n" * 90)
     prepare.prepare("shakespeare_char", source=str(chars), tokenizer="bytes", test_fraction=0,
                     root=tmp_path / "data")  # the name is a built-in, its text a download
     said = run_here(train, "theirs.py", "--max_iters=2", "--eval_iters=2", "--compile=False", "--device=cpu",
-                    *smaller, cwd=tmp_path)
+                    *SMALLER[name], cwd=tmp_path)
     assert "iter 2/2" in said
 
 

@@ -7,10 +7,9 @@ import pytest
 import regex
 
 from config import UserError
-from lib import text as text_file
 from lib import tokenizer as tokenizer_file
 from lib.tokenizer import EOT, MASK, PIECES, Tokenizer, make_tokenizer, train_bpe
-from tests.helpers import MIXED, ROOT, slow
+from tests.helpers import MIXED, ROOT
 
 UNSEEN = "\0 unseen: żółć 漢字 🚀\r\n\t "
 
@@ -40,20 +39,6 @@ def test_bpe_equals_its_definition():
     text = (ROOT / "model.py").read_text(encoding="utf-8")[:6000] + MIXED + "aaaaaaa abababab " * 5
     assert train_bpe([text], 400) == naive_bpe(text, 400)
     assert train_bpe(["abab"], 400) == naive_bpe("abab", 400) and len(train_bpe([], 400)) == 256
-
-
-@pytest.mark.parametrize("corpus, n", [(f"{ROOT}/*.py", 1000), pytest.param("python", 4096, marks=slow)])
-def test_bpe_is_as_good_as_the_tokenizers_library(corpus, n):
-    tokenizers = pytest.importorskip("tokenizers")
-    text = "".join(text for _, text in text_file.documents(corpus))
-    ours = make_tokenizer("bpe", [text], n + 2)
-    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
-    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    theirs.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-        [tokenizers.pre_tokenizers.Split(tokenizers.Regex(PIECES), "isolated"), byte_level])
-    theirs.train_from_iterator([text], tokenizers.trainers.BpeTrainer(
-        vocab_size=n, initial_alphabet=byte_level.alphabet(), show_progress=False))
-    assert len(ours.encode(text)) == pytest.approx(len(theirs.encode(text).ids), rel=0.005)
 
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])
