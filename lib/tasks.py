@@ -243,6 +243,7 @@ class Classify(TextTask):
         super().__init__(head, tokenizer)
         self.several = head.get("several", False)
         if self.several:
+            self.knows = self.knows - {"teacher"}  # its probabilities are one distribution
             self.metrics, self.metric = metrics.LABEL_METRICS, "f1_macro"
 
     def target(self, row):
