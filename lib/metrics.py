@@ -393,8 +393,9 @@ def draw(folder: Path, labels: list, curves: dict, calibration: list, confusion:
             # the space in front: a label that begins with _ is left out
             roc.plot(one["false_positive_rate"], one["true_positive_rate"], label=f" {name} (AUC = {area:.2f})")
             recall.step(one["true_positive_rate"], one["precision"], label=f" {name} (AP = {mean:.2f})")
-        roc.legend()
+        recall.set_ylim(-0.01, 1.01)
         recall.legend()
+        roc.legend()
         confidence, right, _ = zip(*calibration)
         CalibrationDisplay(right, confidence, confidence).plot(ax=trust)
         trust.set_title("Calibration")

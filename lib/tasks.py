@@ -266,14 +266,14 @@ class Classify(TextTask):
             return super().count(target, weight)
         return weight[target].sum()
 
-    def counts(self, rows: list[Row]) -> np.ndarray:
+    def label_counts(self, rows: list[Row]) -> np.ndarray:
         """How many rows have each label, (K,)."""
         y = self.targets(rows)
         return y.sum(0) if self.several else np.bincount(y, minlength=self.n_out)
 
     def class_weight(self, rows: list[Row]) -> torch.Tensor:
         """(K,) so that classes count alike; of several labels, a label's presence as much as its absence."""
-        n, counts = len(rows), self.counts(rows)
+        n, counts = len(rows), self.label_counts(rows)
         weight = (n - counts) / counts if self.several else n / (self.n_out * counts)
         return torch.tensor(weight, dtype=torch.float32)
 
@@ -290,10 +290,11 @@ class Classify(TextTask):
         called = self.labels[answer.argmax()]
         if self.several:
             called = [label for label, p in zip(self.labels, answer) if p > 0.5]
-        return {"prediction": called, **{f"prob_{label}": float(p) for label, p in zip(self.labels, answer)}}
+        probs = {f"prob_{label}": float(p) for label, p in zip(self.labels, answer)}
+        return {"prediction": called, **probs}
 
     def baselines(self, train, test):
-        shares = self.counts(train) / len(train)
+        shares = self.label_counts(train) / len(train)
         return {"majority": [shares] * len(test), "bag_of_words": self.bag_of_words(train, test)}
 
     def report(self, folder, y, probs):
