@@ -137,6 +137,16 @@ def test_gpt2_files_of_all_ages(tmp_path):
     torch.testing.assert_close(Transformer.from_pretrained(tmp_path / "ckpt.pt")(idx)[0], wanted)
 
 
+def test_weights_that_have_no_place_here_are_left_out(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    theirs("bert").save_pretrained(tmp_path)
+    state = safetensors.load_file(tmp_path / "model.safetensors")
+    for name in ("bert.pooler.dense.weight", "bert.embeddings.position_ids", "cls.seq_relationship.bias"):
+        state[name] = torch.ones(2)  # as in the files of bert-base-uncased
+    safetensors.save_file(state, tmp_path / "model.safetensors")
+    assert Transformer.from_pretrained(tmp_path).head is not None
+
+
 def test_what_no_family_has_is_not_exported(tmp_path):
     pytest.importorskip("safetensors")
     with pytest.raises(ValueError, match="nanochat, differs in act=gelu"):

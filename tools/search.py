@@ -57,9 +57,9 @@ class Space(NamedTuple):
     log: bool = False  # by factors
 
     def at(self, share: float) -> Any:
-        """The value at this share, from 0 to 1, of the way."""
+        """The value at this share of the way: from 0 to 1, of choices below 1."""
         if self.choices:
-            return self.choices[min(int(share * len(self.choices)), len(self.choices) - 1)]
+            return self.choices[int(share * len(self.choices))]
         if self.log:
             value = min(self.low * (self.high / self.low) ** share, self.high)
         else:
