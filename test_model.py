@@ -62,6 +62,21 @@ def fixed_shapes():
     return torch.compiler.set_stance("force_eager")
 
 
+def fresh(column, kind=Transformer):
+    """As training begins with it, which `tiny` is not."""
+    torch.manual_seed(0)
+    return kind(Config(**{**TINY, **COLUMNS[column]}))
+
+
+def batch(rows):
+    """Inputs and targets, (rows, 16) each."""
+    return tokens(rows, 16), tokens(rows, 16, seed=1)
+
+
+def greedy(model, prompt, n, **how):
+    return model.generate(prompt, n, temperature=0, **how)
+
+
 # -----------------------------------------------------------------------------
 # The model
 
@@ -75,9 +90,7 @@ def test_gpt2_has_its_number_of_parameters_and_flops():
 
 @columns
 def test_first_predictions_are_about_uniform(column):
-    torch.manual_seed(0)
-    model = Transformer(Config(**{**TINY, **COLUMNS[column]}))
-    _, loss = model(tokens(8, 16), tokens(8, 16, seed=1))
+    _, loss = fresh(column)(*batch(8))
     assert abs(loss.item() - math.log(61)) < (0.35 if column == "vanilla" else 0.1)
 
 
@@ -107,7 +120,7 @@ def test_padding_changes_nothing(column, causal):
 
 
 def test_targets_of_minus_one_do_not_count_and_too_many_are_refused():
-    model, idx, targets = tiny(), tokens(2, 16), tokens(2, 16, seed=1)
+    model, (idx, targets) = tiny(), batch(2)
     targets[0, 3:], targets[1, :9] = -1, -1
     logits, loss = model(idx, targets)
     kept = targets != -1
@@ -209,7 +222,7 @@ class Pair(torch.nn.Module):
 
 
 def test_what_a_module_is_and_not_its_name_says_how_it_is_treated(monkeypatch):
-    alone = Transformer(Config(**{**TINY, **COLUMNS["modern"]}))
+    alone = fresh("modern")
     monkeypatch.setattr("model.MLP", Pair)
     model = Transformer(alone.config)
     assert [len(block_matrices(one)) for one in (alone, model)] == [2 * (4 + 2), 2 * (4 + 2 * 2)]
@@ -227,31 +240,29 @@ def test_what_a_module_is_and_not_its_name_says_how_it_is_treated(monkeypatch):
 @columns
 def test_cached_equals_uncached(column):
     model, prompt = tiny(column), tokens(2, 5)
-    cached = model.generate(prompt, 3 * 16, temperature=0)
+    cached = greedy(model, prompt, 3 * 16)
     assert cached.shape == (2, 5 + 48) and torch.equal(cached[:, :5], prompt)
-    assert torch.equal(cached, model.generate(prompt, 3 * 16, temperature=0, use_cache=False))
+    assert torch.equal(cached, greedy(model, prompt, 3 * 16, use_cache=False))
     with fixed_shapes():
-        assert torch.equal(cached, model.generate(prompt, 3 * 16, temperature=0, compile=True))
+        assert torch.equal(cached, greedy(model, prompt, 3 * 16, compile=True))
     # and it is what forward says, as long as all fits
     assert torch.equal(model(cached[:, :15])[0][:, 4:].argmax(-1), cached[:, 5:16])
     long = tokens(1, 40)  # a prompt over block_size
-    assert torch.equal(model.generate(long, 20, temperature=0),
-                       model.generate(long, 20, temperature=0, use_cache=False))
+    assert torch.equal(greedy(model, long, 20), greedy(model, long, 20, use_cache=False))
 
 
 @columns
 def test_ragged_prompts_go_as_if_alone(column):
-    model = tiny(column)
-    prompts = [tokens(1, n, seed=n) for n in (2, 5, 9)]
-    batch, mask = torch.zeros(3, 9, dtype=torch.long), torch.zeros(3, 9, dtype=torch.bool)
+    model, prompts = tiny(column), [tokens(n, seed=n) for n in (2, 5, 9)]
+    idx, mask = torch.zeros(3, 9, dtype=torch.long), torch.zeros(3, 9, dtype=torch.bool)
     for row, prompt in enumerate(prompts):
-        batch[row, 9 - prompt.size(1):], mask[row, 9 - prompt.size(1):] = prompt, True
-    together = model.generate(batch, 7, temperature=0, pad_mask=mask)
-    for row, prompt in enumerate(prompts):
-        assert torch.equal(together[row, 9:], model.generate(prompt, 7, temperature=0)[0, prompt.size(1):])
+        idx[row, -len(prompt):] = prompt
+        mask[row, -len(prompt):] = True
+    together = greedy(model, idx, 30, pad_mask=mask)
+    for row, prompt in enumerate(prompts):  # as long as all fits
+        assert torch.equal(together[row, 9:16], greedy(model, prompt[None], 7)[0, len(prompt):])
     with fixed_shapes():
-        assert torch.equal(model.generate(batch, 30, temperature=0, pad_mask=mask, compile=True),
-                           model.generate(batch, 30, temperature=0, pad_mask=mask))
+        assert torch.equal(together, greedy(model, idx, 30, pad_mask=mask, compile=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -279,9 +290,9 @@ def test_draws_follow_the_filtered_softmax(how, kept):
 
 def test_text_is_greedy_or_drawn_by_its_seed_and_the_model_is_left_as_it_was():
     model = tiny(dropout=0.5).train()
-    greedy = model.generate(tokens(2, 5), 20, temperature=0)
+    written = greedy(model, tokens(2, 5), 20)
     for narrow in ({"temperature": 0}, {"temperature": 1.3, "top_k": 1}, {"top_p": 1e-9}):
-        assert torch.equal(model.generate(tokens(2, 5), 20, **narrow), greedy)
+        assert torch.equal(model.generate(tokens(2, 5), 20, **narrow), written)
     one, two, three = (model.generate(tokens(1, 3), 30, generator=torch.Generator().manual_seed(seed))
                        for seed in (1, 1, 2))
     assert torch.equal(one, two) and not torch.equal(one, three) and model.training
@@ -481,19 +492,14 @@ class Scaled(Transformer):
         return 0.1 * self.spread.square().mean() + self.scale.square()
 
 
-def scaled():
-    torch.manual_seed(0)
-    return Scaled(Config(**{**TINY, **COLUMNS["modern"]}))
-
-
 @pytest.mark.parametrize("column", [*COLUMNS, "scaled"])
 @pytest.mark.parametrize("compiling", [False, True])
 def test_the_chunked_loss_equals_the_plain_one(monkeypatch, column, compiling):
     monkeypatch.setattr(train, "IN_CACHE", 61 * 100)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)  # that path is not chunked
-    x, y = tokens(30, 16), tokens(30, 16, seed=1)  # 480 tokens: four chunks of 100 and a part
+    x, y = batch(30)  # 480 tokens: four chunks of 100 and a part
     y[3, 5:] = -1
-    model, plain = (scaled() if column == "scaled" else tiny(column) for _ in range(2))
+    model, plain = (fresh("modern", Scaled) if column == "scaled" else tiny(column) for _ in range(2))
     loss = train.Objective(model)(x, y).sum() * 0.5  # and the penalty
     expected = (plain(x, y)[1] + plain.penalty()) * (y != -1).sum() * 0.5
     assert_same_step(loss, model, expected, plain)
@@ -510,7 +516,7 @@ def test_the_head_sees_masked_positions_only():
 
 
 def test_smoothing_and_teacher_are_what_they_say():
-    x, y = tokens(4, 16), tokens(4, 16, seed=1)
+    x, y = batch(4)
     y[1, 3:] = -1
     model, plain, teacher = tiny(), tiny(), tiny("gpt2", seed=1).requires_grad_(False)
     kept = y != -1
@@ -529,19 +535,19 @@ def test_smoothing_and_teacher_are_what_they_say():
 
 
 def test_recomputed_activations_give_the_same_gradient():
-    x, y = tokens(4, 16), tokens(4, 16, seed=1)
+    x, y = batch(4)
     model, plain = tiny(dropout=0.2).train(), tiny(dropout=0.2).train()
     train.recompute_blocks(model)
     for one in (model, plain):
         torch.manual_seed(5)
         step(one, x, y, 2)
     assert same(gradients(model), gradients(plain)) and list(model.state_dict()) == list(plain.state_dict())
-    assert model.generate(x[:1], 4, temperature=0).shape == (1, 20)
+    assert greedy(model, x[:1], 4).shape == (1, 20)
 
 
 @pytest.mark.parametrize("optimizer", train.OPTIMIZERS)
 def test_every_parameter_is_in_exactly_one_group(optimizer):
-    model = scaled()
+    model = fresh("modern", Scaled)
     names = {p: name for name, p in model.named_parameters()}
     matrices = {names[layer.weight] for layer in block_matrices(model)}
     for embd_lr in (None, 0.3):
@@ -561,9 +567,7 @@ def test_every_parameter_is_in_exactly_one_group(optimizer):
 @columns
 @pytest.mark.parametrize("optimizer", train.OPTIMIZERS)
 def test_a_batch_is_learnt_by_heart(column, optimizer):
-    torch.manual_seed(0)
-    model = Transformer(Config(**{**TINY, **COLUMNS[column]}))
-    x, y = tokens(4, 16), tokens(4, 16, seed=1)
+    model, (x, y) = fresh(column), batch(4)
     lr = {"lars": 10.0, "sgd": 0.1}.get(optimizer, 1e-2)
     optimizers, losses = optimizers_of(model, optimizer, lr, decay=0.0), [math.inf]
     while losses[-1] > 0.1 and len(losses) < 200:
@@ -575,7 +579,7 @@ def test_a_batch_is_learnt_by_heart(column, optimizer):
 def test_a_step_that_is_not_finite_leaves_no_trace(monkeypatch, optimizer):
     """Also not in an optimizer that knows nothing of this."""
     monkeypatch.setitem(train.OPTIMIZERS, "foreign", lambda groups, *_: torch.optim.Adagrad(groups))
-    model, x, y = tiny(), tokens(4, 16), tokens(4, 16, seed=1)
+    model, (x, y) = tiny(), batch(4)
     optimizers = optimizers_of(model, optimizer)
     for bad in (False, False, True):
         before = copy.deepcopy([model.state_dict(), optimizer_state(optimizers, model)])
