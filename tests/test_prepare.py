@@ -22,6 +22,12 @@ def write_jsonl(path, texts) -> str:
     return str(path)
 
 
+def prepared(folder, texts, **settings):
+    """A data set of these documents, in folder/data/a."""
+    source = write_jsonl(folder / "a.jsonl", texts)
+    return prepare.prepare(source=source, root=folder / "data", **settings)
+
+
 def read_back(folder) -> dict[str, list[str]]:
     """The documents of each split, decoded from the .bin."""
     meta = prepare.read_meta(folder)
@@ -64,8 +70,7 @@ def test_too_few_documents_are_cut_in_a_row(tmp_path, monkeypatch, texts, block)
 
 def test_documents_are_split_whole_and_stay_where_they_are(tmp_path):
     def split_of(n):
-        source = write_jsonl(tmp_path / f"{n}.jsonl", PAGES[:n])
-        folder = prepare.prepare(source=source, vocab_size=300, root=tmp_path)
+        folder = prepared(tmp_path, PAGES[:n], vocab_size=300, overwrite=True)
         return {text: split for split, texts in read_back(folder).items() for text in texts}
 
     before, after = split_of(60), split_of(70)
@@ -75,8 +80,8 @@ def test_documents_are_split_whole_and_stay_where_they_are(tmp_path):
 
 def test_copies_are_dropped_from_the_split_that_can_spare_them(tmp_path):
     near = [page.replace("Page", "Seite") for page in PAGES]
-    source = write_jsonl(tmp_path / "a.jsonl", [*PAGES, *near, PAGES[3], PAGES[3]])
-    folder = prepare.prepare(source=source, tokenizer="bytes", near_duplicates=0.6, root=tmp_path)
+    texts = [*PAGES, *near, PAGES[3], PAGES[3]]
+    folder = prepared(tmp_path, texts, tokenizer="bytes", near_duplicates=0.6)
     report, kept = prepare.read_meta(folder)["report"], read_back(folder)
     assert report["duplicates"]["documents"] == 2 and report["near_duplicates"]["documents"] == len(PAGES)
     assert "Page 3" in report["duplicates"]["example"]
@@ -88,9 +93,8 @@ def test_every_text_comes_back(tmp_path):
     texts = ["plain English.\n" * 40, CHINESE * 20, "🙂👩‍👩‍👧 e\u0301 \u202e\u0000 " * 30,
              "x" * 1_000_000, "千" * 999, (ROOT / "model.py").read_text("utf-8"),
              " \n\t" * 99, "<|endoftext|> is no end " * 5, "\r\n" * 9]
-    source = write_jsonl(tmp_path / "a.jsonl", texts + PAGES)
     for kind in ("bpe", "bytes"):
-        folder = prepare.prepare(kind, source=source, tokenizer=kind, vocab_size=400, root=tmp_path / "data")
+        folder = prepared(tmp_path, texts + PAGES, tokenizer=kind, vocab_size=400, overwrite=True)
         assert all_of(folder) == sorted(texts + PAGES)
 
 
@@ -98,8 +102,7 @@ def test_large_vocabularies_are_uint32_and_ids_are_checked(tmp_path):
     ranks = [bytes([i]) for i in range(256)] + [bytes([i, j]) for i in range(256) for j in range(256)]
     lines = [base64.b64encode(rank) + b" %d\n" % i for i, rank in enumerate(ranks)]
     (tmp_path / "big.tiktoken").write_bytes(b"".join(lines))
-    source = write_jsonl(tmp_path / "a.jsonl", PAGES)
-    folder = prepare.prepare(source=source, tokenizer=str(tmp_path / "big.tiktoken"), root=tmp_path)
+    folder = prepared(tmp_path, PAGES, tokenizer=str(tmp_path / "big.tiktoken"))
     meta = prepare.read_meta(folder)
     assert meta["dtype"] == "uint32" and meta["vocab_size"] == 65794
     assert all_of(folder) == sorted(PAGES) and prepare.read_split(folder, "train", meta).max() > 2**15
@@ -112,10 +115,9 @@ def test_large_vocabularies_are_uint32_and_ids_are_checked(tmp_path):
 
 def test_the_same_text_gives_the_same_bytes(tmp_path):
     seen = set()
-    source = write_jsonl(tmp_path / "a.jsonl", PAGES)
     for threads in (1, 2, 2):
-        folder = prepare.prepare(source=source, vocab_size=300, threads=threads, near_duplicates=0.5,
-                                 overwrite=True, root=tmp_path / "data")
+        folder = prepared(tmp_path, PAGES, vocab_size=300, threads=threads, near_duplicates=0.5,
+                          overwrite=True)
         meta = prepare.read_meta(folder)
         seen.add(json.dumps([meta["splits"], meta["tokenizer"]]))
         for split, its in meta["splits"].items():
@@ -124,19 +126,18 @@ def test_the_same_text_gives_the_same_bytes(tmp_path):
 
 
 def test_a_data_set_is_replaced_only_on_demand(tmp_path, capsys):
-    args = dict(source=write_jsonl(tmp_path / "a.jsonl", PAGES), root=tmp_path / "data")
-    folder = prepare.prepare(**args, vocab_size=300)
+    folder = prepared(tmp_path, PAGES, vocab_size=300)
     assert set(prepare.read_meta(folder)["settings"]) == {  # a data set of before is known by these
         "source", "tokenizer", "vocab_size", "val_fraction", "test_fraction", "encoding", "errors",
         "text_key", "nfc", "line_ends", "control_chars", "html", "repeated_lines", "scrub_pii", "min_chars",
         "min_text", "near_duplicates", "sample_mb"}
     stamp = (folder / "train.bin").stat().st_mtime_ns
-    assert prepare.prepare(**args, vocab_size=300, threads=1, seed=5) == folder
+    assert prepared(tmp_path, PAGES, vocab_size=300, threads=1, seed=5) == folder
     assert "same settings" in capsys.readouterr().out
     with pytest.raises(SettingError, match="--overwrite"):
-        prepare.prepare(**args, vocab_size=280)
+        prepared(tmp_path, PAGES, vocab_size=280)
     assert (folder / "train.bin").stat().st_mtime_ns == stamp
-    prepare.prepare(**args, vocab_size=280, overwrite=True)
+    prepared(tmp_path, PAGES, vocab_size=280, overwrite=True)
     assert prepare.read_meta(folder)["vocab_size"] <= 280 and names_in(tmp_path / "data") == ["a"]
 
 
