@@ -245,7 +245,6 @@ class Classify(TextTask):
         if self.several:
             self.knows = self.knows - {"teacher"}  # its probabilities are one distribution
             self.metrics, self.metric = metrics.LABEL_METRICS, "f1_macro"
-            self.knows = self.knows - {"teacher"}
 
     def target(self, row):
         labels = [] if row.label is None else labels_of(row, self.several)
