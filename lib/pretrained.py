@@ -95,7 +95,8 @@ BERT = Family(
            "norm1": "attention.output.LayerNorm", "norm2": "output.LayerNorm",
            "mlp.up": "intermediate.dense", "mlp.down": "output.dense"},
     head={"head": "cls.predictions.decoder", "head.bias": "cls.predictions.bias",
-          "head.dense": "cls.predictions.transform.dense", "head.norm": "cls.predictions.transform.LayerNorm"},
+          "head.dense": "cls.predictions.transform.dense",
+          "head.norm": "cls.predictions.transform.LayerNorm"},
     ignore=r"(pooler\..*|embeddings\.position_ids)$|cls\.seq_relationship\.|.*\.decoder\.bias$")
 
 ROBERTA = BERT._replace(

@@ -145,7 +145,8 @@ def bench_training(given: dict, s: SimpleNamespace) -> None:
         micro_batches = list(zip(x.split(s.batch_size), y.split(s.batch_size), strict=True))
         machine.lap("data")
         with memory_advice(s.batch_size, s.gradient_accumulation_steps, "" if s.remat else train.REMAT):
-            train.train_step(objective, micro_batches, (y != -1).sum(), model, optimizers, machine, s.grad_clip)
+            train.train_step(objective, micro_batches, (y != -1).sum(), model, optimizers, machine,
+                             s.grad_clip)
         machine.lap("update")
         if step == -2:
             until_first = time.time() - STARTED
