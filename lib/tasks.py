@@ -269,12 +269,12 @@ class Classify(TextTask):
     def label_counts(self, rows: list[Row]) -> np.ndarray:
         """How many rows have each label, (K,)."""
         y = self.targets(rows)
-        return y.sum(0) if self.several else np.bincount(y, minlength=self.n_out)
+        return y.sum(0) if self.several else np.bincount(y, minlength=len(self.labels))
 
     def class_weight(self, rows: list[Row]) -> torch.Tensor:
         """(K,) so that classes count alike; of several labels, a label's presence as much as its absence."""
         n, counts = len(rows), self.label_counts(rows)
-        weight = (n - counts) / counts if self.several else n / (self.n_out * counts)
+        weight = (n - counts) / counts if self.several else n / (len(self.labels) * counts)
         return torch.tensor(weight, dtype=torch.float32)
 
     def answers(self, rows, examples, outputs):
