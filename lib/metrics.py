@@ -71,7 +71,7 @@ def matthews(y, probs):
 
 
 def one_vs_rest(y, probs) -> dict:
-    """k -> (truth, score) of each class that occurs, against the rest; of two classes, of the second alone."""
+    """k -> (truth, score) of each class that occurs, against the rest; of two, of the second alone."""
     n = probs.shape[1]
     if y.ndim == 1 and n == 2:
         return {1: (y == 1, probs[:, 1])}
@@ -80,7 +80,7 @@ def one_vs_rest(y, probs) -> dict:
 
 
 def curve(truth, score) -> dict:
-    """What is right if all from a score on are called positive, from none down to all, and the areas below."""
+    """What is right if all from a score on are called positive, from none to all, and the areas below."""
     order = np.argsort(-score, kind="stable")
     last = np.append(np.flatnonzero(np.diff(score[order])), len(score) - 1)  # of each run of equal scores
     hits = np.cumsum(truth[order])[last]
@@ -383,7 +383,8 @@ def draw(folder: Path, labels: list, curves: dict, calibration: list, confusion:
     chinese = ["Noto Sans CJK SC", "Microsoft YaHei", "PingFang SC", "WenQuanYi Zen Hei"]
     fonts = [*chinese, *matplotlib.rcParams["font.sans-serif"]]
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # fonts that are not there
-    with matplotlib.rc_context({"font.sans-serif": fonts, "text.parse_math": False}), warnings.catch_warnings():
+    plain = {"font.sans-serif": fonts, "text.parse_math": False}
+    with matplotlib.rc_context(plain), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a label in letters that no font here has
         roc, recall, trust, table = (Figure(figsize=(5.5, 5)).add_subplot() for _ in range(4))
         roc.set(title="ROC, and the area below", xlabel="False positive rate", ylabel="True positive rate")
@@ -391,7 +392,8 @@ def draw(folder: Path, labels: list, curves: dict, calibration: list, confusion:
         for name, one in curves.items():
             area, mean = one["roc_auc"], one["average_precision"]
             # the space in front: a label that begins with _ is left out
-            roc.plot(one["false_positive_rate"], one["true_positive_rate"], label=f" {name} (AUC = {area:.2f})")
+            label = f" {name} (AUC = {area:.2f})"
+            roc.plot(one["false_positive_rate"], one["true_positive_rate"], label=label)
             recall.step(one["true_positive_rate"], one["precision"], label=f" {name} (AP = {mean:.2f})")
         recall.set_ylim(-0.01, 1.01)
         recall.legend()

@@ -18,8 +18,8 @@ from config import SettingError, UserError
 from lib import tasks
 from lib.tokenizer import make_tokenizer
 from model import Config, Transformer
-from tests.helpers import (QUICK, ROOT, Half, checkpoint, log_of, posix, run_here, same, says, slow, synthetic,
-                           tiny, together, tune, write_rows)
+from tests.helpers import (QUICK, ROOT, Half, checkpoint, log_of, posix, run_here, same, says, slow,
+                           synthetic, tiny, together, tune, write_rows)
 
 
 def read_csv(path):

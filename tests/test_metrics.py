@@ -140,7 +140,8 @@ def test_the_report_has_each_class_by_its_name(several, tmp_path, monkeypatch):
     """Names that mean something to matplotlib too, and outputs that are not numbers."""
     sk, axes = pytest.importorskip("sklearn.metrics"), pytest.importorskip("matplotlib.axes")
     shown, legend = [], axes.Axes.legend
-    monkeypatch.setattr(axes.Axes, "legend", lambda *args, **how: shown.extend(legend(*args, **how).get_texts()))
+    monkeypatch.setattr(axes.Axes, "legend",
+                        lambda *args, **how: shown.extend(legend(*args, **how).get_texts()))
     rng, labels = np.random.default_rng(0), ["$a$", "_b", "c"]
     truth = rng.random((50, 3)) < 0.4
     y = truth.astype(np.float32) if several else truth.argmax(1)

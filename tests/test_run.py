@@ -19,8 +19,8 @@ import sample
 import train
 from config import SettingError, UserError
 from lib.run import REPORTS, RESUME, find_checkpoint, locked
-from tests.helpers import (ROOT, TOY, checkpoint, full_disk, log_of, posix, run_here, same, script, slow, start,
-                           together)
+from tests.helpers import (ROOT, TOY, checkpoint, full_disk, log_of, posix, run_here, same, script, slow,
+                           start, together)
 
 LEFT = {"best.pt", "ckpt.pt", "ckpt.prev.pt", "log.jsonl", "run.lock", "settings.json"}  # and loss.png
 
@@ -54,7 +54,8 @@ def test_a_run_does_max_iters_updates_and_leaves_what_it_promised(home):
     assert [row["iter"] for row in steps] == list(range(1, 9)) and steps[-1]["tokens"] == 8 * 2 * 2 * 32
     assert set(steps[0]) == set("iter tokens loss lr grad_norm dt elapsed tokens_per_s mfu".split())
     assert [row["iter"] for row in evaluations] == [4, 8] and evaluations[1]["val_loss"] < 5.7
-    assert set(evaluations[0]) == set("iter elapsed train_loss val_loss val_bpb val_accuracy mean_loss".split())
+    names = "iter elapsed train_loss val_loss val_bpb val_accuracy mean_loss"
+    assert set(evaluations[0]) == set(names.split())
     mean = np.mean([row["loss"] for row in steps[:4]])
     assert evaluations[0]["mean_loss"] == pytest.approx(mean, rel=1e-5) != evaluations[0]["train_loss"]
     assert json.loads((home / "out/whole/settings.json").read_text())["n_layer"] == 2
