@@ -394,9 +394,9 @@ def test_a_run_stays_compiled_or_not(home, monkeypatch):
     run(home, "uncompiled", *TOY, "--compile=True", "--max_iters=2")
     monkeypatch.setattr(train, "compiled", lambda *_: 1 / 0)
     assert ", compiled" not in resume(home, "uncompiled", "--max_iters=8")
-    run(home, "plain", *TOY, "--max_iters=2")  # but who asks for it gets it
+    run(home, "eager", *TOY, "--max_iters=2")  # but who asks for it gets it
     with pytest.raises(ZeroDivisionError):
-        resume(home, "plain", "--compile=True")
+        resume(home, "eager", "--compile=True")
 
 
 def test_fine_tuned_checkpoints_of_before_are_read(tuned, tmp_path):
