@@ -2,7 +2,7 @@
 What must hold, on tiny models and a CPU, without network:  python -m pytest
 
 What takes longer runs with SLOW=1; what compares with `transformers` or `tokenizers` is skipped where they
-are missing. What measures a speed runs with TIMED=1, and wants a machine that does nothing else.
+are missing. Speed is measured by tools.bench.
 """
 
 import copy

@@ -37,7 +37,7 @@ GONE = {
     "profile": "python -m tools.bench takes the same config files and settings",
     "teacher_weight": "it is called teacher_share now",
     "linear": "the mixture with a linear model is gone; the report still compares with a bag of words",
-    "cut_rate": "it is gone: token_dropout does as much",
+    "cut_rate": "it is gone; token_dropout masks whole tokens",
     "config/bench.py": "python -m tools.bench times a training step",
     "config/search.py": "python -m tools.search searches for settings",
 }

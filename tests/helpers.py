@@ -28,7 +28,6 @@ torch.set_num_threads(1)  # as for `script`: the last bits depend on it
 ROOT = Path(__file__).parent.parent
 
 slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="slow: set SLOW=1")
-timed = pytest.mark.skipif(not os.environ.get("TIMED"), reason="a measurement: set TIMED=1")
 posix = pytest.mark.skipif(sys.platform == "win32", reason="signals, limits and gloo are POSIX's")
 
 
