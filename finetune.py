@@ -31,13 +31,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from config import SettingError, UserError, above, at_least, defaults_of, launch, values_of
-from lib import metrics, text
+from lib import metrics
 from lib.optim import Pruning
 from lib.run import (BadSteps, Machine, Pace, Run, State, cannot_write, find_checkpoint, in_words,
                      left_by_runs, load_body, memory_advice, model_of, refuse_to_replace, step_line,
                      stored_settings, write_json, write_text)
 from lib.tasks import TASKS, Example, Task
-from lib.text import Row
+from lib.rows import Row, as_csv, python_packages
 from lib.tokenizer import Tokenizer, make_tokenizer
 from model import Config, Transformer, block_matrices
 from train import OPTIMIZERS, SCHEDULES, lr_factor, make_optimizers, ready, set_lr, train_step
@@ -672,7 +672,7 @@ def report(run: Run, train: list[Row], test: list[Row], examples: list[Example],
     if s.group_column != "":
         found["by_group"] = metrics.by_group(task.scores, arrays, [row.group for row in test])
     header, lines = task.table(test, answers)
-    write_text(folder / "predictions.csv", text.as_csv([header, *lines]))
+    write_text(folder / "predictions.csv", as_csv([header, *lines]))
     write_json(folder / "metrics.json", found)
     try:
         written = task.report(folder, *arrays)
@@ -700,7 +700,7 @@ def table(found: dict) -> str:
     return "\n".join(lines)
 
 
-BUILT_IN = {"python_packages": text.python_packages}  # --data= -> rows to train on, validate and test
+BUILT_IN = {"python_packages": python_packages}  # --data= -> rows to train on, validate and test
 
 
 def read_splits(s: SimpleNamespace) -> dict[Path, list[list[Row]]]:

@@ -33,7 +33,7 @@ import torch
 from config import SettingError, UserError, at_least, launch
 from finetune import Tuned, predict, tuned_of
 from lib.run import USE, Machine, find_checkpoint, load_body, model_of, newest_run
-from lib.text import as_csv
+from lib.rows import as_csv
 from lib.tokenizer import HubTokenizer, Tokenizer
 from model import Sampling, Transformer
 

@@ -20,8 +20,9 @@ import torch
 from torch.nn import functional as F
 
 from config import SettingError, UserError
-from lib import metrics, text
-from lib.text import Row
+from lib import metrics
+from lib.rows import Row, read_conll, read_paragraphs, read_rows, read_squad, split_rows
+from lib.text import kind_of
 
 
 class Example(NamedTuple):
@@ -54,7 +55,7 @@ class Task:
 
     @classmethod
     def read(cls, path: str, columns: dict, labelled: bool = True) -> list[Row]:
-        return text.read_rows(path, columns, labelled, cls.lists, cls.optional)
+        return read_rows(path, columns, labelled, cls.lists, cls.optional)
 
     @classmethod
     def texts(cls, row: Row) -> list[str]:
@@ -70,7 +71,7 @@ class Task:
     def split(cls, rows: list[Row], k: int, seed: int) -> np.ndarray:
         """Which of k parts each row belongs to, (N,); the classes of texts are spread evenly."""
         labels = [row.label for row in rows] if cls.classes and cls.of_texts else None
-        return text.split_rows([cls.split_key(row) for row in rows], labels, k, seed)
+        return split_rows([cls.split_key(row) for row in rows], labels, k, seed)
 
     def __init__(self, head: dict, tokenizer):
         self.head, self.tokenizer, self.labels = head, tokenizer, head["labels"]
@@ -343,8 +344,8 @@ class Tag(Task):
 
     @classmethod
     def read(cls, path, columns, labelled=True):
-        if text.kind_of(path) not in (".jsonl", ".json", ".csv"):
-            return text.read_conll(path, labelled)
+        if kind_of(path) not in (".jsonl", ".json", ".csv"):
+            return read_conll(path, labelled)
         rows = super().read(path, columns, labelled)
         for row in rows:
             words = row.text.split() if isinstance(row.text, str) else row.text
@@ -444,7 +445,7 @@ class Answer(Task):
 
     @classmethod
     def read(cls, path, columns, labelled=True):
-        return text.read_squad(path)
+        return read_squad(path)
 
     @staticmethod
     def split_key(row):  # questions on one article
@@ -556,8 +557,8 @@ class LM(Task):
 
     @classmethod
     def read(cls, path, columns, labelled=True):
-        if text.kind_of(path) == ".txt":
-            return text.read_paragraphs(path)
+        if kind_of(path) == ".txt":
+            return read_paragraphs(path)
         return super().read(path, columns, labelled)
 
     @staticmethod

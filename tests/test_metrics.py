@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lib import metrics
 from lib.metrics import ANSWER_METRICS, CLASS_METRICS, LABEL_METRICS, NUMBER_METRICS, TAG_METRICS, compute
-from lib.text import Row
+from lib.rows import Row
 from tests.helpers import synthetic
 
 close = partial(pytest.approx, abs=1e-9, rel=0, nan_ok=True)

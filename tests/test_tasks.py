@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from config import SettingError, UserError
 from lib.tasks import LM, TASKS, Answer, Classify, Regress, Tag
-from lib.text import Row
+from lib.rows import Row
 from lib.tokenizer import make_tokenizer
 
 PLAIN = {"max_length": 64, "paired": False, "apart": False}

@@ -17,7 +17,8 @@ import pytest
 
 from config import UserError
 from lib import text as text_file
-from lib.text import as_csv, documents, locked, read_conll, read_paragraphs, read_rows, read_squad, split_rows
+from lib.rows import as_csv, python_packages, read_conll, read_paragraphs, read_rows, read_squad, split_rows
+from lib.text import documents, locked
 from tests.helpers import CHINESE, MIXED, PAGES, ROOT, says, write_rows
 
 COLUMNS = dict.fromkeys(("text", "pair", "label", "group"), "")
@@ -184,7 +185,7 @@ def test_the_library_of_python_is_there_without_a_download():
     files = dict(text_file.standard_library())
     assert len(files) > 300 and sum(map(len, files.values())) > 5_000_000
     assert not any("site-packages" in name or "/test/" in f"/{name}" for name in files)
-    splits = text_file.python_packages()
+    splits = python_packages()
     names = [{row.where.partition(":")[0] for row in rows} for rows in splits]
     assert len(set.union(*names)) == sum(map(len, names))
     for rows in splits:
