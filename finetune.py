@@ -646,6 +646,8 @@ def introduce(model: Tuned, plan: Plan, train: list[Row], val: list[Row], test: 
         f"{plan.lengths.mean():.0f} tokens each, {plan.lengths.max()} at most")
     if task.classes:
         say(f"labels    {', '.join(task.labels[:20])}{', ...' if len(task.labels) > 20 else ''}")
+    if task.metric in task.meaning:  # it chooses the best epoch
+        say(f"{task.metric:9} {task.meaning[task.metric]}")
     seen = {(row.text, row.pair) for row in train}
     notes = {**task.notes,
              "are empty": sum(not row.text.strip() for row in train + val + test),
@@ -667,7 +669,7 @@ def report(run: Run, train: list[Row], test: list[Row], examples: list[Example],
     baselines = {name: task.scores(*task.arrays(test, guesses))
                  for name, guesses in task.baselines(train, test).items()}
     found = {**metrics.with_intervals(task.scores, arrays), "task": s.task, "test_rows": len(test),
-             "best_epoch": best["epoch"], "baselines": baselines,
+             "best_epoch": best["epoch"], "baselines": baselines, "meaning": task.meaning,
              "validation": {name: value for name, value in best.items() if name != "goal"}}
     if s.group_column != "":
         found["by_group"] = metrics.by_group(task.scores, arrays, [row.group for row in test])
@@ -697,6 +699,7 @@ def table(found: dict) -> str:
         low, high = gap["gap_ci95"]
         lines.append(f"  {name}: {gap['lowest']} lowest, {gap['highest']} highest, {gap['gap']:.4f} apart "
                      f"[{low:.4f}, {high:.4f}]")
+    lines += [f"  ({name}: {what})" for name, what in found["meaning"].items()]
     return "\n".join(lines)
 
 
@@ -791,9 +794,13 @@ def summary_of_folds(folder: Path, found: list[dict], s: SimpleNamespace) -> str
     summary = {"task": s.task, "folds": s.folds}
     for name in [name for name in found[0] if f"{name}_ci95" in found[0]]:
         values = np.array([one[name] for one in found], dtype=float)
-        mean, std = float(values.mean()), float(values.std(ddof=1))
+        known = values[~np.isnan(values)]
+        mean = float(known.mean()) if len(known) else math.nan
+        std = float(known.std(ddof=1)) if len(known) > 1 else math.nan
         summary.update({name: mean, f"{name}_std": std, f"{name}_folds": values.tolist()})
-        lines.append(f"  {name:20} {mean:8.4f} +- {std:.4f}")
+        without = ", ".join(str(k + 1) for k in np.flatnonzero(np.isnan(values)))
+        lines.append(f"  {name:20} {mean:8.4f} +- {std:.4f}"
+                     + (f"  (not defined in fold {without}, which the mean leaves out)" if without else ""))
     write_json(folder / "metrics.json", summary)
     return "\n".join(lines)
 

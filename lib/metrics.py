@@ -179,22 +179,67 @@ TAG_METRICS = {
 }
 
 
-def entities(tags: Sequence[str]) -> set[tuple]:
-    """(kind, first, end) of each entity. As in conlleval, an I- that continues nothing begins one."""
-    found, begin, kind = set(), 0, None
-    for i, tag in enumerate([*tags, "O"]):
-        prefix, _, name = tag.partition("-")
-        if kind is not None and (prefix != "I" or name != kind):
-            found.add((kind, begin, i))
-            kind = None
-        if prefix in ("B", "I") and kind is None:
-            begin, kind = i, name
-    return found
+PREFIXES = {"B": "B", "I": "I", "M": "I", "E": "E", "L": "E", "S": "S", "U": "S", "W": "S"}
 
 
-def tag_counts(gold, predicted) -> list[int]:
-    """TagTotals of a sentence, but its nats."""
-    there, called = entities(gold), entities(predicted)
+class TagScheme:
+    """How a set of tags spells entities: B- and I-, with E- and S- (BIOES) or L- and U- (BILOU), BMES, IOE.
+
+    B- and I- alone are read as conlleval reads them: an I- that continues nothing begins an entity. If the set
+    has marks of ends, only whole entities count, as in seqeval's strict mode: a B- I- that no E- ends is none.
+    Without prefixes each tag but O is an entity of one word (conlleval -r): F1 is then that of all tags but O,
+    and the accuracy if there is no O.
+    """
+
+    def __init__(self, labels: Sequence[str]):
+        tags = {*labels} - {"O"}
+        self.part = {}  # tag -> its prefix, as one of B I E S, and its kind; no others belong to entities
+        for tag in tags:
+            found = re.fullmatch(r"([BIMELSUW])[-_](.+)", tag, re.DOTALL)
+            if found:
+                self.part[tag] = PREFIXES[found[1]], found[2]
+        if tags & {"B", "I"} and tags <= {*PREFIXES}:  # of a single kind
+            self.part = {tag: (PREFIXES[tag], "") for tag in tags}
+        self.plain = 2 * len(self.part) < len(tags)
+        if self.plain:
+            self.part = {tag: ("S", tag) for tag in tags}
+        self.outside = sorted(tags - {*self.part})
+        self.used = {part for part, _ in self.part.values()}
+        self.strict = bool(self.used & {"E", "S"})
+        self.begins = {"B", "S"} if self.strict and "B" in self.used else {"B", "I", "E", "S"}
+
+    def __str__(self) -> str:
+        if self.plain:
+            return "each word whose tag is not O (the tags have no B- or I-)"
+        how = "only whole ones count" if self.strict else "an I- that continues nothing begins one"
+        outside = f"; as O: {', '.join(self.outside)}" if self.outside else ""
+        return f"by {', '.join(f'{part}-' for part in sorted(self.used))}: {how}{outside}"
+
+    def is_whole(self, parts: str) -> bool:
+        if not self.strict:
+            return True
+        if len(parts) == 1 and self.used & {"S", "B"}:
+            return parts == ("S" if "S" in self.used else "B")
+        return "E" not in self.used or parts[-1] == "E"
+
+    def entities(self, tags: Sequence[str]) -> set[tuple]:
+        """(kind, first, end) of each."""
+        found, parts, kind = set(), "", None
+        for i, tag in enumerate([*tags, None]):
+            part, name = self.part.get(tag, ("O", None))
+            if parts and part in ("I", "E") and name == kind and parts[-1] not in ("E", "S"):
+                parts += part
+                continue
+            if parts and self.is_whole(parts):
+                found.add((kind, i - len(parts), i))
+            parts, kind = (part, name) if part in self.begins else ("", None)
+        return found
+
+
+def tag_counts(gold, predicted, scheme: TagScheme | None = None) -> list[int]:
+    """TagTotals of a sentence, but its nats. scheme: of all tags that there are; None: of these."""
+    scheme = scheme or TagScheme([*gold, *predicted])
+    there, called = scheme.entities(gold), scheme.entities(predicted)
     right = sum(map(str.__eq__, gold, predicted))
     return [len(there & called), len(called), len(there), right, len(gold)]
 

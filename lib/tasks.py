@@ -78,6 +78,7 @@ class Task:
         self.number = {label: k for k, label in enumerate(self.labels)}
         self.n_out = len(self.labels)  # of a sequence, or of a token
         self.notes = Counter()  # what became of texts -> of how many
+        self.meaning = {}  # of metrics whose names do not say it all: name -> what it is of
 
     def row(self, where: str, text: str, pair: str | None = None) -> Row:
         """A text that stands in no file."""
@@ -246,6 +247,11 @@ class Classify(TextTask):
         if self.several:
             self.knows = self.knows - {"teacher"}  # its probabilities are one distribution
             self.metrics, self.metric = metrics.LABEL_METRICS, "f1_macro"
+        if self.n_out == 2 and not self.several:
+            self.meaning = {"average_precision": f"of the label {self.labels[1]}"}
+        else:
+            mean = "the mean of the labels that occur, each against the rest"
+            self.meaning = {"roc_auc": mean, "average_precision": mean}
 
     def target(self, row):
         labels = [] if row.label is None else labels_of(row, self.several)
@@ -362,6 +368,11 @@ class Tag(Task):
     def learn(rows, s):
         return {"labels": sorted({tag for row in rows for tag in row.label})}
 
+    def __init__(self, head, tokenizer):
+        super().__init__(head, tokenizer)
+        self.scheme = metrics.TagScheme(self.labels)
+        self.meaning = {"f1": f"of entities, {self.scheme}"}
+
     def target(self, row):
         """(words,) the numbers of their tags."""
         tags = [0] * len(row.words)
@@ -401,7 +412,7 @@ class Tag(Task):
     def arrays(self, rows, answers):
         counts, nats = [], []
         for row, (tags, logp) in zip(rows, answers):
-            counts.append(metrics.tag_counts(row.label, tags))
+            counts.append(metrics.tag_counts(row.label, tags, self.scheme))
             places = enumerate(self.target(row))
             nats.append(math.nan if logp is None else -sum(logp[place] for place in places))
         return np.array(counts), np.array(nats)

@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -291,6 +292,14 @@ def test_folds_test_every_row_once_and_are_gone_on_with_or_replaced(tmp_path):
     run_here(finetune, *args, "--overwrite", "--folds=3")
     resume(out)  # of three folds, not of what was there before
     assert json.loads((out / "metrics.json").read_text(encoding="utf-8"))["folds"] == 3
+
+
+def test_a_fold_without_a_class_leaves_the_mean_of_the_others(tmp_path):
+    found = [{"roc_auc": value, "roc_auc_ci95": [0, 1]} for value in (0.5, math.nan, 0.7)]
+    s = SimpleNamespace(task="classify", folds=3)
+    assert "0.6000 +- 0.1414  (not defined in fold 2" in finetune.summary_of_folds(tmp_path, found, s)
+    kept = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
+    assert kept["roc_auc"] == pytest.approx(0.6) and kept["roc_auc_folds"] == [0.5, None, 0.7]
 
 
 def test_the_best_epoch_is_tested_and_the_test_set_read_once(tmp_path, monkeypatch):

@@ -67,16 +67,56 @@ def test_metrics_that_are_not_defined_are_not_made_up():
     assert math.isnan(scores["roc_auc"]) and scores["accuracy"] == 1 and scores["matthews"] == 0
 
 
-@pytest.mark.parametrize("tags, expected", [
-    ("O B-a I-a O", {("a", 1, 3)}),
-    ("B-a B-a", {("a", 0, 1), ("a", 1, 2)}),
-    ("I-a I-a O I-b", {("a", 0, 2), ("b", 3, 4)}),  # conlleval: an I- after nothing begins one
-    ("B-a I-b", {("a", 0, 1), ("b", 1, 2)}),
-    ("B-a-b I-a-b", {("a-b", 0, 2)}),
-    ("O O", set()),
+@pytest.mark.parametrize("labels, tags, expected", [
+    ("B-a I-a O", "O B-a I-a O", {("a", 1, 3)}),
+    ("B-a", "B-a B-a", {("a", 0, 1), ("a", 1, 2)}),
+    ("I-a I-b", "I-a I-a O I-b", {("a", 0, 2), ("b", 3, 4)}),  # conlleval: an I- after nothing begins one
+    ("B-a I-b", "B-a I-b", {("a", 0, 1), ("b", 1, 2)}),
+    ("B-a-b I-a-b", "B-a-b I-a-b", {("a-b", 0, 2)}),
+    ("B_a I_a", "B_a I_a", {("a", 0, 2)}),
+    ("B I O", "O B I I B", {("", 1, 4), ("", 4, 5)}),
+    ("B I O", "O O", set()),
+    # with marks of ends only whole entities count
+    ("B-a I-a E-a S-a", "B-a I-a E-a S-a E-a I-a E-a", {("a", 0, 3), ("a", 3, 4)}),
+    ("B-a I-a E-a S-a", "B-a I-a O S-a B-a O", {("a", 3, 4)}),
+    ("B-a I-a L-a U-a B-b L-b", "B-a L-b U-a B-b L-b", {("a", 2, 3), ("b", 3, 5)}),
+    ("B-a M-a E-a S-a", "B-a M-a E-a B-a M-a", {("a", 0, 3)}),
+    ("B M E S", "B E S B M E M E", {("", 0, 2), ("", 2, 3), ("", 3, 6)}),
+    ("B-a E-a", "B-a O B-a E-a", {("a", 0, 1), ("a", 2, 4)}),  # no S- in the set: a B- alone is whole
+    ("I-a E-a", "I-a E-a E-a I-a", {("a", 0, 2), ("a", 2, 3)}),  # IOE
+    # no prefixes: each word by itself
+    ("PER O LOC", "PER PER O LOC", {("PER", 0, 1), ("PER", 1, 2), ("LOC", 3, 4)}),
+    ("NOUN S B I-x V", "S NOUN B", {("S", 0, 1), ("NOUN", 1, 2), ("B", 2, 3)}),
 ])
-def test_entities_are_conlleval_s(tags, expected):
-    assert metrics.entities(tags.split()) == expected
+def test_entities_are_those_of_conlleval_and_of_seqeval_s_strict_mode(labels, tags, expected):
+    assert metrics.TagScheme(labels.split()).entities(tags.split()) == expected
+
+
+@pytest.mark.parametrize("letters, scheme", [("BI", None), ("BIES", "IOBES"), ("BILU", "BILOU"), ("IE", "IOE2")])
+def test_entities_equal_seqeval_s(letters, scheme):
+    seqeval = pytest.importorskip("seqeval")
+    from seqeval.metrics.sequence_labeling import get_entities
+    labels = ["O", *(f"{letter}-{kind}" for letter in letters for kind in "ab")]
+    ours, rng = metrics.TagScheme(labels), np.random.default_rng(0)
+    for n in rng.integers(1, 9, 500):
+        tags = rng.choice(labels, n).tolist()
+        if scheme:
+            theirs = seqeval.scheme.Tokens(tags, getattr(seqeval.scheme, scheme)).entities
+            expected = {(one.tag, one.start, one.end) for one in theirs}
+        else:
+            expected = {(kind, begin, last + 1) for kind, begin, last in get_entities(tags)}
+        assert ours.entities(tags) == expected
+
+
+def test_a_model_is_perfect_by_f1_only_if_it_is():
+    gold = "B-a I-a E-a O S-b B-b E-b".split()
+    scheme = metrics.TagScheme(gold)
+    assert metrics.tag_counts(gold, gold, scheme) == [3, 3, 3, 7, 7]
+    no_ends = [tag.replace("E-", "I-") for tag in gold]
+    assert metrics.tag_counts(gold, no_ends, scheme) == [1, 1, 3, 5, 7]
+    words = "DET NOUN VERB NOUN".split()
+    found, called, there, right, n = metrics.tag_counts(words, "DET NOUN VERB X".split())
+    assert found / called == found / there == right / n == 3 / 4  # F1 is the accuracy
 
 
 def test_entity_f1_is_that_of_all_sentences_together():
