@@ -129,59 +129,176 @@ def lines(text: Iterable[str], newline: str) -> Iterator[str]:
 RECORDS = (".csv", ".tsv", ".jsonl", ".json")
 
 
-def records(path: str | Path, text: Iterable[str], names: Collection[str],
-            empty: bool = True) -> Iterator[tuple[int, dict]]:
-    """(line, {column: cell}) of each row of a table, or (line, object) of JSON; of a .json list, its number.
+def records(path: str | Path, text: Iterable[str], names: Collection[str] | bool, empty: bool = True,
+            bad: Callable[[UserError], None] | None = None) -> Iterator[tuple[int, dict]]:
+    """(line, {column: cell}) of each row of a table, or (line, object) of JSON; of a list in a .json, its number.
 
-    text: the file's, in blocks. names: a table's first row is its header if it has one of these, in lower
-    case; otherwise columns are called "0", "1" and so on. A cell that is missing is None. empty: keep rows of
-    empty cells. Only a .json is held in memory. Raises UserError, with file and line.
+    text: the file's, in blocks. names: True if a table's first row is its header, False if it has none, or
+    names: it is one if it has one of these, in lower case. Without a header columns are called "0", "1" and
+    so on. A cell that is missing is None. empty: keep rows of empty cells. Only a .json that is a list is held
+    in memory. A row that cannot be read raises UserError, with file and line; bad: it is called with the
+    error, and the row passed over.
     """
     kind = kind_of(path)
-    if kind == ".json":
-        _, found = next(parse_json(path, [(1, "".join(text))]), (1, None))
-        if not isinstance(found, list):
-            raise UserError(f"{path}: wanted a list of objects with texts, got {str(found)[:40]!r}")
-        values = enumerate(found, 1)
-    elif kind == ".jsonl":
-        values = parse_json(path, enumerate(lines(text, "\n"), 1))
-    else:
-        yield from table(path, text, kind, names, empty)
+    if "json" not in kind:
+        yield from table(path, text, kind, names, empty, bad)
         return
-    for line, value in values:
-        if not isinstance(value, dict):
-            raise UserError(f"{path}:{line}: wanted an object with a text, got {str(value)[:40]!r}")
-        yield line, value
+    for line, value in json_values(path, text, kind, bad):
+        if isinstance(value, dict):
+            yield line, value
+        else:
+            refuse(f"{path}:{line}: wanted an object with a text, got {str(value)[:40]!r}", bad)
 
 
-def table(path: str | Path, text: Iterable[str], kind: str, names: Collection[str],
-          empty: bool) -> Iterator[tuple[int, dict]]:
-    """CSV, or TSV, where quotes are plain characters. Any other suffix: TSV if its first line has a tab."""
+def refuse(message: str, bad: Callable[[UserError], None] | None) -> None:
+    """Raise the error, or hand it to whom it may concern."""
+    error = UserError(message)
+    if bad is None:
+        raise error
+    bad(error)
+
+
+class Lines:
+    """Lines that can be given back: those of a row that turned out to be none."""
+
+    def __init__(self, found: Iterable[str]):
+        self.rest, self.taken, self.line = iter(found), [], 1  # line: of the row's first
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> str:
+        line = next(self.rest)
+        self.taken.append(line)
+        return line
+
+    def next_row(self) -> None:
+        self.line += len(self.taken)
+        self.taken.clear()
+
+    def go_on_after_first(self) -> None:
+        self.rest = itertools.chain(self.taken[1:], self.rest)
+        self.line += 1
+        self.taken = []
+
+
+def table(path: str | Path, text: Iterable[str], kind: str, names: Collection[str] | bool, empty: bool,
+          bad: Callable[[UserError], None] | None) -> Iterator[tuple[int, dict]]:
+    """CSV, or TSV, where quotes are plain characters. What ends a cell is seen from the first lines."""
     text = lines(text, "")
-    first = next(text, "")
-    tabs = kind == ".tsv" or (kind != ".csv" and "\t" in first)
-    dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
+    first = list(itertools.islice(text, 50))
+    delimiter = delimiter_of(first, kind)
+    header, source = None, Lines(itertools.chain(first, text))
+    if first and SEP.fullmatch(first[0]):
+        next(source)
+    for line, cells in cells_of(path, source, delimiter, bad):
+        if header is None:
+            named = names if isinstance(names, bool) else any(one.strip().lower() in names for one in cells)
+            header = column_names(cells) if named else [str(i) for i in range(len(cells))]
+            if named:
+                continue
+        if not (any(cells) or empty):
+            continue
+        if any(cells[len(header):]):
+            remedy = ("a text cannot have a tab in it" if delimiter == "\t" else
+                      f"a text with {delimiter!r} in it wants quotes around it")
+            refuse(f"{path}:{line}: {len(cells)} cells, but the columns are {', '.join(header)}: {remedy}, or "
+                   "--skip_bad_rows=True", bad)
+            continue
+        yield line, dict(itertools.zip_longest(header, cells[:len(header)]))
+
+
+SEP = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)  # Excel's first line
+
+
+def delimiter_of(first: list[str], kind: str) -> str:
+    """What ends a cell. A .csv has commas unless another character divides all its first lines alike."""
+    said = SEP.fullmatch(first[0]) if first else None
+    if said:
+        return said[1]
+    if kind == ".tsv" or (kind != ".csv" and first and "\t" in first[0]):
+        return "\t"
+    for delimiter in ",;\t|":
+        rows = csv.reader(first[:-1] or first, delimiter=delimiter)  # the last may be half a row
+        widths = {len(cells) for cells in rows if cells}
+        if len(widths) == 1 and widths.pop() > 1:
+            return delimiter
+    return ","
+
+
+def column_names(cells: list[str]) -> list[str]:
+    """A header's. One that is there twice gets its number, as does one without a name."""
+    found = []
+    for i, cell in enumerate(cells):
+        name = cell.strip() or f"column {i}"
+        found.append(f"{name}.{i}" if name in found else name)
+    return found
+
+
+def cells_of(path: str | Path, source: Lines, delimiter: str,
+             bad: Callable[[UserError], None] | None) -> Iterator[tuple[int, list[str]]]:
+    """(line, cells) of each row. One with a quote that is not closed, or too late, is a bad one."""
+    tabs = delimiter == "\t"
+    dialect = {"delimiter": delimiter, **({"quoting": csv.QUOTE_NONE} if tabs else {"strict": True})}
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(itertools.chain([first], text), **dialect)
-    header, line = None, 1
+    reader, width = csv.reader(source, **dialect), None
+    source.next_row()
+    while True:
+        try:
+            cells = next(reader)
+            width = width or len(cells)
+            fault = len(source.taken) > 6 and swallowed(source.taken, delimiter, width)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            fault = str(error)
+        if fault:
+            refuse(f"{path}:{source.line}: not a {'TSV' if tabs else 'CSV'} row ({fault}): a quotation mark "
+                   "within quotes is written twice; or --skip_bad_rows=True", bad)
+            source.go_on_after_first()
+            reader = csv.reader(source, **dialect)
+            continue
+        if cells:
+            yield source.line, cells
+        source.next_row()
+
+
+def swallowed(taken: list[str], delimiter: str, width: int) -> str:
+    """Why these lines are no row: those between its first and its last are rows themselves."""
+    within = [len(cells) for cells in csv.reader(taken[1:-1], delimiter=delimiter) if cells]
+    if width > 1 and len(within) >= 5 and set(within) == {width}:
+        return f"a quote that opens here closes {len(taken) - 1} lines below, with {len(within)} rows between"
+    return ""
+
+
+def json_values(path: str | Path, text: Iterable[str], kind: str,
+                bad: Callable[[UserError], None] | None) -> Iterator[tuple[int, Any]]:
+    """(line, value) of JSON lines, which a .json may hold too; else of its list: (number, value)."""
+    text = lines(text, "\n")
+    first = list(itertools.islice(text, 3))  # an object on one line, and an empty one, is no JSON lines
+    filled = [line for line in first if line.strip()]
+    start = filled[0].lstrip() if filled else ""
+    if start.startswith("[") or (kind == ".json" and not (len(filled) > 1 and is_object(start))):
+        _, found = next(parse_json(path, [(1, "".join(itertools.chain(first, text)))]), (1, None))
+        if isinstance(found, dict):  # {"version": ..., "data": [...]}
+            inside = [value for value in found.values() if isinstance(value, list)]
+            found = inside[0] if len(inside) == 1 else None
+        if not isinstance(found, list):
+            raise UserError(f"{path}: wanted a list of objects with texts, got {start[:40]!r}")
+        yield from enumerate(found, 1)
+    else:
+        yield from parse_json(path, enumerate(itertools.chain(first, text), 1), bad)
+
+
+def is_object(text: str) -> bool:
     try:
-        for cells in reader:
-            if header is None and any(cell.strip().lower() in names for cell in cells):
-                header = [cell.strip() for cell in cells]
-            elif any(cells) or (cells and empty):
-                header = header or [str(i) for i in range(len(cells))]
-                if any(cells[len(header):]):
-                    remedy = ("a text cannot have a tab in it" if tabs else
-                              "a text with a comma in it wants quotes around it")
-                    raise UserError(f"{path}:{line}: {len(cells)} cells, but the columns are "
-                                    f"{', '.join(header)}: {remedy}")
-                yield line, dict(itertools.zip_longest(header, cells[:len(header)]))
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise UserError(f"{path}:{line}: not a {'TSV' if tabs else 'CSV'} row ({error})") from None
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
-def parse_json(path: str | Path, texts: Iterable[tuple[int, str]]) -> Iterator[tuple[int, Any]]:
+def parse_json(path: str | Path, texts: Iterable[tuple[int, str]],
+               bad: Callable[[UserError], None] | None = None) -> Iterator[tuple[int, Any]]:
     """(line, value) of each (line, text) that is not empty.
 
     JSON can spell half a character (a lone surrogate), which no file can hold: a question mark instead.
@@ -203,7 +320,8 @@ def parse_json(path: str | Path, texts: Iterable[tuple[int, str]]) -> Iterator[t
                 value = json.loads(whole)
         except (ValueError, RecursionError) as error:
             line += getattr(error, "lineno", 1) - 1
-            raise UserError(f"{path}:{line}: not JSON ({getattr(error, 'msg', error)})") from None
+            refuse(f"{path}:{line}: not JSON ({getattr(error, 'msg', error)})", bad)
+            continue
         yield line, value
 
 
