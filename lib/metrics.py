@@ -13,6 +13,7 @@ import logging
 import math
 import re
 import string
+import unicodedata
 import warnings
 from collections import Counter, namedtuple
 from collections.abc import Callable, Sequence
@@ -150,18 +151,30 @@ def ranks(x: np.ndarray) -> np.ndarray:
     return (np.cumsum(counts) - (counts - 1) / 2)[which]
 
 
+def is_constant(x: np.ndarray) -> bool:
+    """But for rounding: by the tolerance at which scipy.stats.pearsonr warns. It depends on the dtype."""
+    mean = x.mean()
+    return bool(np.linalg.norm(x - mean) <= np.finfo(x.dtype).eps ** 0.75 * abs(mean))
+
+
 def pearson(a, b):
     """nan if one of them is constant."""
+    if is_constant(a) or is_constant(b):
+        return math.nan
     a, b = a - a.mean(), b - b.mean()
-    spread = math.sqrt((a @ a) * (b @ b))
-    return a @ b / spread if spread > 0 else math.nan
+    return a @ b / math.sqrt((a @ a) * (b @ b))
+
+
+def spearman(a, b):
+    """nan if one of them is constant: ranks of rounding errors say nothing."""
+    return math.nan if is_constant(a) or is_constant(b) else pearson(ranks(a), ranks(b))
 
 
 NUMBER_METRICS = {
     "loss": lambda y, p: ((y - p) ** 2).mean(),
     "mean_absolute_error": lambda y, p: abs(y - p).mean(),
     "pearson": pearson,
-    "spearman": lambda y, p: pearson(ranks(y), ranks(p)),
+    "spearman": spearman,
 }
 
 
@@ -250,25 +263,50 @@ ANSWER_METRICS = {  # of what answer_match gives for each question, (N,) both
 }
 
 CJK = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-SIGNS = rf"[{re.escape(string.punctuation)}\u3000-\u303f\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65]"
+# what makes an answer Chinese: 々, 〇 and the numerals of merchants too
+HAN = re.compile(r"[\u3005\u3007\u3021-\u3029\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 
 
-def answer_words(text: str) -> list[str]:
-    """SQuAD's normalisation: lower case, no punctuation, no articles; a Chinese character is a word."""
-    text = re.sub(r"\b(a|an|the)\b", " ", re.sub(SIGNS, "", text.lower()))
-    return re.sub(f"([{CJK}])", r" \1 ", text).split()
+def squad_words(text: str) -> list[str]:
+    """By SQuAD's script: lower case, no ASCII punctuation, no articles."""
+    text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
 
-def answer_match(prediction: str, answers: Sequence[str]) -> tuple[float, float]:
-    """Exact match and F1 against the best of the true answers (SQuAD 2.0). If there is none, "" is right."""
-    said = answer_words(prediction)
-    exact = best = 0.0
-    for gold in map(answer_words, answers or [""]):
-        same = float(said == gold)
-        common = (Counter(said) & Counter(gold)).total()
-        exact = max(exact, same)
-        best = max(best, f1(common, len(said) + len(gold)) if said and gold else same)
-    return exact, best
+def squad_match(said: str, gold: str) -> tuple[float, float]:
+    """Exact match, and the F1 of words that are in both, wherever they stand."""
+    a, b = squad_words(said), squad_words(gold)
+    common = (Counter(a) & Counter(b)).total()
+    return float(a == b), f1(common, len(a) + len(b)) if a and b else float(a == b)
+
+
+def cmrc_text(text: str) -> str:
+    """By CMRC 2018's script: lower case, without the signs that it lists; and without all other punctuation."""
+    return "".join(letter for letter in text.lower().strip()
+                   if letter not in "^~`+=～" and not unicodedata.category(letter).startswith("P"))
+
+
+def cmrc_match(said: str, gold: str) -> tuple[float, float]:
+    """Exact match, and F1 by the longest run of words in both, of which a Chinese character is one."""
+    said, gold = cmrc_text(said), cmrc_text(gold)
+    # other words end where nltk's word_tokenize ends them, as far as signs are left
+    a, b = (re.findall(r"[\u4e00-\u9fa5$<>]|[^\s\u4e00-\u9fa5$<>]+", text) for text in (said, gold))
+    longest, before = 0, [0] * (len(b) + 1)
+    for word in a:  # before[j]: how long a run ends at this word and at b[j - 1]
+        before = [0] + [before[j] + 1 if word == other else 0 for j, other in enumerate(b)]
+        longest = max(longest, *before)
+    return float(said == gold), f1(longest, len(a) + len(b))
+
+
+def answer_match(said: str, answers: Sequence[str]) -> tuple[float, float]:
+    """Exact match and F1, each against the best of the true answers; if there is none, "" is right.
+
+    A Chinese answer is compared as CMRC 2018's script does it, others as SQuAD 2.0's: true answers of which
+    nothing is left ("the") do not count.
+    """
+    known = [gold for gold in answers if HAN.search(gold) or squad_words(gold)]
+    matches = [(cmrc_match if HAN.search(gold) else squad_match)(said, gold) for gold in known or [""]]
+    return max(exact for exact, _ in matches), max(f1 for _, f1 in matches)
 
 
 TOKEN_METRICS = {  # of sums over texts: nats, tokens that were likeliest, tokens that count

@@ -100,6 +100,17 @@ def test_predictions_are_told_as_the_file_has_them():
     assert tag.table([tag.row("", "Rome is")], [answer])[1] == [["", "Rome", "", "B"], ["", "is", "", "O"]]
 
 
+def test_one_number_for_all_has_no_correlation():
+    """A body that gives every text the same output does so up to a bit, which batches and padding change."""
+    rows = [Row("", "x", label=str(y)) for y in range(9)]
+    outputs = np.float32(0.7) + np.float32(6e-8) * np.arange(9)[:, None]
+    scores = NUMBER.scores(*NUMBER.arrays(rows, NUMBER.answers(rows, [], outputs)))
+    assert np.isnan(scores["pearson"]) and np.isnan(scores["spearman"])
+    assert scores["loss"] == pytest.approx(np.mean((np.arange(9) - 4.4) ** 2))
+    different = NUMBER.arrays(rows, NUMBER.answers(rows, [], outputs + 1e-3 * np.arange(9)[:, None]))
+    assert NUMBER.scores(*different)["spearman"] == pytest.approx(1)
+
+
 def test_answers_are_scored_only_if_their_labels_were_learned():
     assert CLASSIFY.is_labelled([Row("", "x", label="a"), Row("", "y", label="c")])
     for label in ("d", "", None, ["a"]):
