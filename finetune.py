@@ -30,7 +30,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from config import SettingError, UserError, above, at_least, defaults_of, launch, values_of
+from config import SettingError, UserError, above, at_least, check_used, defaults_of, launch, values_of
 from lib import metrics
 from lib.optim import Pruning
 from lib.run import (BadSteps, Machine, Pace, Run, State, cannot_write, find_checkpoint, in_words,
@@ -40,7 +40,7 @@ from lib.tasks import TASKS, Example, Task
 from lib.rows import Row, as_csv, python_packages
 from lib.tokenizer import Tokenizer, make_tokenizer
 from model import Config, Transformer, block_matrices
-from train import OPTIMIZERS, SCHEDULES, lr_factor, make_optimizers, ready, set_lr, train_step
+from train import BLOCKS_ONLY, OPTIMIZERS, SCHEDULES, lr_factor, make_optimizers, ready, set_lr, train_step
 
 # -----------------------------------------------------------------------------
 # Settings. A model from scratch takes the fields of Config in model.py too, a pretrained one only dropout.
@@ -61,6 +61,7 @@ folds: Optional[at_least(3)] = None  # cross-validation: this many trainings, ea
 # model
 tokenizer: str = "bpe"  # from scratch: bpe of the training texts (with vocab_size), bytes, gpt2...
 max_length: Optional[at_least(8)] = None  # tokens of an input; longer ones are cut, or read in windows
+max_answer: Optional[at_least(1)] = None  # tokens of an answer; None: of the longest to train on
 pool: Literal["auto", "first", "last", "mean"] = "auto"  # the tokens whose vectors stand for the text
 pair: Literal["together", "apart"] = "together"  # two texts: read as one, or each by itself and compared
 freeze: bool = False  # train the head alone
@@ -328,13 +329,15 @@ def collate(examples: list[Example], task: Task, device) -> dict:
     idx = np.full((len(parts), T), task.tokenizer.pad, dtype=np.int64)
     segments, real = np.zeros_like(idx), np.zeros(idx.shape, dtype=bool)
     for i, (ids, kinds) in enumerate(parts):
-        idx[i, :len(ids)], segments[i, :len(ids)], real[i, :len(ids)] = ids, kinds, True
+        idx[i, :len(ids)] = ids
+        segments[i, :len(ids)] = 0 if kinds is None else kinds
+        real[i, :len(ids)] = True
     batch = {"idx": idx, "segments": segments, "pad_mask": None if real.all() else real}
     if task.by_token:
         batch["places"] = np.zeros(idx.shape, dtype=bool)
         for i, example in enumerate(examples):
             batch["places"][i, example.places] = True
-        batch["target"] = np.concatenate([example.target for example in examples])
+        batch["target"] = np.concatenate([example.target for example in examples]).astype(np.int64)
     else:
         batch["target"] = np.array([example.target for example in examples])
     for name, array in batch.items():
@@ -342,12 +345,18 @@ def collate(examples: list[Example], task: Task, device) -> dict:
     return {**batch, "parts": n_parts}
 
 
+def warn(what: str) -> None:
+    print(f"({what})", file=sys.stderr)
+
+
 @torch.no_grad()
 def predict(model: Tuned, rows: list[Row], batch_size: int = 64, machine: Optional[Machine] = None,
             examples: Optional[list[Example]] = None) -> list:
     """The task's answer for each row, in the order of the rows. examples: the rows', if they exist."""
     task = model.task
-    examples = task.examples(rows) if examples is None else examples
+    if examples is None:
+        examples = task.examples(rows)
+        task.tell(warn)
     lengths = np.array([length_of(example) for example in examples])
     order, outputs = np.argsort(lengths, kind="stable"), [None] * len(examples)
     device, training = next(model.parameters()).device, model.training
@@ -522,6 +531,7 @@ def fine_tune(run: Run, train: list[Row], val: list[Row], test: list[Row], given
         raise UserError(f"{train[0].where}: nothing to learn in the training data: no answer is in its "
                         "context, or no prompt leaves room for a response in "
                         f"{task.head['max_length']} tokens")
+    settled = task.settle(examples, s)
     plan = Plan(examples, s)
     origin = {"data": fingerprint(train + val), "steps": len(plan.steps)}
     run.check_data(origin)
@@ -536,7 +546,7 @@ def fine_tune(run: Run, train: list[Row], val: list[Row], test: list[Row], given
                                  (s.beta1, s.beta2), embd_lr=s.embd_lr)
     pruning = Pruning(model.body, s.sparsity, len(plan.steps))
     state = run.restore(model, optimizers)
-    introduce(model, plan, train, val, test, run)
+    introduce(model, plan, train, val, test, run, settled)
     body = asdict(model.body.config)
     del body["head"]  # what the task made of it is not what was given
     if run.init_from == "scratch" and s.tokenizer == "bpe":
@@ -635,8 +645,9 @@ def fingerprint(rows: list[Row]) -> str:
     return hashlib.sha256(content.encode("utf-8", "replace")).hexdigest()
 
 
-def introduce(model: Tuned, plan: Plan, train: list[Row], val: list[Row], test: list[Row], run: Run) -> None:
-    """Say what will happen."""
+def introduce(model: Tuned, plan: Plan, train: list[Row], val: list[Row], test: list[Row], run: Run,
+              settled: str) -> None:
+    """Say what will happen. settled: by the training examples."""
     say, task = run.machine.say, model.task
     everything = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -648,13 +659,11 @@ def introduce(model: Tuned, plan: Plan, train: list[Row], val: list[Row], test: 
         say(f"labels    {', '.join(task.labels[:20])}{', ...' if len(task.labels) > 20 else ''}")
     if task.metric in task.meaning:  # it chooses the best epoch
         say(f"{task.metric:9} {task.meaning[task.metric]}")
+    if settled:
+        say(settled)
     seen = {(row.text, row.pair) for row in train}
-    notes = {**task.notes,
-             "are empty": sum(not row.text.strip() for row in train + val + test),
-             "of the test are in the training data too": sum((row.text, row.pair) in seen for row in test)}
-    for note, count in notes.items():
-        if count:
-            say(f"          {count:,} texts {note}")
+    task.notes["of the test in the training data too"] += sum((row.text, row.pair) in seen for row in test)
+    task.tell(lambda what: say(f"          {what}"))
     say(f"training  {plan.s.epochs} epochs, {len(plan.steps):,} steps, into {run.folder}\n")
 
 
@@ -739,15 +748,32 @@ def stored(folder: str) -> tuple[dict, dict]:
     return (settings, defaults) if settings else stored_settings(Path(folder) / "fold1")
 
 
-def check_settings(s: SimpleNamespace, defaults: dict) -> None:
+def known_to_tasks() -> list[tuple]:
+    """The settings that some tasks alone use, as ONLY has them."""
+    names = sorted(set().union(*(task.knows for task in TASKS.values())))
+    return [(name, "task", tuple(key for key, task in TASKS.items() if name in task.knows)) for name in names]
+
+
+ONLY = [  # a setting, the one that decides whether it is of use, and for which of its values; (): all but off
+    *known_to_tasks(),
+    ("tokenizer", "init_from", ("scratch",)),
+    ("lora_alpha", "lora_rank", ()),
+    ("embd_lr", "freeze", (False,)),
+    ("embd_lr", "lora_rank", (None,)),
+    ("muon_lr", "optimizer", tuple(BLOCKS_ONLY)),
+    ("min_lr", "schedule", tuple(name for name in SCHEDULES if name != "constant")),
+    ("teacher_share", "teacher", ()),
+    ("teacher_temperature", "teacher", ()),
+]
+
+
+def check_settings(s: SimpleNamespace) -> None:
     """Raises SettingError for settings that do not go together."""
     if not s.data:
         raise SettingError("data='': wanted a file of labelled examples: .csv, .tsv, .jsonl, .json, CoNLL")
-    of_some = set().union(*(task.knows for task in TASKS.values()))
-    for name in sorted(of_some - TASKS[s.task].knows):
-        value = getattr(s, name)
-        if value != defaults[name]:
-            raise SettingError(f"{name}={value}: --task={s.task} has no use for it: leave it out")
+    if s.batch_size_end is not None and s.batch_size_end <= s.batch_size:
+        raise SettingError(f"batch_size_end={s.batch_size_end}: the batch grows to it, from {s.batch_size}: "
+                           "more is wanted")
     if s.sparsity and (s.freeze or s.lora_rank):
         raise SettingError(f"sparsity={s.sparsity}: prunes what is trained: leave out freeze and lora_rank")
     if s.freeze and s.lora_rank:
@@ -757,16 +783,18 @@ def check_settings(s: SimpleNamespace, defaults: dict) -> None:
 
 
 def main(given: dict):
-    s = SimpleNamespace(**values_of(globals()))
-    check_settings(s, defaults_of(globals()))
     folder = Path(out_dir)
+    earlier = stored(out_dir)[0] if init_from == "resume" else {}
+    origin = earlier.get("init_from") if init_from == "resume" else init_from
+    yielded = check_used(globals(), given, init_from=origin or "scratch")
+    s = SimpleNamespace(**values_of(globals()))
+    check_settings(s)
     if init_from != "resume" and not overwrite:
         refuse_to_replace(folder)
     machine = Machine(device, dtype, seed)
-    origin, earlier = init_from, {}
+    for line in yielded:
+        machine.say(line)
     if init_from == "resume":
-        earlier = stored(out_dir)[0]
-        origin = earlier.get("init_from")
         if earlier.get("folds", folds) != folds:
             raise SettingError(f"folds={folds}: the run has {earlier['folds']}: leave it out, or start "
                                "another with --out_dir=FOLDER")

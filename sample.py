@@ -24,16 +24,18 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, Optional, Union
 
 import torch
 
-from config import SettingError, UserError, at_least, launch
+from config import SettingError, UserError, at_least, check_used, launch
 from finetune import Tuned, predict, tuned_of
+from lib.rows import Row, as_csv
 from lib.run import USE, Machine, find_checkpoint, load_body, model_of, newest_run
-from lib.rows import as_csv
+from lib.tasks import Task
+from lib.text import kind_of, read_text
 from lib.tokenizer import HubTokenizer, Tokenizer
 from model import Sampling, Transformer
 
@@ -61,6 +63,15 @@ class Choice(Sampling):
     top_k: Optional[at_least(1)] = 200  # choose among so many of the likeliest tokens only; None: all
 
 
+WRITES, FILLS, ANSWERS = "a model that writes", "a masked model", "a fine-tuned model's answers"
+OF_WRITING = ("num_samples", "max_new_tokens", "stop", "stream", "seed", "compile",
+              *(field.name for field in fields(Choice)))
+ONLY = [  # a setting, and what it is of use with; see check_used
+    *((name, "", (WRITES,)) for name in OF_WRITING),
+    *((name, "", (WRITES, FILLS, ANSWERS)) for name in ("start", "quantize")),
+]
+
+
 def load(folder: str | Path, device: str | torch.device = "cpu",
          dtype: torch.dtype = torch.float32) -> tuple[Transformer | Tuned, Tokenizer | HubTokenizer]:
     """A model, ready to use, and its tokenizer.
@@ -83,13 +94,13 @@ def load(folder: str | Path, device: str | torch.device = "cpu",
 
 
 def read_prompt(start: str) -> str:
-    """`start` itself, or the content of the file that FILE:path names."""
+    """`start` itself, or the content of the file that FILE:path names, read as training reads one."""
     if not start.startswith("FILE:"):
         return start
     try:
-        return Path(start.removeprefix("FILE:")).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--start={start}: cannot be read: {error}") from None
+        return read_text(start.removeprefix("FILE:")).replace("\r\n", "\n")
+    except UserError as error:
+        raise UserError(f"--start=FILE:{error}") from None
 
 
 # -----------------------------------------------------------------------------
@@ -171,29 +182,27 @@ def fill(model: Transformer, tokenizer: Tokenizer | HubTokenizer, text: str,
 # -----------------------------------------------------------------------------
 # A fine-tuned model's answers
 
-def answer(model: Tuned, text: str) -> None:
+def answer(model: Tuned, text: str, machine: Machine) -> None:
     """Print what it says about a text, or about two: the first line, and all lines after it."""
-    pair = None
-    if model.task.head["paired"]:
-        text, _, pair = text.partition("\n")
-        if not pair:
-            raise UserError("--start: two texts are wanted, with a line break between them")
-    row = model.task.row("--start", text, pair)
-    print(model.task.shown(row, predict(model, [row])[0]))
+    row = model.task.row("--start", text)
+    print(model.task.shown(row, predict(model, [row], machine=machine)[0]))
 
 
 TABLES = (".csv", ".tsv", ".jsonl", ".json", ".conll")
 
 
-def answer_file(model: Tuned, path: str) -> None:
+def answer_file(model: Tuned, path: str, machine: Machine) -> None:
     """Print the file's rows as predictions.csv has them; on stderr, how long it took and how right it was."""
     task = model.task
-    rows = task.read(path, {**task.head["columns"], "label": "", "group": ""}, labelled=False)
+    if kind_of(path) == ".txt":
+        rows = lines_of(task, path)
+    else:
+        rows = task.read(path, {**task.head["columns"], "group": ""}, labelled=False)
     labelled = task.is_labelled(rows)
     for row in rows if not labelled else ():
         row.label = None  # that column holds other things than the labels that were learned
     began = time.perf_counter()
-    answers = predict(model, rows)
+    answers = predict(model, rows, machine=machine)
     each = (time.perf_counter() - began) / len(rows)
     header, lines = task.table(rows, answers)
     print(as_csv([header, *lines]), end="")
@@ -204,6 +213,15 @@ def answer_file(model: Tuned, path: str) -> None:
         scores = task.scores(*task.arrays(rows, answers))
         told += f": {task.metric} {float(scores[task.metric]):.4f}"
     print(told, file=sys.stderr)
+
+
+def lines_of(task: Task, path: str) -> list[Row]:
+    """A text a line, of two texts with a tab between them."""
+    found = []
+    for n, line in enumerate(read_text(path).removesuffix("\n").split("\n"), start=1):
+        texts = line.removesuffix("\r").split("\t", 1 if task.head["paired"] else 0)
+        found.append(task.row(f"{path}:{n}", *texts))
+    return found
 
 
 # -----------------------------------------------------------------------------
@@ -251,7 +269,9 @@ def main(given: dict):
     stops = [stop] if isinstance(stop, str) else stop
     if not all(isinstance(one, str) for one in stops):
         raise SettingError(f"stop={stop}: wanted texts: --stop=\"['1', 'def ']\"")
-    machine = Machine(device, dtype, seed)
+    if export:
+        check_used(globals(), given, **{"": "--export"})
+    machine = Machine(device, "float32" if export and dtype == "auto" else dtype, seed)
     model, tokenizer = load(out_dir, machine.device, machine.dtype)
     tuned = model if isinstance(model, Tuned) else None
     body = model.body if tuned else model
@@ -259,16 +279,20 @@ def main(given: dict):
         write_pretrained(body, tokenizer, export)
         print(f"{export}: model and tokenizer, as transformers' from_pretrained reads them")
         return
-    prompt = ""
-    is_table = start.startswith("FILE:") and Path(start).suffix.lower() in TABLES
-    if not (tuned and is_table):
-        prompt = read_prompt(start)
-    if tuned and not tuned.task.writes:
+    file = start.removeprefix("FILE:") if start.startswith("FILE:") else ""
+    kinds = TABLES if tuned and tuned.task.writes else (*TABLES, ".txt")
+    is_table = bool(tuned) and kind_of(file) in kinds
+    answers = is_table or bool(tuned) and not tuned.task.writes
+    check_used(globals(), given, **{"": ANSWERS if answers else WRITES if body.config.causal else FILLS})
+    prompt = "" if is_table else read_prompt(start)
+    if tuned and file:
+        prompt = prompt.removesuffix("\n")  # which ends the file, and is not of the text
+    if answers:
         model = to_int8(model) if quantize else model
         if is_table:
-            answer_file(model, start.removeprefix("FILE:"))
+            answer_file(model, file, machine)
         else:
-            answer(model, prompt.strip())
+            answer(model, prompt, machine)
         return
     if tuned:
         body, prompt = body.to(machine.dtype), tuned.task.prompt(prompt)

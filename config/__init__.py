@@ -218,6 +218,35 @@ def place_of(script: dict, name: str) -> int:
     return script.get("PLACES", {}).get(name, 0)
 
 
+def check_used(script: dict, given: dict | None = None, **deciding) -> list[str]:
+    """Raises SettingError for a setting that was given, but that nothing will use.
+
+    script["ONLY"]: (setting, the one that decides, its values with which the first is of use; (): all but
+    off), as --help says too. If that other one was given later, the setting, of a recipe for instance, yields
+    to it: it becomes the default, and the lines that are returned say so. given: what configure returned.
+    deciding: values that the script's globals do not have; under the name "", of none of the settings.
+    """
+    given, defaults, told = given or {}, defaults_of(script), []
+    for name, other, values in script["ONLY"]:
+        value = given.get(name, script.get(name))
+        decides = deciding.get(other, script.get(other))
+        if value == defaults.get(name) or (decides in values if values else decides):
+            continue
+        shown = f"{other}={decides}" if other else decides
+        what = f"{name}={value}: of no use with {shown}, only with {with_what(other, values)}"
+        if 0 < place_of(script, name) >= place_of(script, other):
+            raise SettingError(f"{what}: leave it out")
+        script[name] = defaults[name]
+        told.append(f"({what})")
+    return told
+
+
+def with_what(other: str, values: tuple) -> str:
+    """What makes a setting be of use, see check_used."""
+    known = "|".join(map(str, values))
+    return f"{other}={known}" if other and known else known or other
+
+
 def from_flag(arg: str, settings: dict[str, Setting]) -> dict:
     """--key=value, or --key for True."""
     key, equals, text = arg.partition("=")
@@ -278,8 +307,10 @@ def print_help(script: dict, own: dict[str, Setting], fields: type | None) -> No
     print(f"{script['__doc__'].strip()}\n\nusage: python {command} [config/FILE.py ...] [--key=value ...]")
     groups = {f"settings of {command.split()[-1]}": own}
     if fields:
-        groups[f"{fields.__name__} in {fields.__module__}.py"] = fields_of(fields)
+        groups[f"{fields.__name__} in {Path(inspect.getsourcefile(fields)).name}"] = fields_of(fields)
     for title, settings in groups.items():
         print(f"\n{title}:")
         for name, setting in settings.items():
-            print(f"  {f'--{name}={setting.default!r}':<38} {wanted(setting.kind)}; {setting.help}")
+            only = [with_what(*rest) for one, *rest in script.get("ONLY", ()) if one == name]
+            told = [wanted(setting.kind), setting.help, *(f"only with {what}" for what in only)]
+            print(f"  {f'--{name}={setting.default!r}':<38} {'; '.join(told)}")

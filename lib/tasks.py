@@ -11,7 +11,7 @@ is told of a prediction; it knows neither the model nor the loop, which are in f
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from lib.text import kind_of
 
 
 class Example(NamedTuple):
+    """Arrays of int32 and smaller: there may be a million of them."""
     row: int  # which row it is, or is a window of
     parts: list  # (ids, segments) of each sequence; if there are several, each is read for itself
     target: Any  # a number or an array
@@ -33,11 +34,16 @@ class Example(NamedTuple):
     spans: Any = None  # what these stand for: of tags, which word; of answers, (begin, end) in the context
 
 
+def sequence(ids: list[int], segments: list[int]) -> tuple[np.ndarray, np.ndarray | None]:
+    """What a model reads at once, as an Example keeps it: (T,) both; segments None if all are 0."""
+    return np.array(ids, np.int32), np.array(segments, np.uint8) if any(segments) else None
+
+
 class Task:
     """What the tasks share. One of its own needs these too:
 
     learn(rows, settings) -> dict       what the head keeps of the training rows: its labels, and more
-    examples(rows) -> [Example]         one for each row, or one for each window of a row
+    inputs(rows) -> [Example]           one for each row, or one for each window of a row; see examples
     answers(rows, examples, outputs)    an answer for each row, in a form of the task's own, from arrays
     arrays(rows, answers)               truths and answers as the metrics take them: arrays, an entry a row
 
@@ -81,8 +87,43 @@ class Task:
         self.meaning = {}  # of metrics whose names do not say it all: name -> what it is of
 
     def row(self, where: str, text: str, pair: str | None = None) -> Row:
-        """A text that stands in no file."""
-        return Row(where, text, pair, words=text.split())
+        """A text that stands in no file, or two: the second, if it is not given, is behind the first line."""
+        if pair is None and self.head["paired"] and "pair" not in self.optional:
+            text, _, rest = text.partition("\n")
+            pair = rest or None
+        row = Row(where, text, pair, words=text.split())
+        self.check_pair(row)
+        return row
+
+    def check_pair(self, row: Row) -> None:
+        """Raises UserError if it is two texts and training had one, or the other way round."""
+        if (row.pair is not None) != self.head["paired"] and "pair" not in self.optional:
+            wanted = "two texts are" if self.head["paired"] else "one text is"
+            raise UserError(f"{row.where}: {wanted} wanted, as in the training data")
+
+    def tell(self, say: Callable) -> None:
+        """Say what became of the texts since the last time: of how many, by what was noted about them."""
+        for note, count in self.notes.items():
+            if count:
+                say(f"{count:,} {'text' if count == 1 else 'texts'} {note}")
+        self.notes.clear()
+
+    def examples(self, rows: list[Row]) -> list[Example]:
+        """The one way from texts to a model's inputs, in training and in use. What it cuts or replaces is
+        noted, see tell. Raises UserError, naming the row."""
+        for row in rows:
+            self.check_pair(row)
+        found = self.inputs(rows)
+        self.notes["empty"] += sum(not row.text.strip() for row in rows)
+        unknown = getattr(self.tokenizer, "unknown", None)
+        if unknown is not None:
+            strange = {one.row for one in found if any(unknown in ids for ids, _ in one.parts)}
+            self.notes["with characters that the tokenizer does not know"] += len(strange)
+        return found
+
+    def settle(self, examples: list[Example], s) -> str:
+        """What the head keeps that only the training examples tell: said in a line, if there is anything."""
+        return ""
 
     def target(self, row: Row):
         """What a label asks of the outputs, if windows do not change it. Raises UserError if unknown."""
@@ -156,7 +197,7 @@ class Task:
         return []
 
     def windows(self, ids: list[int], *question: list[int]) -> Iterator[tuple[slice, int, tuple]]:
-        """Which of the ids, the place of the first, and the sequence (ids, segments), of each window.
+        """Which of the ids, the place of the first, and the `sequence`, of each window.
 
         Half of each is in the next one too.
         """
@@ -169,10 +210,10 @@ class Task:
             starts = [*range(0, len(ids) - room, max(1, room // 2)), len(ids) - room]
         for i in starts:
             part = slice(i, i + room)
-            yield part, first, wrap(*question, ids[part])
+            yield part, first, sequence(*wrap(*question, ids[part]))
 
     def note_long(self, fate: str) -> None:
-        self.notes[f"are longer than {self.head['max_length']} tokens: {fate}"] += 1
+        self.notes[f"longer than {self.head['max_length']} tokens: {fate}"] += 1
 
 
 class TextTask(Task):
@@ -180,12 +221,8 @@ class TextTask(Task):
     of_texts = True
     knows = {"pair_column", "pool", "pair"}
 
-    def examples(self, rows):
+    def inputs(self, rows):
         paired, apart = self.head["paired"], self.head["apart"]
-        for row in rows:
-            if (row.pair is not None) != paired:
-                wanted = "two texts are" if paired else "one text is"
-                raise UserError(f"{row.where}: {wanted} wanted, as in the training data")
         a = self.encoded([row.text for row in rows])
         b = self.encoded([row.pair for row in rows]) if paired else [None] * len(rows)
         found = []
@@ -199,15 +236,15 @@ class TextTask(Task):
         space = " " if self.head.get("space") else ""
         return [ids.tolist() for ids in self.tokenizer.encode_batch([space + one[:most] for one in texts])]
 
-    def wrapped(self, a: list[int], b: list[int] | None = None) -> tuple[list[int], list[int]]:
-        """A text or two as a sequence (ids, segments) of at most max_length; the longer one is cut first."""
+    def wrapped(self, a: list[int], b: list[int] | None = None) -> tuple[np.ndarray, np.ndarray | None]:
+        """A text or two as a `sequence` of at most max_length; the longer one is cut first."""
         wrap, n = self.tokenizer.wrap, len(b or ())
         specials = len(wrap(a, b)[0]) - len(a) - n
         room = self.head["max_length"] - specials
         if len(a) + n > room:
             self.note_long("cut there")
         a = a[:max(room // 2, room - n)]
-        return wrap(a, b and b[:room - len(a)])
+        return sequence(*wrap(a, b and b[:room - len(a)]))
 
     def explained(self, row, example, out, target):
         if self.head["apart"]:
@@ -384,7 +421,7 @@ class Tag(Task):
             tags = [self.label_number(row, tag) for tag in row.label]
         return np.array(tags, dtype=np.int64)
 
-    def examples(self, rows):
+    def inputs(self, rows):
         found = []
         for i, row in enumerate(rows):
             tags = self.target(row)
@@ -392,10 +429,10 @@ class Tag(Task):
             ids, spans = self.tokenizer.offsets(row.text)
             word = np.array([of_char[max(begin, end - 1)] for begin, end in spans], dtype=np.int64)
             first = np.diff(word, prepend=-1) > 0  # the token that begins a word, with the space before it
-            for part, offset, sequence in self.windows(ids):
-                places = np.flatnonzero(first[part])
+            for part, offset, window in self.windows(ids):
+                places = np.flatnonzero(first[part]).astype(np.int32)
                 words = word[part][places]
-                found.append(Example(i, [sequence], tags[words], places + offset, words))
+                found.append(Example(i, [window], tags[words], places + offset, words))
         return found
 
     def answers(self, rows, examples, outputs):
@@ -456,7 +493,7 @@ class Answer(Task):
     """An answer is a span of the context: its first and its last token. A long context is read in windows."""
     metrics = metrics.ANSWER_METRICS
     metric = "f1"
-    longest = 40  # tokens of an answer
+    knows = {"max_answer"}
 
     @classmethod
     def read(cls, path, columns, labelled=True):
@@ -473,6 +510,13 @@ class Answer(Task):
             print(f"({lost} answers do not stand in their text: left out of training)")
         return {"labels": ["first", "last"], "no_answer": any(not row.label for row in rows)}
 
+    def settle(self, examples, s):
+        lengths = [1 + example.target[1] - example.target[0] for example in examples if example.target.any()]
+        longest = int(max(lengths, default=1))
+        self.head["max_answer"] = s.max_answer or longest
+        return (f"answers   at most {self.head['max_answer']} tokens; the longest to train on has {longest} "
+                "(--max_answer)")
+
     def teaches(self, example, row):  # a window without the answer does if there may be none
         known = all(begin >= 0 for _, begin in row.label)
         return example.target.any() or (known and self.head["no_answer"])
@@ -480,27 +524,32 @@ class Answer(Task):
     def loss(self, out, target, weight, smoothing):  # without smoothing: most places cannot be an answer
         return F.cross_entropy(out, target, reduction="sum")  # (B, T, 2), (B, 2)
 
-    def examples(self, rows):
+    def inputs(self, rows):
         """The target is (first, last), or position 0 twice if the answer is not in the window."""
         most = self.head["max_length"] // 3
         found, contexts = [], {}
         for i, row in enumerate(rows):
             question = self.tokenizer.encode(row.text)
             if len(question) > most:
-                self.notes[f"are questions longer than {most} tokens: cut there"] += 1
+                self.notes[f"whose question is longer than {most} tokens: cut there"] += 1
             if row.pair not in contexts:  # many questions are asked of one
-                contexts[row.pair] = self.tokenizer.offsets(row.pair)
+                ids, spans = self.tokenizer.offsets(row.pair)
+                contexts[row.pair] = ids, np.array(spans, np.int32).reshape(-1, 2)
             ids, spans = contexts[row.pair]
-            begins, ends = np.array(spans, dtype=np.int64).reshape(-1, 2).T
+            begins, ends = spans.T
             known = [(begin, begin + len(answer)) for answer, begin in row.label or () if begin >= 0]
             first, last = known[0] if known else (0, 0)
             inside = (ends > first) & (begins < last)  # the tokens that the answer touches
-            for part, offset, sequence in self.windows(ids, question[:most]):
-                places = np.arange(len(ids[part])) + offset
+            is_found = False  # in a window
+            for part, offset, window in self.windows(ids, question[:most]):
+                places = np.arange(len(ids[part]), dtype=np.int32) + offset
                 answer = places[inside[part]]
                 whole = len(answer) == inside.sum() > 0
+                is_found = is_found or whole
                 target = answer[[0, -1]] if whole else np.zeros(2, dtype=np.int64)
-                found.append(Example(i, [sequence], target, places, spans[part]))
+                found.append(Example(i, [window], target, places, spans[part]))
+            if known and not is_found:
+                self.notes["whose answer no window holds: it cannot be found"] += 1
         return found
 
     def best_span(self, row, example, out) -> tuple[float, str, list[int]]:
@@ -509,7 +558,8 @@ class Answer(Task):
         if not n:
             return -math.inf, "", []
         first, last = out[example.places].T
-        allowed = np.tri(n, n, self.longest - 1) - np.tri(n, n, -1)  # from the diagonal on
+        most = self.head.get("max_answer", 40)  # tokens; 40 for all, once
+        allowed = np.tri(n, n, most - 1) - np.tri(n, n, -1)  # from the diagonal on
         score = np.where(allowed, first[:, None] + last, -1e9)  # (n, n)
         a, b = np.unravel_index(score.argmax(), score.shape)
         begin, end = example.spans[a][0], example.spans[b][1]
@@ -580,25 +630,27 @@ class LM(Task):
     def learn(rows, s):
         return {"labels": [], "instruct": rows[0].label is not None}
 
-    def examples(self, rows):
+    def inputs(self, rows):
         L, encode, found = self.head["max_length"], self.tokenizer.encode, []
         instruct = self.head["instruct"]
         for i, row in enumerate(rows):
+            if instruct and row.label is None:
+                raise UserError(f"{row.where}: wanted a response to the prompt, as in the training data")
             prompt = encode(prompt_of(row)) if instruct else []
             ids = prompt + encode(row.label if instruct else row.text) + [self.tokenizer.eot]
             if len(ids) > L + 1:
                 self.note_long("cut there" if instruct else "read in windows")
             for begin in range(0, 1 if instruct else max(1, len(ids) - 1), L):
                 window = ids[begin:begin + L + 1]
-                places = np.arange(max(0, len(prompt) - 1), len(window) - 1)
-                target = np.array(window, dtype=np.int64)[places + 1]
-                read = window[:-1] or window
-                found.append(Example(i, [(read, [0] * len(read))], target, places))
+                window = np.array(window, np.int32)
+                places = np.arange(max(0, len(prompt) - 1), len(window) - 1, dtype=np.int32)
+                read = window[:-1] if len(window) > 1 else window
+                found.append(Example(i, [(read, None)], window[places + 1], places))
         return found
 
-    def prompt(self, text: str) -> str:
+    def prompt(self, text: str, pair: str = "") -> str:
         """A text as it is to be continued: an instruction with what training put around it."""
-        return prompt_of(Row("", text.strip())) if self.head["instruct"] else text
+        return prompt_of(Row("", text, pair)) if self.head["instruct"] else text
 
     def summary(self, out, target):
         """(n, V) -> (n, 2): nats, and whether the likeliest is right."""

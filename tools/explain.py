@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from config import SettingError, UserError, at_least, launch
-from finetune import Tuned, collate, predict
+from finetune import Tuned, collate, predict, warn
 from lib.run import newest_run, pick_device, write_text
 from lib.tokenizer import HubTokenizer, Tokenizer
 from model import Transformer
@@ -92,21 +92,23 @@ def of_a_token(model: Transformer, tokenizer, text: str, target: str) -> Case:
 def of_a_task(tuned: Tuned, text: str, pair: str, target: str) -> Case:
     """The sum of those of a fine-tuned model's outputs that the task says explain its answer, or a class."""
     task, tokenizer = tuned.task, tuned.task.tokenizer
-    if bool(pair) != task.head["paired"]:
-        wanted = "two texts" if task.head["paired"] else "one text"
-        raise SettingError(f"--pair={pair}: the model reads {wanted}")
+    paired = task.head["paired"]
+    if paired != bool(pair or paired and "\n" in text):
+        raise SettingError(f"--pair={pair}: the model reads {'two texts' if paired else 'one text'}")
     row = task.row("--start", text, pair or None)
     device, found = tuned.head.weight.device, []
-    for example in task.examples([row]):  # several are windows of a long context
+    examples = task.examples([row])
+    task.tell(warn)
+    for example in examples:  # several are windows of a long context
         batch = collate([example], task, device)
         del batch["target"]
         out = tuned(**batch)[0].cpu().numpy()
         answer, part, places = task.explained(row, example, out, target)
-        idx, segments = torch.tensor(example.parts[part], device=device).unsqueeze(1)  # (1, T) each
+        idx, segments = batch["idx"][part:part + 1], batch["segments"][part:part + 1]  # (1, T) each
         score = partial(sum_of_outputs, tuned, places, segments)
         found.append((score(idx).item(), answer, idx, score))
     _, answer, idx, score = max(found, key=lambda one: one[0])
-    header, (cells,) = task.table([row], predict(tuned, [row]))
+    header, (cells,) = task.table([row], predict(tuned, [row], examples=examples))
     told = ("prediction", "score", f"prob_{answer}")
     facts = ", ".join(f"{name} {cell}" for name, cell in zip(header, cells) if name in told)
     neutral = tokenizer.pad if tokenizer.mask is None else tokenizer.mask
@@ -286,6 +288,12 @@ def main():
     body = getattr(model, "body", model)
     speaks = body is model or model.task.writes
     text = read_prompt(start)
+    if body is not model and start.startswith("FILE:"):
+        text = text.removesuffix("\n")
+    if pair and body is model:
+        raise SettingError(f"pair={pair}: a model without a task reads one text: leave it out")
+    if speaks and body is not model:
+        text = model.task.prompt(text, pair)
     if not speaks:
         case = of_a_task(model, text, pair, target)
     elif body.head is None:
