@@ -93,12 +93,11 @@ def of_a_task(tuned: Tuned, text: str, pair: str, target: str) -> Case:
     """The sum of those of a fine-tuned model's outputs that the task says explain its answer, or a class."""
     task, tokenizer = tuned.task, tuned.task.tokenizer
     paired = task.head["paired"]
-    if paired != bool(pair or paired and "\n" in text):
+    if paired != bool(pair or (paired and "\n" in text)):
         raise SettingError(f"--pair={pair}: the model reads {'two texts' if paired else 'one text'}")
     row = task.row("--start", text, pair or None)
     device, found = tuned.head.weight.device, []
     examples = task.examples([row])
-    task.tell(warn)
     for example in examples:  # several are windows of a long context
         batch = collate([example], task, device)
         del batch["target"]
@@ -108,6 +107,7 @@ def of_a_task(tuned: Tuned, text: str, pair: str, target: str) -> Case:
         score = partial(sum_of_outputs, tuned, places, segments)
         found.append((score(idx).item(), answer, idx, score))
     _, answer, idx, score = max(found, key=lambda one: one[0])
+    task.tell(warn)
     header, (cells,) = task.table([row], predict(tuned, [row], examples=examples))
     told = ("prediction", "score", f"prob_{answer}")
     facts = ", ".join(f"{name} {cell}" for name, cell in zip(header, cells) if name in told)
