@@ -20,6 +20,7 @@ import codecs
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -30,8 +31,8 @@ from typing import Literal
 import numpy as np
 
 from config import SettingError, UserError, above, at_least, checked, launch, settings_of, values_of
-from lib.clean import RULES, Progress, collect, near_copies
-from lib.text import BLOCK, BUILT_IN, UNPACK, documents, locked, note
+from lib.clean import RULES, Progress, collect, near_groups
+from lib.text import BLOCK, BUILT_IN, UNPACK, documents, local_files, locked, note, source_parts
 from lib.tokenizer import Tokenizer, encode_stream, make_tokenizer, read_texts, sample
 
 # -----------------------------------------------------------------------------
@@ -67,6 +68,9 @@ seed: at_least(0) = 0  # that picks those
 
 FORMAT = 1  # of meta.json and the .bin files
 SPLITS = ("train", "val", "test")
+OURS = ("train.bin", "val.bin", "test.bin", "meta.json", "report.png")  # all that a data set has
+NAME = re.compile(r"\w(?:[\w.+-]*\w)?")  # of a data set
+NEW = {}  # settings that older data sets lack, and what they were made with
 
 
 # -----------------------------------------------------------------------------
@@ -80,36 +84,84 @@ def prepare(dataset: str = "", *, root: str | Path = "data", **settings) -> Path
     """
     s = complete(dataset, settings)
     folder = Path(root) / s.dataset
+    if folder.is_symlink():  # to another disk, say
+        folder = folder.resolve()
+    for part in source_parts(s.source):
+        if inside(part, folder):
+            raise SettingError(f"--source={part}: lies in {folder}, which is for the data set: move it, or give "
+                               "another --dataset=NAME")
     new = folder.with_name(f".{folder.name}.preparing")
     old = folder.with_name(f".{folder.name}.replaced")
     with locked(folder):
-        settle(folder, new, old)  # after one that was killed
-        if folder.exists() and not s.overwrite:
-            if (folder / "meta.json").is_file() and read_meta(folder)["settings"] == of_the_data(s):
+        try:
+            settle(folder, new, old)  # after one that was killed
+            if is_there(folder, s):
                 print(f"{folder} is there already, made with the same settings")
                 return folder
-            raise SettingError(f"{folder}: is there already, made with other settings: --overwrite replaces "
-                               "it, --dataset=NAME makes another")
-        try:
-            new.mkdir(parents=True)
-            done = build(new, s, Path(root) / "downloads")
-            if folder.exists():
-                os.replace(folder, old)
-            os.replace(new, folder)
+            try:
+                new.mkdir(parents=True)
+                done = build(new, s, Path(root) / "downloads")
+                if folder.exists():
+                    os.replace(folder, old)
+                os.replace(new, folder)
+            finally:
+                settle(folder, new, old)
         except OSError as error:  # the disk is full, for one
             what = f"{error.filename or folder}: {error.strerror or error}"
             raise UserError(f"{what}: nothing changed") from None
-        finally:
-            settle(folder, new, old)
     print(f"{folder}: {done}")
     return folder
 
 
+def inside(part: str, folder: Path) -> bool:
+    """Is a source in this folder, or is it this folder?"""
+    if not folder.exists():
+        return False
+    for parent in {path.parent for path in local_files(part)}:
+        parent = parent.resolve()
+        if folder.resolve() in (parent, *parent.parents):
+            return True
+    return False
+
+
+def is_there(folder: Path, s: SimpleNamespace) -> bool:
+    """Is this data set there? Raises SettingError if it may not be made there."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    if not is_data_set(folder):
+        raise SettingError(f"{folder}: is there, is no data set of prepare.py, and stays: --dataset=NAME makes "
+                           "one beside it")
+    if s.overwrite:
+        return False
+    if {**NEW, **read_meta(folder)["settings"]} != of_the_data(s):
+        raise SettingError(f"{folder}: is there already, made with other settings: --overwrite replaces it, "
+                           "--dataset=NAME makes another")
+    return True
+
+
+def is_data_set(folder: Path) -> bool:
+    """Is it one of ours, whole or damaged?"""
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    except OSError:
+        return False
+    except ValueError:
+        return (folder / "train.bin").is_file()
+    return isinstance(meta, dict) and {"format", "splits"} <= set(meta)
+
+
 def settle(folder: Path, new: Path, old: Path) -> None:
-    """Whatever became of a prepare: the data set is the new one or the old one, and nothing else is left."""
+    """Whatever became of a prepare: the data set is the new one or the old one, and nothing else is left.
+
+    What is in the folder of the old one and is not ours, moves into that of the new one.
+    """
     if old.exists() and not folder.exists():  # between the two renames
         print(f"{folder}: put back as it was before a prepare that was killed")
         os.replace(old, folder)
+    if old.exists():
+        for path in old.iterdir():
+            if path.name not in OURS:
+                os.replace(path, folder / path.name)
     shutil.rmtree(new, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -123,6 +175,9 @@ def complete(dataset: str, given: dict) -> SimpleNamespace:
         values[name] = checked(value, known[name].kind, f"--{name}")
     s = SimpleNamespace(**values)
     s.dataset = dataset or (default_name(s.source) if s.source else "python")
+    if not NAME.fullmatch(s.dataset) or s.dataset == "downloads" or len(s.dataset.encode()) > 200:
+        raise SettingError(f"--dataset={s.dataset}: wanted the name of a folder under data/: letters, digits, "
+                           "- and _, and not downloads, which is taken")
     if not s.source and s.dataset not in BUILT_IN:
         raise SettingError(f"--dataset={s.dataset}: not a built-in ({', '.join(BUILT_IN)}): give its "
                            "--source=")
@@ -141,14 +196,15 @@ def complete(dataset: str, given: dict) -> SimpleNamespace:
 def of_the_data(s: SimpleNamespace) -> dict:
     """The settings that the result depends on."""
     other = ("dataset", "threads", "overwrite", "report", "show", "seed")
-    return {name: value for name, value in vars(s).items() if name not in other}
+    found = {name: value for name, value in vars(s).items() if name not in other}
+    return {**found, "source": s.source.removeprefix("builtin:")}
 
 
 def default_name(source: str) -> str:
     """novel of books/novel.txt.gz."""
     path = Path(source.split(",")[0].partition("#")[0].removeprefix("hf:"))
     stem = Path(path.stem).stem if path.suffix in UNPACK else path.stem
-    return "".join(c if c.isalnum() or c in "-_" else "_" for c in stem) or "text"
+    return "".join(c if c.isalnum() or c in "-_" else "_" for c in stem)[:60] or "text"
 
 
 def build(folder: Path, s: SimpleNamespace, downloads: Path) -> str:
@@ -158,6 +214,7 @@ def build(folder: Path, s: SimpleNamespace, downloads: Path) -> str:
     index = read(spool, s, downloads, found)
     spans = split(spool, index, s.val_fraction, s.test_fraction)
     size = {name: int((rows[:, 1] - rows[:, 0]).sum()) for name, rows in spans.items()}
+    print_shares(size, spool, index, s)
     codec = tokenizer_for(s, spool, spans["train"], size["train"])
     tick = Progress("tokenizing", sum(size.values()))
     splits = {}
@@ -190,27 +247,73 @@ def read(spool: Path, s: SimpleNamespace, downloads: Path, found: dict) -> np.nd
     docs = documents(s.source, s.encoding, s.errors, s.text_key, found, downloads)
     rules = [rule for rule in ("nfc", *RULES) if vars(s)[rule]]
     index = collect(docs, spool, rules, s.min_chars, s.min_text, s.near_duplicates > 0, found)
-    copy = np.ones(len(index), bool)
-    copy[np.unique(index["hash"], return_index=True)[1]] = False  # the first of each
-    index = without(copy, "duplicates", index, spool, found)
-    if s.near_duplicates:
-        splits = splits_of(index["hash"], s.val_fraction, s.test_fraction)
-        near = near_copies(index["sketch"], splits, s.near_duplicates)
-        index = without(near, "near_duplicates", index, spool, found)
+    index = copies(index, spool, s, found)
+    print_notes(found)
     if not len(index):
         raise UserError(f"{s.source}: no document is left ({', '.join(found)})")
     return index
 
 
-def without(drop: np.ndarray, what: str, index: np.ndarray, spool: Path, found: dict) -> np.ndarray:
-    """The index less the documents to drop, which are counted."""
-    if drop.any():
-        first = index[drop][0]
-        with open(spool, "rb") as f:
-            f.seek(first["start"])
-            example = f.read(min(int(first["size"]), 240)).decode("utf-8", "ignore")[:60]
-        note(found, what, repr(example), documents=int(drop.sum()))
-    return index[~drop]
+NOTES = {  # of the report, in words
+    "read": "documents read",
+    "hidden": "passed over: hidden",
+    "links": "passed over: links to folders, or to nothing",
+    "special": "passed over: pipes and the like",
+    "data_sets": "passed over: data sets made by prepare.py",
+    "unreadable": "passed over: folders that may not be read",
+    "empty_or_binary": "passed over: empty, or not text",
+    "too_short": "dropped: below --min_chars",
+    "mostly_not_text": "dropped: below --min_text",
+    "copies_kept": "copies of a document before, kept, in its split (--near_duplicates=1 drops them)",
+    "duplicates": "dropped: copies of a document before",
+    "near_duplicates": "dropped: near copies of a document before",
+    "copies_in_train": "of the kept are in train, but a copy that was dropped would, alone, be held out",
+}
+
+
+def print_notes(found: dict) -> None:
+    """What was read, passed over, dropped and replaced: a line each, with the first as an example."""
+    for what, entry in found.items():
+        times = f" in {entry['times']:,} places" if entry["times"] else ""
+        print(f"{entry['documents']:8,} {NOTES.get(what, what)}{times}: {entry['example']}")
+
+
+def copies(index: np.ndarray, spool: Path, s: SimpleNamespace, found: dict) -> np.ndarray:
+    """The index less the copies, if near ones are looked for: the first of each group stays.
+
+    Otherwise all stay, and those that are exact will be in one split, since it follows from the text.
+    """
+    _, first, same = np.unique(index["hash"], return_index=True, return_inverse=True)
+    group = first[same]
+    if s.near_duplicates:
+        distinct = np.sort(first)
+        near = distinct[near_groups(index["sketch"][distinct], s.near_duplicates)]
+        group = near[np.searchsorted(distinct, group)]
+    sizes = np.bincount(group, index["size"], len(index))
+    for i in np.flatnonzero((sizes > 0.01 * index["size"].sum()) & (sizes > index["size"])):
+        print(f"copies of {beginning(spool, index[i])!r}: {np.count_nonzero(group == i):,} documents, "
+              f"{sizes[i] / index['size'].sum():.1%} of the text")
+
+    later = group != np.arange(len(index))
+    exact = later & (first[same] != np.arange(len(index)))
+    kinds = {"duplicates": exact, "near_duplicates": later & ~exact}
+    for what, which in kinds.items():
+        if which.any():
+            example = repr(beginning(spool, index[which][0]))
+            note(found, what if s.near_duplicates else "copies_kept", example, documents=int(which.sum()))
+    if not s.near_duplicates:
+        return index
+    held_out = splits_of(index["hash"], s.val_fraction, s.test_fraction) > 0
+    moved = np.unique(group[held_out & later & ~held_out[group]])
+    if len(moved):
+        note(found, "copies_in_train", repr(beginning(spool, index[moved[0]])), documents=len(moved))
+    return index[~later]
+
+
+def beginning(spool: Path, document: np.ndarray) -> str:
+    with open(spool, "rb") as f:
+        f.seek(document["start"])
+        return f.read(min(int(document["size"]), 240)).decode("utf-8", "ignore")[:60]
 
 
 # -----------------------------------------------------------------------------
@@ -225,38 +328,63 @@ def splits_of(hashes: np.ndarray, val_fraction: float, test_fraction: float) -> 
 def split(spool: Path, index: np.ndarray, val_fraction: float, test_fraction: float) -> dict[str, np.ndarray]:
     """The (first, last + 1) byte in the spool of each document, (documents, 2) for each split.
 
-    Too few documents for that, or one, are cut in a row into train, val and test, by characters.
+    Each goes whole where its hash says, but into train if it and its copies have too much of the text. So
+    whatever is added, nothing that was held out gets into train. If that leaves a split empty, each is cut
+    into the three, by characters: its beginning is for train.
     """
     starts, ends = index["start"], index["start"] + index["size"]
     which = splits_of(index["hash"], val_fraction, test_fraction)
+    _, group = np.unique(index["hash"], return_inverse=True)
+    share = np.bincount(group, index["size"])[group] / index["size"].sum()
+    large = share > 1.2 * np.array([1, val_fraction, test_fraction])[which]
+    which[large] = 0
     present = np.bincount(which, minlength=3) > 0
     if len(index) > 1 and present[:2].all() and (present[2] or not test_fraction):
         rows = np.stack((starts, ends), axis=1)
+        if large.any():
+            print(f"too large to be held out, so in train: {large.sum():,} documents, of up to "
+                  f"{share[large].max():.1%} of the text with their copies, such as "
+                  f"{beginning(spool, index[large][0])!r}")
         return {name: rows[which == i] for i, name in enumerate(SPLITS)}
-    edges = [0]
-    for share in (1 - val_fraction - test_fraction, 1 - test_fraction, 1):
-        edges.append(byte_of_char(spool, index, int(index["chars"].sum() * share)))
+    if len(index) > 1:
+        print(f"{len(index):,} documents are too few to be split whole: each is cut into the three, from its "
+              "beginning to its end")
+    edges = [starts]
+    for part in (1 - val_fraction - test_fraction, 1 - test_fraction):
+        wanted = (index["chars"] * part).astype(np.int64)
+        cuts = [byte_of_char(spool, int(start), int(n)) for start, n in zip(starts, wanted)]
+        edges.append(np.array(cuts))
+    edges.append(ends)
     found = {}
     for i, name in enumerate(SPLITS):
-        rows = np.stack((starts, ends), axis=1).clip(edges[i], edges[i + 1])
+        rows = np.stack((edges[i], edges[i + 1]), axis=1)
         found[name] = rows[rows[:, 0] < rows[:, 1]]
     return found
 
 
-def byte_of_char(spool: Path, index: np.ndarray, n: int) -> int:
-    """Where in the spool the n-th character of all documents begins."""
-    before = np.cumsum(index["chars"]) - index["chars"]
-    row = int(np.searchsorted(before, n, side="right")) - 1
-    left, at = n - int(before[row]), int(index["start"][row])
+def byte_of_char(spool: Path, at: int, n: int) -> int:
+    """Where in the spool the n-th character of the document that begins at byte `at` begins."""
     with open(spool, "rb") as f:
         f.seek(at)
-        while left:
-            data = np.frombuffer(f.read(BLOCK), np.uint8)
+        while n:
+            data = np.frombuffer(f.read(min(BLOCK, 4 * n + 4)), np.uint8)
             begins = np.flatnonzero(data & 0xC0 != 0x80)  # all but bytes that go on with a character
-            if left < len(begins):
-                return at + int(begins[left])
-            left, at = left - len(begins), at + len(data)
+            if n < len(begins):
+                return at + int(begins[n])
+            n, at = n - len(begins), at + len(data)
     return at
+
+
+def print_shares(size: dict[str, int], spool: Path, index: np.ndarray, s: SimpleNamespace) -> None:
+    """Say why, if the splits have not what was asked for by over two points: documents go whole."""
+    asked = np.array([1 - s.val_fraction - s.test_fraction, s.val_fraction, s.test_fraction])
+    got = np.array([size[name] for name in SPLITS]) / sum(size.values())
+    if np.abs(got - asked).max() > 0.02:
+        parts = [f"{name} {a:.1%} instead of {b:.1%}" for name, a, b in zip(SPLITS, got, asked)]
+        largest = index[np.argmax(index["size"])]
+        print(f"shares of the text: {', '.join(parts)}: each document goes whole where the hash of its text "
+              f"says, and of these {len(index):,} the largest has {largest['size'] / index['size'].sum():.1%}: "
+              f"{beginning(spool, largest)!r}")
 
 
 # -----------------------------------------------------------------------------
@@ -341,8 +469,7 @@ def print_report(folder: Path) -> None:
     order = np.argsort(-counts, kind="stable")[:np.count_nonzero(counts)]
     print(f"{len(order):,} of {len(counts):,} tokens are used, these the most:", *(
         f"{codec.decode([i])!r} {counts[i] / counts.sum():.1%}" for i in order[:20].tolist()))
-    for what, entry in meta["report"].items():
-        print(f"{what}: {entry['documents']:,} documents, {entry['times']:,} times: {entry['example']}")
+    print_notes(meta["report"])
     try:
         from matplotlib.figure import Figure
     except ImportError:

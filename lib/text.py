@@ -23,6 +23,7 @@ import json
 import lzma
 import os
 import re
+import stat
 import sys
 import sysconfig
 import time
@@ -34,14 +35,14 @@ from pathlib import Path
 from typing import Any
 
 
-from config import UserError
+from config import SettingError, UserError
 
 BLOCK = 2**22  # bytes read at a time
 UNPACK = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 BUILT_IN = {  # dataset -> its source and tokenizer
-    "python": ("python", "bpe"),
+    "python": ("builtin:python", "bpe"),
     "shakespeare": (SHAKESPEARE, "bpe"),
     "shakespeare_char": (SHAKESPEARE, "bytes"),
 }
@@ -335,43 +336,97 @@ def documents(source: str, encoding: str = "utf-8", errors: str = "strict", text
 
     found: counts what is passed over, as in note(). Raises UserError, with a name, for what cannot be read.
     """
+    found = {} if found is None else found
     read = functools.partial(file_documents, encoding=encoding, errors=errors, text_key=text_key)
-    parts = [source] if Path(source).exists() else source.split(",")
-    for part in map(str.strip, parts):
-        part = BUILT_IN.get(part, [part])[0]
+    for part in source_parts(source):
         if part.startswith(("https://", "http://")):
             part = download(part, Path(downloads))
-        if part == "python":
+        if part == PYTHON:
             yield from standard_library()
         elif part.startswith("hf:"):
             yield from hub_documents(part, text_key)
-        elif Path(part).is_dir():
-            yield from folder_documents(Path(part), read, {} if found is None else found)
+        elif os.path.isdir(part):
+            yield from folder_documents(Path(part), read, found)
         else:
-            names = [part] if Path(part).exists() else sorted(glob.glob(part, recursive=True))
-            files = [name for name in names if os.path.isfile(name)]
+            files = local_files(part)
             if not files:
-                raise UserError(f"{part}: no such file or folder")
+                pipe = os.path.exists(part)
+                raise UserError(f"{part}: " + ("no plain file: save it as one" if pipe else "no such file or folder"))
             for file in files:
-                yield from read(Path(file), file)
+                yield from read(file, str(file))
 
 
-def folder_documents(root: Path, read: Callable, found: dict) -> Iterator[tuple[str, str]]:
-    """Of all files below; hidden, empty and binary ones are passed over and counted: it may hold pictures."""
-    used = 0
-    for where, folders, names in os.walk(root):
+PYTHON = "builtin:python"  # the library of the Python that runs this
+
+
+def source_parts(source: str) -> list[str]:
+    """The sources that commas divide, without the names of built-ins. Raises SettingError."""
+    parts = [source] if os.path.exists(source) and source not in BUILT_IN else source.split(",")
+    found = []
+    for part in map(str.strip, parts):
+        name = part.removeprefix("builtin:")
+        if not part:
+            raise SettingError(f"--source={source}: nothing before or behind a comma")
+        if name in BUILT_IN:
+            if name == part and os.path.exists(part):
+                raise SettingError(f"--source={source}: {part} is a built-in, and is here too: say "
+                                   f"builtin:{part} or .{os.sep}{part}")
+            part = BUILT_IN[name][0]
+        found.append(part)
+    return found
+
+
+def local_files(part: str, found: dict | None = None) -> list[Path]:
+    """The plain files of a source here: of a folder all below, as in walk()."""
+    if os.path.isdir(part):
+        return list(walk(Path(part), {} if found is None else found))
+    if part == PYTHON or part.startswith(("https://", "http://", "hf:")):
+        return []
+    names = [part] if os.path.exists(part) else sorted(glob.glob(part, recursive=True))
+    return [Path(name) for name in names if os.path.isfile(name)]
+
+
+def walk(root: Path, found: dict) -> Iterator[Path]:
+    """The plain files below a folder, in order. What is passed over is counted: hidden files and folders,
+    links to folders (which may go in circles), pipes and the like, and data sets of prepare.py."""
+    def unreadable(error: OSError) -> None:
+        note(found, "unreadable", f"{error.filename}: {error.strerror}")
+
+    for where, folders, names in os.walk(root, onerror=unreadable):
+        if "meta.json" in names and "train.bin" in names:
+            note(found, "data_sets", where)
+            folders.clear()
+            continue
         for hidden in [name for name in folders + names if name.startswith(".")]:
-            note(found, "hidden", hidden)
+            note(found, "hidden", str(Path(where, hidden)))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for link in [name for name in folders if Path(where, name).is_symlink()]:
+            note(found, "links", str(Path(where, link)))
         for name in sorted(name for name in names if not name.startswith(".")):
             file = Path(where, name)
             try:
-                yield from read(file, file.relative_to(root).as_posix())
-                used += 1
-            except NotText as error:
-                note(found, "empty_or_binary", str(error))
+                plain = stat.S_ISREG(file.stat().st_mode)
+            except OSError:  # a link to nothing, or to itself
+                note(found, "links", str(file))
+                continue
+            if plain:
+                yield file
+            else:
+                note(found, "special", str(file))
+
+
+def folder_documents(root: Path, read: Callable, found: dict) -> Iterator[tuple[str, str]]:
+    """Of all files below; empty and binary ones are passed over and counted: it may hold pictures."""
+    used = 0
+    for file in walk(root, found):
+        try:
+            yield from read(file, file.relative_to(root).as_posix())
+            used += 1
+        except NotText as error:
+            note(found, "empty_or_binary", str(error))
     if not used:
-        raise UserError(f"{root}: no text in this folder (hidden, empty and binary files do not count)")
+        passed = ", ".join(found) or "nothing in it"
+        raise UserError(f"{root}: no text in this folder ({passed})")
 
 
 def note(found: dict, what: str, example: str, times: int = 0, documents: int = 1) -> None:
@@ -426,18 +481,20 @@ def text_of(record: dict, key: str, where: str, may_be_null: bool) -> str:
 
 
 def standard_library() -> Iterator[tuple[str, str]]:
-    """The Python that runs this, without tests and what pip installed: a corpus that needs no download."""
+    """The Python that runs this, without tests, copies and what pip installed: a corpus that needs no download."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     files = [file for file in root.rglob("*.py") if not skip.intersection(file.relative_to(root).parts)]
     if not files:
         raise UserError(f"{root}: this Python carries no source of its library: give --source=FILE or FOLDER")
+    seen = {""}  # an empty one counts for nothing
     for file in sorted(files, key=lambda file: file.relative_to(root).as_posix()):
         try:
             text = file.read_text(encoding="utf-8")
         except (UnicodeDecodeError, OSError):
             continue
-        if text:
+        if text not in seen:
+            seen.add(text)
             yield file.relative_to(root).as_posix(), text
 
 

@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 
-from lib.clean import clean, collect, near_copies
+from lib.clean import clean, collect, joined, near_groups
 from tests.helpers import PAGES, words
 
 DIRTY = ("\r\nCafe\u0301 <b>bold</b><br>x\x07\x1b\nsame\nsame\nsame\nend: jo.e@x.org, 10.1.2.3, "
@@ -69,21 +69,47 @@ def in_chinese(some: list[str]) -> str:
 
 
 @pytest.mark.parametrize("text_of", [" ".join, in_chinese])
-def test_near_copies_never_straddle_a_split(tmp_path, text_of):
-    """The train copy goes, what differs more stays, and what is added moves nothing."""
+def test_near_copies_are_grouped(tmp_path, text_of):
+    """However many there are, in capitals or not; what shares less is no copy."""
     originals = [words(150, seed) for seed in range(300)]
-    near = [list(one) for one in originals[:150]]
-    for i, one in enumerate(near):  # three words changed, one taken out
-        for at in (10 + i % 7, 60, 110):
+    near = []
+    for i, one in enumerate(originals[:150] + originals[:10] * 30):
+        one = list(one)
+        for at in (10 + i % 7, 60, 110):  # three words changed, one taken out
             one[at] = f"new{i}"
         del one[130]
+        near.append(one)
     half = [one[:75] + words(75, 1000 + i) for i, one in enumerate(originals[200:250])]
-    more = [words(150, seed) for seed in range(5000, 5050)]
-    texts = [text_of(one) for one in originals + near + half + more]
-    split = np.random.default_rng(0).integers(3, size=len(texts))
+    texts = [text_of(one) for one in originals + near + half]
+    texts += [text.upper().replace(" ", "\n ") for text in texts[:20]]
     _, index, _ = collected(tmp_path, texts)
-    drop = near_copies(index["sketch"], split, 0.6)
-    first, second = drop[:150], drop[300:450]
-    assert (first ^ second).all() and drop.sum() == 150
-    assert (first == (split[:150] < split[300:450])).all()  # of two in one split the later one goes
-    assert (drop[:-50] == near_copies(index["sketch"][:-50], split[:-50], 0.6)).all()
+    first = [*range(300), *range(150), *list(range(10)) * 30, *range(750, 800), *range(20)]
+    assert near_groups(index["sketch"], 0.6).tolist() == first
+    few = near_groups(index["sketch"][:3], 0.6)
+    assert few.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("threshold", [0.2, 0.4, 0.6, 0.9])
+def test_near_copies_are_found_at_any_threshold(tmp_path, threshold):
+    """Of pairs that share a little more than is asked for, all but a few; of those with less, few."""
+    rng, pairs = np.random.default_rng(0), {True: [], False: []}
+    for more, found in pairs.items():
+        share = min(threshold + (0.09 if more else -0.12), 0.99)
+        common = round(400 * 2 * share / (1 + share))  # of 400 parts, so that this is the share of both
+        for _ in range(100):
+            start = rng.bytes(4 * common).hex()
+            found += [start + rng.bytes(4 * (400 - common)).hex() for _ in range(2)]
+    _, index, _ = collected(tmp_path, pairs[True] + pairs[False])
+    group = near_groups(index["sketch"], threshold)
+    joined = (group[1::2] == group[::2]).reshape(2, 100).sum(axis=1)
+    assert joined[0] >= 90 and joined[1] <= 10, joined
+
+
+def test_components_are_those_of_a_plain_search():
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(500, size=(2, 400))
+    expected = list(range(500))
+    for _ in range(500):  # until nothing changes, in the plainest way
+        for x, y in zip(a.tolist(), b.tolist()):
+            expected[x] = expected[y] = min(expected[x], expected[y])
+    assert joined(np.arange(500), a, b).tolist() == expected

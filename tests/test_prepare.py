@@ -2,6 +2,7 @@
 import base64
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import prepare
 from config import SettingError, UserError
 from lib import text as text_file
 from lib.tokenizer import Tokenizer
-from tests.helpers import CHINESE, MIXED, PAGES, ROOT, full_disk, posix, slow, start
+from tests.helpers import CHINESE, MIXED, PAGES, ROOT, full_disk, posix, slow, start, words
 
 def write_jsonl(path, texts) -> str:
     path.write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
@@ -55,17 +56,82 @@ def names_in(folder) -> list[str]:
 
 @pytest.mark.parametrize("block", [64, 2**22])
 @pytest.mark.parametrize("texts", [[MIXED * 10 + "y" * 3000 + CHINESE], [PAGES[0], "", PAGES[1], CHINESE]])
-def test_too_few_documents_are_cut_in_a_row(tmp_path, monkeypatch, texts, block):
+def test_too_few_documents_are_cut_each(tmp_path, monkeypatch, texts, block):
     monkeypatch.setattr(prepare, "BLOCK", block)
-    source = write_jsonl(tmp_path / "my texts.jsonl", [*texts, texts[0]])
+    source = write_jsonl(tmp_path / "my texts.jsonl", texts)
     folder = prepare.prepare(source=source, tokenizer="bytes", test_fraction=0.2, root=tmp_path / "data")
     assert folder.name == "my_texts"
-    text = "".join(texts)
-    a, b = int(len(text) * (1 - 0.1 - 0.2)), int(len(text) * 0.8)
-    parts = [text[:a], text[a:b], text[b:]]
-    assert ["".join(split) for split in read_back(folder).values()] == parts
+    parts = []
+    for text in filter(None, texts):
+        a, b = int(len(text) * (1 - 0.1 - 0.2)), int(len(text) * 0.8)
+        parts.append((text[:a], text[a:b], text[b:]))
+    parts = [list(split) for split in zip(*parts)]
+    assert list(read_back(folder).values()) == parts
     splits = prepare.read_meta(folder)["splits"].values()
-    assert [its["bytes"] for its in splits] == [len(part.encode()) for part in parts]
+    assert [its["bytes"] for its in splits] == [len("".join(part).encode()) for part in parts]
+
+
+def essays(n, copies=1, near=False) -> list[str]:
+    """n texts of 120 words, each so many times, with one word changed if near."""
+    rng, found = np.random.default_rng(0), []
+    for _ in range(n):
+        some = [rng.bytes(3).hex() for _ in range(120)]
+        for i in range(copies):
+            if near and i:
+                some[int(rng.integers(120))] = f"{i}{i}{i}"
+            found.append(" ".join(some))
+    return found
+
+
+def shares(folder) -> list[float]:
+    sizes = [its["bytes"] for its in prepare.read_meta(folder)["splits"].values()]
+    return [size / sum(sizes) for size in sizes]
+
+
+@pytest.mark.parametrize("near", [False, True])
+@pytest.mark.parametrize("n, copies", [(100, 40), (60, 12)])
+def test_copies_leave_the_shares_as_they_were_asked_for(tmp_path, capsys, near, n, copies):
+    """And none is in two splits. With near_duplicates one of each is left, without it all."""
+    texts = essays(n, copies, near)
+    folder = prepared(tmp_path, texts, tokenizer="bytes", near_duplicates=0.6 * near, overwrite=True)
+    found, report = read_back(folder), prepare.read_meta(folder)["report"]
+    assert sum(map(len, found.values())) == (n if near else n * copies)
+    origins = [{text[-60:-10] if near else text for text in found[split]} for split in prepare.SPLITS]
+    assert sum(map(len, origins)) == len(set.union(*origins)) == n
+    got, said = shares(folder), capsys.readouterr().out
+    assert max(np.abs(np.subtract(got, (0.8, 0.1, 0.1)))) < 0.02 or "shares of the text: " in said
+    assert got[0] > 0.5
+    if near:
+        dropped = sum(report[what]["documents"] for what in ("duplicates", "near_duplicates") if what in report)
+        assert dropped == n * copies - n and f"{dropped:,} dropped: " in said
+        assert f"{report['copies_in_train']['documents']} of the kept are in train" in said
+    else:
+        assert report["copies_kept"]["documents"] == n * copies - n
+    assert ("copies of " in said and f"{copies} documents, 1.7% of" in said) == (n == 60)
+
+
+def test_a_novel_and_some_notes_are_mostly_for_training(tmp_path, capsys):
+    for folder_of in range(10):
+        notes = [" ".join(words(40, 1000 * folder_of + i)) for i in range(25)]
+        novel = f"Novel {folder_of} " + " ".join(words(2000, folder_of))
+        folder = prepared(tmp_path, [*notes, novel], tokenizer="bytes", overwrite=True)
+        said = capsys.readouterr().out
+        assert shares(folder)[0] > 0.78 and ("'Novel" in said or "too few to be split whole" in said)
+
+
+def test_what_is_added_moves_nothing_that_was_held_out_into_training(tmp_path):
+    """From few documents, which are cut, to many; small ones and large ones; each without a copy."""
+    rng, texts, held_out = np.random.default_rng(1), [], set()
+    sizes = rng.integers(30, 60, 150) * np.where(rng.random(150) < 0.1, 20, 1)
+    for i, size in enumerate(sizes.tolist()):
+        texts.insert(int(rng.integers(len(texts) + 1)), f"{i}: " + " ".join(words(size, i)))
+        if i not in (2, 5, 12, 20, 25, 28, 29, 30, 31, 35, 40, 60, 100, 149):
+            continue
+        found = read_back(prepared(tmp_path, texts, tokenizer="bytes", overwrite=True))
+        whole = set(texts)
+        assert not held_out & set(found["train"])
+        held_out |= whole & set(found["val"] + found["test"])
+    assert len(held_out) > 20
 
 
 def test_documents_are_split_whole_and_stay_where_they_are(tmp_path):
@@ -217,8 +283,8 @@ def test_two_at_once_are_one_after_the_other_and_tell_what_is_there(tmp_path):
     told = [run.communicate()[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0] and names_in(tmp_path / "data") == ["a"]
     assert ["same settings" in one for one in told].count(True) == 1
-    for words in ("bytes a token", "read: 80 documents", "tokens are used"):
-        assert all(words in one for one in told)
+    for said in ("bytes a token", "80 documents read", "tokens are used"):
+        assert all(said in one for one in told)
     first, second = (one[one.index("--- document"):] for one in told)
     assert first != second and first.count("\nPage ") == 2
 
@@ -226,7 +292,7 @@ def test_two_at_once_are_one_after_the_other_and_tell_what_is_there(tmp_path):
 @slow
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for a process's largest memory")
 def test_memory_is_bounded(tmp_path):
-    text = "".join(text for _, text in text_file.documents("python"))
+    text = "".join(text for _, text in text_file.documents("builtin:python"))
     rng = np.random.default_rng(0)
     with open(tmp_path / "a.jsonl", "w", encoding="utf-8") as f:
         for i in range(200_000):
@@ -241,3 +307,84 @@ def test_memory_is_bounded(tmp_path):
                 peak = [line.split()[1] for line in f if line.startswith("VmHWM")]
             most = max(most, *map(int, peak), 0)
     assert run.returncode == 0 and 50e3 < most < 200e3  # kB, of 200 MB of text
+
+
+@posix
+def test_only_a_data_set_of_ours_is_replaced_and_only_its_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make = partial(prepare.prepare, tokenizer="bytes")
+    mine = tmp_path / "data" / "mine"
+    mine.mkdir(parents=True)
+    (mine / "input.txt").write_text("\n".join(PAGES), encoding="utf-8")
+    (tmp_path / "a.txt").write_text("\n".join(PAGES[:40]), encoding="utf-8")
+    for source in ("data/mine", "data/mine/input.txt", "data/mi*/*.txt", f"{mine}/", "a.txt,data/mine"):
+        with pytest.raises(SettingError, match="--source=.*data/mine.*--dataset=NAME"):
+            make("mine", source=source, overwrite=True)
+    with pytest.raises(SettingError, match="no data set of prepare.py"):
+        make("mine", source="a.txt", overwrite=True)
+    (mine / "train.bin").write_bytes(b"nanoGPT's")
+    (tmp_path / "data" / "file").write_text("not a folder")
+    for name in ("mine", "file"):
+        with pytest.raises(SettingError, match="no data set of prepare.py"):
+            make(name, source="a.txt", overwrite=True)
+    assert names_in(mine) == ["input.txt", "train.bin"]
+    for name in (".", "..", "../a", "a/b", "/a", "downloads", "a" * 300, "a\0", "a.", ".a", "con trol"):
+        with pytest.raises(SettingError, match="--dataset="):
+            make(name, source="a.txt", overwrite=True)
+    with pytest.raises(UserError, match="a.txt.*"):
+        prepare.prepare("x", source="a.txt", root=tmp_path / "a.txt")
+
+    ours = make("ours", source="a.txt")
+    before = contents(ours)
+    (ours / "notes").mkdir()
+    (ours / "notes" / "of mine.txt").write_text("kept")
+    (ours / "README").write_text("kept too")
+    os.symlink(ours.resolve(), tmp_path / "data" / "link")
+    (tmp_path / "data" / "empty").mkdir()
+    make("link", source="data/mine/input.txt", overwrite=True)  # by another name
+    assert names_in(ours) == ["README", "meta.json", "notes", "test.bin", "train.bin", "val.bin"]
+    assert (ours / "notes" / "of mine.txt").read_text() == "kept"
+    assert (ours / "train.bin").read_bytes() != before["train.bin"]
+    assert sorted(contents(make("empty", source="a.txt"))) == sorted(before)
+    ours.joinpath("meta.json").write_text("{damaged")
+    with pytest.raises(UserError, match="damaged.*--overwrite"):
+        make("ours", source="a.txt")
+    assert {**contents(make("again", source="a.txt"))} == before
+    make("ours", source="a.txt", overwrite=True)
+    assert (ours / "README").read_text() == "kept too"
+
+
+@posix
+def test_what_a_folder_has_that_is_no_text_is_passed_over_and_said(tmp_path, capsys):
+    notes = tmp_path / "notes"
+    for i, page in enumerate(PAGES):
+        (notes / str(i % 3)).mkdir(parents=True, exist_ok=True)
+        (notes / str(i % 3) / f"{i}.txt").write_text(page, encoding="utf-8")
+    os.mkfifo(notes / "pipe")
+    os.symlink(notes, notes / "0" / "round")
+    os.symlink("nowhere", notes / "dangling")
+    (notes / ".git").mkdir()
+    (notes / "empty.txt").write_text("")
+    prepare.prepare("there", source=str(tmp_path / "notes" / "0"), root=notes, tokenizer="bytes")
+    capsys.readouterr()
+    folder = prepare.prepare("a", source=str(notes), root=tmp_path / "data", tokenizer="bytes")
+    said = capsys.readouterr().out
+    assert all_of(folder) == sorted(PAGES)
+    for line in ("2 passed over: links", "notes/pipe", ".git", "empty.txt", "data sets made by prepare.py: "):
+        assert line in said, said
+    with pytest.raises(UserError, match="pipe: no plain file"):
+        prepare.prepare("b", source=str(notes / "pipe"), root=tmp_path / "data")
+    with pytest.raises(SettingError, match="--source=.*comma"):
+        prepare.prepare("b", source=str(notes / "0" / "0.txt") + ",", root=tmp_path / "data")
+
+
+def test_a_name_that_is_two_things_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "python").mkdir()
+    (tmp_path / "python" / "a.txt").write_text("\n".join(PAGES), encoding="utf-8")
+    with pytest.raises(SettingError, match=r"builtin:python or ./python"):
+        prepare.prepare("a", source="python")
+    folder = prepare.prepare("a", source="./python", tokenizer="bytes")
+    assert all_of(folder) and "def " not in "".join(all_of(folder))
+    assert [next(iter(text_file.documents(one)))[0] for one in ("builtin:python", "./python")] == [
+        "__future__.py", "a.txt"]
