@@ -1,12 +1,13 @@
 """What tools.bench measures, not how fast it is: that depends on the machine."""
+import math
 import re
 
 import pytest
 import torch
 
 import train
-from tests.helpers import TOY, one_line, script
-from tools import bench
+from tests.helpers import TOY, one_line, script, slow
+from tools import bench, growth
 
 
 def test_a_step_is_stopped_after_each_part(monkeypatch):
@@ -53,6 +54,50 @@ def test_writing_is_measured_against_reading(words, weights, home):
     (("write", "--causal=False"), 2, ["causal=False"]), (("write", "--n_head=5"), 2, ["n_head=5"]),
     (("write", "--max_new_tokens=1"), 2, ["at least 2"]),
     (("write", "--out_dir=out/whole", "--compare"), 2, ["compare", "transformers"]),
+    (("growth", "--part=none"), 2, ["none", "bootstrap"]),
     (("--init_from=resume", "--out_dir=none"), 1, ["none", "no checkpoint"]), (("rite",), 2, ["rite"])])
 def test_what_cannot_be_measured_is_said(words, status, named, home):
     one_line(script("tools/bench.py", *words, cwd=home), status, *named)
+
+
+@pytest.mark.parametrize("time_of, wanted", [
+    (lambda n: 5 + n, 0.94), (lambda n: n * math.log(n), 1.0), (lambda n: 10**6 + n**2, 1.87),
+    (lambda n: n**1.2 + 3, 1.12), (lambda n: 7.0, 0.0), (lambda n: n**0.5, 0.47)])
+def test_what_every_size_costs_does_not_hide_how_a_part_grows(time_of, wanted):
+    sizes = [62_500, 250_000, 10**6]
+    assert growth.exponent(sizes, [time_of(n) for n in sizes], 0.1) == pytest.approx(wanted, abs=0.03)
+
+
+def test_a_part_that_grows_too_fast_is_named(monkeypatch, capsys):
+    """Of three: in step with its work, squared, and one that fails; with memory that may not grow."""
+    parts = {"good": lambda n: n, "squared": lambda n: n**2, "fails": None}
+
+    def measured(name, sizes):
+        of = parts[name]
+        if of is None:
+            return [], "at 10: no such file"
+        return [{"seconds": of(n), "clock": 1.0, "megabytes": n} for n in sizes], ""
+
+    monkeypatch.setattr(growth, "in_a_process", measured)
+    monkeypatch.setattr(growth, "PARTS", {
+        name: growth.Part(None, "rows", 1600, 1600, "rows") for name in parts} | {
+        "streams": growth.Part(None, "rows", 1600, 1600, "")})
+    parts["streams"] = parts["good"]
+    with pytest.raises(growth.UserError, match="^squared, fails, streams: grows"):
+        growth.main()
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == ["| good", "| squared", "| fails", "| streams"]
+    assert "| 0.88 |" in rows[0] and "too fast" in rows[1] and "no such file" in rows[2]
+
+
+def test_a_part_is_measured_in_a_process(tmp_path):
+    done = script("tools/bench.py", "growth", "--part=split", cwd=tmp_path, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"\| split \| 256,000 labelled rows \| \d+\.\d s \| \d+ MB \| [01]\.\d\d", done.stdout)
+
+
+@slow
+@pytest.mark.parametrize("name", growth.PARTS)
+def test_no_part_grows_faster_than_its_work(name, tmp_path):
+    done = script("tools/bench.py", "growth", f"--part={name}", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout

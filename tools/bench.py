@@ -259,6 +259,11 @@ def bench_writing(given: dict) -> None:
 
 def main() -> None:
     words = sys.argv[1:]
+    if words[:1] == ["growth"]:
+        from tools import growth
+        del sys.argv[1]
+        launch(growth.main, vars(growth))
+        return
     if words[:1] == ["write"]:
         del sys.argv[1]
         launch(bench_writing, globals(), Config)
