@@ -38,8 +38,8 @@ import prepare
 import sample
 from config import SettingError, UserError, configure, launch
 from lib import metrics, run
+from lib.rows import Row
 from lib.tasks import TASKS
-from lib.text import Row
 from lib.tokenizer import make_tokenizer
 from model import Config, Transformer
 from tools import explain, search
