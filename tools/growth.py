@@ -315,7 +315,8 @@ def picture(n, folder):
 def watching(n, folder):
     """tools.search looks at a trial's log a hundred times."""
     log = log_file(n, folder)
-    return lambda: [search.read_curve(log, "val_loss") for _ in range(100)]
+    curve = search.Curve(log, "val_loss")
+    return lambda: [curve.grown() for _ in range(100)]
 
 
 def proposals(n, folder, method="grid"):
