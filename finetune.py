@@ -16,8 +16,8 @@ it does for train.py.
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
+import json
 import math
 import sys
 from dataclasses import asdict, replace
@@ -36,8 +36,8 @@ from lib.optim import Pruning
 from lib.run import (BadSteps, Machine, Pace, Run, State, cannot_write, find_checkpoint, in_words,
                      left_by_runs, load_body, memory_advice, model_of, refuse_to_replace, step_line,
                      stored_settings, write_json, write_text)
-from lib.tasks import TASKS, Example, Task, Vectors
-from lib.rows import Row, as_csv, python_packages
+from lib.tasks import TASKS, Example, Task, one_spelling, respell
+from lib.rows import IN_WORDS, WORDS, Row, as_csv, described, python_packages, text_key
 from lib.tokenizer import Tokenizer, make_tokenizer
 from model import Config, Transformer, block_matrices
 from train import BLOCKS_ONLY, OPTIMIZERS, SCHEDULES, lr_factor, make_optimizers, ready, set_lr, train_step
@@ -52,10 +52,15 @@ task: Literal[tuple(TASKS)] = "classify"  # what to learn
 data: str = ""  # labelled examples to train on; or a built-in set: python_packages
 data_val: str = ""  # to choose the best epoch by; empty: a tenth of data
 data_test: str = ""  # to be tested on, once; empty: a tenth of data
-text_column: Union[str, int] = ""  # name or number of the column; empty: by its usual names, else the first
+text_column: Union[str, int] = ""  # name or number of the column; empty: by its usual names, which is printed
 pair_column: Union[str, int] = ""  # of a second text, if there is one
-label_column: Union[str, int] = ""  # empty: by its usual names, else the second
+label_column: Union[str, int] = ""  # empty: by its usual names, which is printed
 group_column: Union[str, int] = ""  # metrics for each value of this column too: is it fair?
+split_column: Union[str, int] = ""  # rows of one value of it, a user, say, stay on one side of splits
+header: Optional[bool] = None  # does a table's first row name its columns? None: it is found out
+encoding: str = ""  # of the files; empty: UTF-8, or UTF-16 or GBK if they are that
+skip_bad_rows: bool = False  # pass over rows that cannot be read, and count them
+words: Optional[Literal[tuple(WORDS)]] = None  # of a text to be tagged; None: as the training words are
 multi_label: bool = False  # a row has any number of labels, with | between them
 folds: Optional[at_least(3)] = None  # cross-validation: this many trainings, each tested on another part
 # model
@@ -158,13 +163,9 @@ class Tuned(nn.Module):
         if task.writes:
             return
         width = body.config.n_embd
-        if not task.n_out:
-            self.head = nn.Identity()
-            return
-        self.head = nn.Linear(2 * width if self.apart else width, task.n_out, task.head.get("bias", True))
+        self.head = nn.Linear(2 * width if self.apart else width, task.n_out)
         nn.init.normal_(self.head.weight, std=0.02)
-        if self.head.bias is not None:
-            nn.init.zeros_(self.head.bias)
+        nn.init.zeros_(self.head.bias)
         if self.apart and task.n_out == 1:  # at first: the cosine of the two, at about the label's scale
             nn.init.constant_(self.head.weight[:, :width], 4.0)
             nn.init.constant_(self.head.bias, -2.0)
@@ -184,8 +185,6 @@ class Tuned(nn.Module):
             x = (x * real.unsqueeze(-1)).sum(1) / real.sum(1, keepdim=True)
         if self.head is None:
             return self.body.logits(x)
-        if self.task.of_texts and self.task.n_out and self.body.pooler is not None:
-            x = self.body.pooler(x)
         if self.apart:
             a, b = F.normalize(x, dim=-1).chunk(2)
             x = torch.cat((a * b, (a - b).abs()), dim=-1)  # (B / 2, 2 C)
@@ -219,48 +218,20 @@ def tuned_of(checkpoint: dict) -> Tuned:
     if "rank" in checkpoint:  # a lora.pt
         body, tokenizer = load_body(checkpoint["init_from"], dropout=0.0)
         fit_head(body, TASKS[head["task"]])
-        with_lora = copy.deepcopy(body)
-        add_lora(with_lora, checkpoint["rank"], checkpoint["alpha"])
-        with_lora.load_state_dict({**with_lora.state_dict(), **checkpoint["model"]})
-        body.load_state_dict(merged(with_lora))
+        add_lora(body, checkpoint["rank"], checkpoint["alpha"])
+        body.load_state_dict({**body.state_dict(), **checkpoint["model"]})
     else:
         body, tokenizer = model_of(checkpoint, dropout=0.0), Tokenizer.from_dict(checkpoint["tokenizer"])
-    return with_head(body, tokenizer, head, weights)
-
-
-def with_head(body: Transformer, tokenizer, head: dict, weights: dict) -> Tuned:
-    """head: the plain values that a checkpoint keeps of the task; weights: of the linear layer."""
     model = Tuned(body, TASKS[head["task"]](head, tokenizer))
     if model.head is not None:
         model.head.load_state_dict(weights)
     return model.eval()
 
 
-def vectors(body: Transformer, tokenizer, texts: list[str]) -> np.ndarray:
-    """The texts' vectors by a sentence encoder, (N, C), as sentence-transformers makes them."""
-    encoder = body.published["encoder"]
-    head = {"labels": [], "pool": encoder["pool"], "max_length": length_read(body, None), "paired": False,
-            "apart": False, "lower": encoder["lower"]}
-    if encoder["pool"] not in ("first", "last", "mean"):
-        raise UserError(f"1_Pooling/config.json: {encoder['pool']}: only cls, lasttoken and mean are known")
-    model = Tuned(body, Vectors(head, tokenizer))
-    rows = [model.task.row(f"text {n}", encoder["prompt"] + text) for n, text in enumerate(texts, start=1)]
-    found = np.stack(predict(model, rows))
-    return found / np.linalg.norm(found, axis=1, keepdims=True) if encoder["normalize"] else found
-
-
-def length_read(body: Transformer, asked: Optional[int]) -> int:
-    """Tokens of an input at most: as asked for, else as a sentence encoder's files say, else all it can."""
-    most = body.config.block_size
-    if (asked or 0) > most:
-        raise SettingError(f"max_length={asked}: the model reads at most {most} tokens")
-    return asked or min(most, body.published.get("encoder", {}).get("max_length") or most)
-
-
 def fit_head(body: Transformer, task: type[Task]) -> None:
     """The body keeps its head for tokens if the task is to write, and only then."""
     if not task.writes:
-        body.head, body.pooler, body.config = None, None, replace(body.config, head="none", pooler=None)
+        body.head, body.config = None, replace(body.config, head="none")
     elif body.head is None or not body.config.causal:
         raise UserError("--task=lm: needs a causal body with a head for tokens")
 
@@ -299,22 +270,28 @@ def has_spaces(rows: list[Row]) -> bool:
 
 def new_head(body: Transformer, tokenizer, train: list[Row], origin: str, s: SimpleNamespace) -> dict:
     """What a checkpoint keeps of the task, besides the weights: plain values."""
-    task, pool = TASKS[s.task], s.pool
-    encoder = body.published.get("encoder", {})  # what files of sentence-transformers say
+    task, reads = TASKS[s.task], body.config.block_size
+    length = s.max_length or reads
+    if length > reads:
+        raise SettingError(f"max_length={length}: the model reads at most {reads} tokens")
+    pool = s.pool
     if pool == "auto":
         begins = tokenizer.wrap([-1])[0][0] != -1  # with a special token, as BERT's [CLS]
         pool = "first" if begins and not body.config.causal else "last" if body.config.causal else "mean"
-        pool = encoder.get("pool", pool)
-        if pool not in ("first", "last", "mean"):
-            raise SettingError(f"pool=auto: {origin} pools by {pool}, which is not supported: --pool=mean?")
+        pool = "mean" if says_mean(origin) else pool
     paired = train[0].pair is not None
-    apart = task.of_texts and paired and s.pair == "apart"
-    # transformers has no bias in the head of a causal model's last token, so it could not be exported
-    bias = not (task is TASKS["classify"] and pool == "last" and body.config.causal and not apart)
-    return {"task": s.task, **task.learn(train, s), "max_length": length_read(body, s.max_length),
+    return {"task": s.task, **task.learn(train, s), "max_length": length,
             "space": origin == "scratch" and has_spaces(train), "pool": pool if task.of_texts else None,
-            "paired": paired, "apart": apart, "bias": bias, "lower": encoder.get("lower", False),
-            "columns": {"text": s.text_column, "pair": s.pair_column, "label": s.label_column}}
+            "paired": paired, "apart": task.of_texts and paired and s.pair == "apart",
+            "columns": s.columns}
+
+
+def says_mean(folder: str) -> bool:
+    """Is it a sentence encoder whose files, of sentence-transformers, ask for mean pooling?"""
+    file = Path(folder) / "1_Pooling" / "config.json"
+    if not file.is_file():
+        return False
+    return json.loads(file.read_text(encoding="utf-8")).get("pooling_mode_mean_tokens", False)
 
 
 # -----------------------------------------------------------------------------
@@ -581,7 +558,7 @@ def fine_tune(run: Run, train: list[Row], val: list[Row], test: list[Row], given
         body["vocab_size"] = given.get("vocab_size", BPE_SIZE)  # as asked: each fold's own may be smaller
     settings = {**vars(s), "init_from": run.init_from, **body}
     run.begin(settings, defaults_of(globals()), model_args=asdict(model.body.config),
-              tokenizer=task.tokenizer.to_dict(), data=origin, published=model.body.published)
+              tokenizer=task.tokenizer.to_dict(), data=origin)
 
     bad_steps = BadSteps(s.max_bad_steps, 1 if machine.looks_each_step() else s.log_interval, machine.main)
     pace = Pace(state, len(plan.steps))
@@ -685,14 +662,15 @@ def introduce(model: Tuned, plan: Plan, train: list[Row], val: list[Row], test: 
         f"{plan.lengths.mean():.0f} tokens each, {plan.lengths.max()} at most")
     if task.classes:
         say(f"labels    {', '.join(task.labels[:20])}{', ...' if len(task.labels) > 20 else ''}")
+    if "words" in task.head:
+        say(f"words     of a text: {IN_WORDS[task.head['words']]} (--words)")
     if task.metric in task.meaning:  # it chooses the best epoch
         say(f"{task.metric:9} {task.meaning[task.metric]}")
     if settled:
         say(settled)
-    if task.of_texts:
-        say(f"pooling   {task.head['pool']}, of {task.head['max_length']} tokens at most")
-    seen = {(row.text, row.pair) for row in train}
-    task.notes["of the test in the training data too"] += sum((row.text, row.pair) in seen for row in test)
+    seen = {text_key(row) for row in train}
+    for name, rows in (("to validate", val), ("to test", test)):
+        task.notes[f"{name} in the training data too"] += sum(text_key(row) in seen for row in rows)
     task.tell(lambda what: say(f"          {what}"))
     say(f"training  {plan.s.epochs} epochs, {len(plan.steps):,} steps, into {run.folder}\n")
 
@@ -745,14 +723,16 @@ def table(found: dict) -> str:
 BUILT_IN = {"python_packages": python_packages}  # --data= -> rows to train on, validate and test
 
 
-def read_splits(s: SimpleNamespace) -> dict[Path, list[list[Row]]]:
-    """The folder of each training -> its rows to train on, to validate and to test. Raises UserError."""
+def read_splits(s: SimpleNamespace, say=print) -> dict[Path, list[list[Row]]]:
+    """The folder of each training -> its rows to train on, to validate and to test. Raises UserError.
+
+    s.columns: what each column is, if that is known; else it is found out.
+    """
     task, folder = TASKS[s.task], Path(s.out_dir)
     if s.data in BUILT_IN:
         return {folder: BUILT_IN[s.data]()}
-    columns = {"text": s.text_column, "pair": s.pair_column, "label": s.label_column, "group": s.group_column}
-    rows, parts = task.read(s.data, columns), s.folds or 10
-    given = [task.read(path, columns) if path else None for path in ("", s.data_val, s.data_test)]
+    given = read_files(s, say)
+    rows, parts = given[0], s.folds or 10
     part, splits = task.split(rows, parts, s.seed), {}
     for k in range(s.folds or 1):
         kinds = np.zeros(len(rows), dtype=int)  # 0: to train on, 1: to validate, 2: to test
@@ -760,7 +740,8 @@ def read_splits(s: SimpleNamespace) -> dict[Path, list[list[Row]]]:
             kinds[part == (k + 1) % parts] = 1
         if not given[2]:
             kinds[part == k] = 2
-        split = [given[kind] or [rows[i] for i in np.flatnonzero(kinds == kind)] for kind in range(3)]
+        split = [given[kind] if kind and given[kind] else [rows[i] for i in np.flatnonzero(kinds == kind)]
+                 for kind in range(3)]
         if not all(split):
             raise UserError(f"{s.data}: {len(rows)} examples are too few to train, validate and test on "
                             "(equal texts stay together, and questions on one article)")
@@ -770,6 +751,49 @@ def read_splits(s: SimpleNamespace) -> dict[Path, list[list[Row]]]:
             for row in split[1] + split[2]:
                 learned.target(row)
     return splits
+
+
+def read_files(s: SimpleNamespace, say) -> list[list[Row] | None]:
+    """The labelled rows of data, data_val and data_test; of the latter None if they are not given."""
+    task, found, spelling = TASKS[s.task], [], None
+    for name in ("data", "data_val", "data_test"):
+        path, bad = getattr(s, name), []
+        if not path:
+            found.append(None)
+            continue
+        columns, rows = task.open(path, s.columns, True, s.encoding, bad.append if s.skip_bad_rows else None)
+        if name == "data":
+            s.columns = columns
+            say(f"columns  {described(columns)}")
+        everything = list(rows)
+        rows = task.with_labels(everything, s)
+        for what, count in (("that cannot be read, " + str(bad[0] if bad else ""), len(bad)),
+                            ("without a label (empty, NaN or null)", len(everything) - len(rows))):
+            if count:
+                say(f"          {path}: {count:,} rows left out {what}")
+        if not rows:
+            raise UserError(f"{path}: holds no examples")
+        if task.classes:
+            spelling = spelling or one_spelling(rows, say)
+            respell(rows, spelling)
+        found.append(rows)
+    train = {text_key(row) for row in found[0]}
+    for name, rows in zip(("data_val", "data_test"), found[1:]):
+        if rows and {text_key(row) for row in rows} == train:
+            raise UserError(f"{name}={getattr(s, name)}: the very texts of data={s.data}: leave it out, and "
+                            "a tenth of data is held out")
+    return found
+
+
+def known_columns(s: SimpleNamespace, earlier: dict) -> dict:
+    """What is asked for of each column; or what each is, as the run that goes on has found out."""
+    asked = {"text": s.text_column, "pair": s.pair_column, "label": s.label_column, "group": s.group_column}
+    if earlier and "columns" not in earlier:  # begun before columns were kept
+        return asked
+    same = all(earlier.get(f"{role}_column") == name for role, name in asked.items())
+    if earlier and same and earlier["header"] == s.header and earlier["split_column"] == s.split_column:
+        return earlier["columns"]
+    return {**asked, "split": s.split_column, "header": s.header}
 
 
 def stored(folder: str) -> tuple[dict, dict]:
@@ -832,7 +856,8 @@ def main(given: dict):
     if unused and origin not in ("scratch", None):
         # a recipe that says how a new body is made serves for a pretrained one too
         machine.say(f"({', '.join(unused)}: not used, the body from {origin} is made already)")
-    splits = read_splits(s)
+    s.columns = known_columns(s, earlier)
+    splits = read_splits(s, machine.say)
     replaces = [] if init_from == "resume" else left_by_runs(folder)
     found = []
     for place, (train, val, test) in splits.items():

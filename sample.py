@@ -28,15 +28,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, Optional, Union
 
-import numpy as np
 import torch
 
 from config import SettingError, UserError, at_least, check_used, launch
-from finetune import Tuned, predict, tuned_of, vectors, with_head
-from lib.pretrained import HeadError, save
-from lib.rows import Row, as_csv
-from lib.run import USE, Machine, find_checkpoint, load_whole, model_of, newest_run
-from lib.tasks import Task
+from finetune import Tuned, predict, tuned_of
+from lib.rows import as_csv, some
+from lib.run import USE, Machine, find_checkpoint, load_body, model_of, newest_run
 from lib.text import kind_of, read_text
 from lib.tokenizer import HubTokenizer, Tokenizer
 from model import Sampling, Transformer
@@ -46,6 +43,10 @@ from model import Sampling, Transformer
 out_dir: str = "out"  # a run's folder, or a folder of runs: the newest of them; a Hugging Face folder or id
 export: str = ""  # write model and tokenizer to this folder instead, as Hugging Face's libraries read them
 start: str = "\n"  # the prompt, special tokens by name; FILE:path reads it from a file; two texts: two lines
+text_column: Union[str, int] = ""  # of a table by FILE:, its name or number; empty: as in training
+pair_column: Union[str, int] = ""  # of the second text; empty: as in training
+label_column: Union[str, int] = ""  # to be compared with; empty: as in training
+encoding: str = ""  # of that file; empty: UTF-8, or UTF-16 or GBK if it is that
 num_samples: at_least(1) = 1  # texts to write
 max_new_tokens: at_least(1) = 300  # length of each, at most
 stop: Union[str, list] = ""  # end before this text, or the first of several: --stop="['#', 'def ']"
@@ -71,6 +72,7 @@ OF_WRITING = ("num_samples", "max_new_tokens", "stop", "stream", "seed", "compil
 ONLY = [  # a setting, and what it is of use with; see check_used
     *((name, "", (WRITES,)) for name in OF_WRITING),
     *((name, "", (WRITES, FILLS, ANSWERS)) for name in ("start", "quantize")),
+    *((name, "", (ANSWERS,)) for name in ("text_column", "pair_column", "label_column", "encoding")),
 ]
 
 
@@ -85,11 +87,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu",
     """
     folder, names = newest_run(Path(folder)), (*USE, "lora.pt")
     if not any((folder / name).exists() for name in names):
-        model, tokenizer, head = load_whole(folder, dtype)
-        if head and dtype != torch.float32:
-            model, tokenizer, head = load_whole(folder)
-        if head:
-            model = with_head(model, tokenizer, head, head.pop("weights"))
+        model, tokenizer = load_body(folder, dtype)
         return model.to(device).eval(), tokenizer
     checkpoint = find_checkpoint(folder, names)[1]
     if "head" in checkpoint:
@@ -194,51 +192,39 @@ def answer(model: Tuned, text: str, machine: Machine) -> None:
     print(model.task.shown(row, predict(model, [row], machine=machine)[0]))
 
 
-def compare(model: Transformer, tokenizer: HubTokenizer, texts: list[str]) -> None:
-    """Print each text's cosine with the first, by a sentence encoder; of one text alone, its vector."""
-    found = vectors(model, tokenizer, texts)
-    if len(texts) == 1:
-        print(*(f"{x:.6f}" for x in found[0]))
-        return
-    unit = found / np.linalg.norm(found, axis=1, keepdims=True)
-    for text, cosine in zip(texts, unit @ unit[0]):
-        print(f"{cosine:7.4f}  {text}")
-
-
-TABLES = (".csv", ".tsv", ".jsonl", ".json", ".conll")
+TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".conll", ".conllu", ".bio", ".iob", ".ft")
 
 
 def answer_file(model: Tuned, path: str, machine: Machine) -> None:
     """Print the file's rows as predictions.csv has them; on stderr, how long it took and how right it was."""
     task = model.task
-    if kind_of(path) == ".txt":
-        rows = lines_of(task, path)
-    else:
-        rows = task.read(path, {**task.head["columns"], "group": ""}, labelled=False)
-    labelled = task.is_labelled(rows)
-    for row in rows if not labelled else ():
-        row.label = None  # that column holds other things than the labels that were learned
+    asked = {"text": text_column, "pair": pair_column, "label": label_column}
+    columns = {**task.head["columns"], **{role: name for role, name in asked.items() if name != ""}}
+    columns, rows = task.to_answer(path, columns, encoding)
+    rows = some(path, list(rows))
+    labels = [row.label for row in rows]
+    scored = [i for i, row in enumerate(rows) if task.knows_label(row)]
+    for i in set(range(len(rows))).difference(scored):
+        rows[i].label = None
     began = time.perf_counter()
     answers = predict(model, rows, machine=machine)
     each = (time.perf_counter() - began) / len(rows)
+    for row, label in zip(rows, labels):
+        row.label = label
     header, lines = task.table(rows, answers)
+    if columns.get("id") and "id" not in header and len(lines) == len(rows):
+        header, lines = ["id", *header], [[row.id, *line] for row, line in zip(rows, lines)]
     print(as_csv([header, *lines]), end="")
     weights = io.BytesIO()
     torch.save(model.state_dict(), weights)
     told = f"{len(rows):,} rows, {1000 * each:.2f} ms each, by {weights.tell() / 1e6:.2f} MB of weights"
-    if labelled:
-        scores = task.scores(*task.arrays(rows, answers))
+    if scored:
+        scores = task.scores(*task.arrays([rows[i] for i in scored], [answers[i] for i in scored]))
         told += f": {task.metric} {float(scores[task.metric]):.4f}"
+    unknown = sum(label not in (None, "") for label in labels) - len(scored)
+    if unknown > 0:
+        told += f", of {len(scored):,} rows; {unknown:,} have labels that training did not know"
     print(told, file=sys.stderr)
-
-
-def lines_of(task: Task, path: str) -> list[Row]:
-    """A text a line, of two texts with a tab between them."""
-    found = []
-    for n, line in enumerate(read_text(path).removesuffix("\n").split("\n"), start=1):
-        texts = line.removesuffix("\r").split("\t", 0 if task.head["paired"] is False else 1)
-        found.append(task.row(f"{path}:{n}", *texts))
-    return found
 
 
 # -----------------------------------------------------------------------------
@@ -267,25 +253,13 @@ def to_int8(model: torch.nn.Module) -> torch.nn.Module:
                         "leave it out") from None
 
 
-def write_pretrained(model: Transformer | Tuned, tokenizer: Tokenizer | HubTokenizer, folder: str) -> None:
+def write_pretrained(model: Transformer, tokenizer: Tokenizer | HubTokenizer, folder: str) -> None:
     """Model and tokenizer for transformers' from_pretrained. Raises UserError if it has no such model."""
-    body, head = model, None
-    if isinstance(model, Tuned) and not model.task.writes:
-        body, head = model.body, {**model.task.head, "weights": model.head.state_dict()}
-    elif isinstance(model, Tuned):
-        body = model.body
-    eot, offset = tokenizer.eot, body.config.pos_offset
-    ids = {"eos_token_id": eot, "bos_token_id": eot,
-           "pad_token_id": offset - 1 if offset else tokenizer.pad} | body.published.get("ids", {})
-    if head and head["pool"] == "last" and ids["pad_token_id"] == eot:  # it would not be seen as the last one
-        ids["pad_token_id"] = tokenizer.mask
+    eot, offset = tokenizer.eot, model.config.pos_offset
     try:
-        try:
-            save(body, folder, ids, head)
-        except HeadError as error:
-            print(f"({error}: the head is left out, the body is exported with its pooling)", file=sys.stderr)
-            save(body, folder, ids, None, head["pool"])
-        tokenizer.save_pretrained(folder, body.config.block_size)
+        model.save_pretrained(folder, eos_token_id=eot, bos_token_id=eot,
+                              pad_token_id=offset - 1 if offset else tokenizer.pad)
+        tokenizer.save_pretrained(folder, model.config.block_size)
     except (ImportError, OSError, ValueError) as error:
         raise UserError(f"--export={folder}: {error}") from None
 
@@ -305,7 +279,7 @@ def main(given: dict):
     tuned = model if isinstance(model, Tuned) else None
     body = model.body if tuned else model
     if export:
-        write_pretrained(model, tokenizer, export)
+        write_pretrained(body, tokenizer, export)
         print(f"{export}: model and tokenizer, as transformers' from_pretrained reads them")
         return
     file = start.removeprefix("FILE:") if start.startswith("FILE:") else ""
@@ -329,9 +303,6 @@ def main(given: dict):
         body = to_int8(body)
     if body.config.causal:
         write(body, tokenizer, prompt, how, num_samples, max_new_tokens, stops, stream, seed, compile)
-        return
-    if body.published.get("encoder"):
-        compare(body, tokenizer, prompt.split("\n"))
         return
     print(prompt)
     for n, candidates in enumerate(fill(body, tokenizer, prompt), start=1):

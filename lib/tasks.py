@@ -1,17 +1,18 @@
 """
 What there is to learn from labelled rows: rows to examples, and what a model's outputs mean.
 
-    rows = Classify.read("reviews.csv", {"text": "", "pair": "", "label": "", "group": ""})
+    columns, rows = Classify.open("reviews.csv", {"text": "", "label": "", "header": None})
     task = Classify({**Classify.learn(rows, settings), ...}, tokenizer)
     examples = task.examples(rows)
 
 A task is a class here and a line in TASKS. It says for itself how its files are read, what is minimised, what
 is told of a prediction; it knows neither the model nor the loop, which are in finetune.py.
 """
+import itertools
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,9 @@ from torch.nn import functional as F
 
 from config import SettingError, UserError
 from lib import metrics
-from lib.rows import Row, read_conll, read_paragraphs, read_rows, read_squad, split_rows
+from lib.rows import (ANSWER_NAMES, CLASS_NAMES, LM_NAMES, NUMBER_NAMES, TAG_NAMES, WORDS, Row, kind_of_words,
+                      label_key, open_conll, open_questions, open_rows, read_lines, read_paragraphs, some,
+                      split_rows, tags_of_spans, text_key, to_number)
 from lib.text import kind_of
 
 
@@ -57,11 +60,24 @@ class Task:
     writes = False  # they are the body's own for the next token: it is causal, and keeps its head
     classes = False  # the labels are names of classes
     knows = set()  # settings that this task uses and others do not
-    lists = optional = ()  # columns: whose cells may be lists, may be missing
+    names = CLASS_NAMES  # that columns often have
+    nested = {}  # role of a column -> types, beside texts and numbers, that its cells may have
+    optional = ()  # roles that may be missing
+
+    @classmethod
+    def open(cls, path: str, columns: dict, labelled: bool = True, encoding: str = "",
+             bad: Callable | None = None) -> tuple[dict, Iterable[Row]]:
+        """What each column is, and the rows: see open_rows."""
+        return open_rows(path, columns, cls.names, labelled, cls.nested, cls.optional, encoding, bad)
 
     @classmethod
     def read(cls, path: str, columns: dict, labelled: bool = True) -> list[Row]:
-        return read_rows(path, columns, labelled, cls.lists, cls.optional)
+        return some(path, list(cls.open(path, columns, labelled)[1]))
+
+    @classmethod
+    def with_labels(cls, rows: list[Row], s) -> list[Row]:
+        """Those to learn from, or to be tested on: without the ones whose label is missing."""
+        return [row for row in rows if row.label not in (None, "")]
 
     @classmethod
     def texts(cls, row: Row) -> list[str]:
@@ -71,7 +87,7 @@ class Task:
     @staticmethod
     def split_key(row: Row):
         """Rows with the same key stay together in splits."""
-        return row.text, row.pair
+        return row.unit or text_key(row)
 
     @classmethod
     def split(cls, rows: list[Row], k: int, seed: int) -> np.ndarray:
@@ -82,6 +98,7 @@ class Task:
     def __init__(self, head: dict, tokenizer):
         self.head, self.tokenizer, self.labels = head, tokenizer, head["labels"]
         self.number = {label: k for k, label in enumerate(self.labels)}
+        self.spelling = {label_key(label): label for label in self.labels}
         self.n_out = len(self.labels)  # of a sequence, or of a token
         self.notes = Counter()  # what became of texts -> of how many
         self.meaning = {}  # of metrics whose names do not say it all: name -> what it is of
@@ -97,9 +114,8 @@ class Task:
 
     def check_pair(self, row: Row) -> None:
         """Raises UserError if it is two texts and training had one, or the other way round."""
-        paired = self.head["paired"]  # None: either will do
-        if paired not in (None, row.pair is not None) and "pair" not in self.optional:
-            wanted = "two texts are" if paired else "one text is"
+        if (row.pair is not None) != self.head["paired"] and "pair" not in self.optional:
+            wanted = "two texts are" if self.head["paired"] else "one text is"
             raise UserError(f"{row.where}: {wanted} wanted, as in the training data")
 
     def tell(self, say: Callable) -> None:
@@ -138,12 +154,31 @@ class Task:
         raise UserError(f"{row.where}: label {label!r} does not occur in the training data, which has "
                         f"{', '.join(self.labels[:10])}: give more rows of it, or leave it out{header}")
 
-    def is_labelled(self, rows: list[Row]) -> bool:
-        """Does every row have a label that was learned? Then the answers can be scored."""
+    def knows_label(self, row: Row) -> bool:
+        """Has it a label that was learned? Then its answer can be scored."""
         try:
-            return all(row.label is not None and self.target(row) is not None for row in rows)
+            return row.label is not None and self.target(row) is not None
         except UserError:
             return False
+
+    def to_answer(self, path: str, columns: dict, encoding: str = "") -> tuple[dict, Iterable[Row]]:
+        """Rows of a file in use, with the columns of training; of a .txt, a text a line. See open_rows."""
+        plain_text = kind_of(path) == ".txt" and self.is_plain(path, columns, encoding)
+        if plain_text:
+            columns, rows = {"text": "0"}, read_lines(path, self.head["paired"], encoding)
+        else:
+            columns, rows = self.open(path, columns, False, encoding)
+        return columns, map(self.ready, rows)
+
+    def is_plain(self, path: str, columns: dict, encoding: str) -> bool:
+        """Has this .txt a text a line, and not the columns or tags of the training file?"""
+        first = next(read_lines(path, False, encoding)).text
+        return first.count("\t") == int(self.head["paired"]) and "__label__" not in first
+
+    def ready(self, row: Row) -> Row:
+        """With its label spelled as training had it."""
+        respell([row], self.spelling)
+        return row
 
     def teaches(self, example: Example, row: Row) -> bool:
         """Is there anything to learn from it?"""
@@ -223,11 +258,11 @@ class TextTask(Task):
     knows = {"pair_column", "pool", "pair"}
 
     def inputs(self, rows):
-        apart, found = self.head["apart"], []
+        paired, apart = self.head["paired"], self.head["apart"]
         a = self.encoded([row.text for row in rows])
-        b = self.encoded([row.pair or "" for row in rows])
+        b = self.encoded([row.pair for row in rows]) if paired else [None] * len(rows)
+        found = []
         for i, (one, other) in enumerate(zip(a, b)):
-            other = None if rows[i].pair is None else other
             parts = [self.wrapped(one), self.wrapped(other)] if apart else [self.wrapped(one, other)]
             found.append(Example(i, parts, self.target(rows[i])))
         return found
@@ -235,8 +270,6 @@ class TextTask(Task):
     def encoded(self, texts: list[str]) -> list[list[int]]:
         most = 100 * self.head["max_length"]  # characters: megabytes cost no more than what is read of them
         space = " " if self.head.get("space") else ""
-        if self.head.get("lower"):
-            texts = [one.lower() for one in texts]
         return [ids.tolist() for ids in self.tokenizer.encode_batch([space + one[:most] for one in texts])]
 
     def wrapped(self, a: list[int], b: list[int] | None = None) -> tuple[np.ndarray, np.ndarray | None]:
@@ -267,22 +300,21 @@ class TextTask(Task):
         return self.answers(test, [], out)
 
 
-class Vectors(TextTask):
-    """The vector of a text itself: what a sentence encoder is for. It is no task to be trained."""
-
-    def target(self, row):
-        return 0
-
-    def answers(self, rows, examples, outputs):
-        return outputs
-
-
 class Classify(TextTask):
     """A class for each text; with multi_label any number of them, each for itself."""
     metrics = metrics.CLASS_METRICS
     classes = True
     knows = TextTask.knows | {"multi_label", "class_weight", "label_smoothing", "teacher"}
-    lists = ("label",)
+    nested = {"label": (list,)}
+
+    @classmethod
+    def with_labels(cls, rows, s):
+        if not s.multi_label:
+            return super().with_labels(rows, s)
+        found = [row for row in rows if row.label is not None]  # an empty one says that no label fits
+        for row in found:
+            row.label = labels_of(row, True)
+        return found
 
     @staticmethod
     def learn(rows, s):
@@ -362,6 +394,7 @@ class Regress(TextTask):
     """A number for each text: the output is its distance from the training labels' mean, in deviations."""
     metrics = metrics.NUMBER_METRICS
     metric = "spearman"
+    names = NUMBER_NAMES
 
     @staticmethod
     def learn(rows, s):
@@ -377,8 +410,7 @@ class Regress(TextTask):
         return F.mse_loss(out[:, 0], target, reduction="sum")
 
     def answers(self, rows, examples, outputs):
-        numbers = [float(out[0]) * self.head["std"] + self.head["mean"] for out in outputs]
-        return [1 / (1 + math.exp(-number)) for number in numbers] if self.head.get("sigmoid") else numbers
+        return [float(out[0]) * self.head["std"] + self.head["mean"] for out in outputs]
 
     def arrays(self, rows, answers):
         y, p = np.array([number_of(row) for row in rows]), np.array(answers)
@@ -400,28 +432,36 @@ class Tag(Task):
     metrics = metrics.TAG_METRICS
     metric = "f1"
     by_token = classes = True
-    knows = {"label_smoothing"}
-    lists = ("text", "label")
+    knows = {"label_smoothing", "words"}
+    names = TAG_NAMES
+    nested = {"text": (list,), "label": (list, dict)}
 
     @classmethod
-    def read(cls, path, columns, labelled=True):
+    def open(cls, path, columns, labelled=True, encoding="", bad=None):
         if kind_of(path) not in (".jsonl", ".json", ".csv"):
-            return read_conll(path, labelled)
-        rows = super().read(path, columns, labelled)
-        for row in rows:
-            words = row.text.split() if isinstance(row.text, str) else row.text
-            tags = row.label.split() if isinstance(row.label, str) else row.label
-            if None in words or (tags is not None and (None in tags or len(tags) != len(words))):
-                raise UserError(f"{row.where}: wanted a list of words, and one of as many tags: it reads "
-                                f"{str(row.text)[:40]}, {str(row.label)[:40]}")
-            row.words = [str(word) for word in words]
-            row.text = " ".join(row.words)
-            row.label = tags and [str(tag) for tag in tags]
-        return rows
+            return open_conll(path, columns, labelled, encoding)
+        columns, rows = super().open(path, columns, labelled, encoding, bad)
+        return columns, map(with_words, rows)
 
     @staticmethod
     def learn(rows, s):
-        return {"labels": sorted({tag for row in rows for tag in row.label})}
+        labels = sorted({tag for row in rows for tag in row.label})
+        return {"labels": labels, "words": s.words or kind_of_words(rows)}
+
+    def is_plain(self, path, columns, encoding):
+        """A file of words with tags has as many columns in each line."""
+        cells = [row.text.split() for row in itertools.islice(read_lines(path, False, encoding), 100)]
+        return len(set(map(len, cells))) != 1 or len(cells[0]) == 1
+
+    def row(self, where, text, pair=None):
+        words = re.findall(WORDS[self.head.get("words", "spaces")], text)
+        return Row(where, " ".join(words), words=words)
+
+    def ready(self, row):
+        if row.words is None:
+            row.words = self.row(row.where, row.text).words
+            row.text = " ".join(row.words)
+        return super().ready(row)
 
     def __init__(self, head, tokenizer):
         super().__init__(head, tokenizer)
@@ -509,13 +549,25 @@ class Answer(Task):
     metric = "f1"
     knows = {"max_answer"}
 
+    names = ANSWER_NAMES
+
     @classmethod
-    def read(cls, path, columns, labelled=True):
-        return read_squad(path)
+    def open(cls, path, columns, labelled=True, encoding="", bad=None):
+        return open_questions(path, columns, labelled, encoding, bad)
+
+    @classmethod
+    def with_labels(cls, rows, s):
+        return [row for row in rows if row.label is not None]  # an empty list: there is no answer
+
+    def knows_label(self, row):
+        return row.label is not None
+
+    def ready(self, row):
+        return row
 
     @staticmethod
     def split_key(row):  # questions on one article
-        return row.group
+        return row.unit or row.group or row.pair
 
     @staticmethod
     def learn(rows, s):
@@ -560,7 +612,7 @@ class Answer(Task):
                 answer = places[inside[part]]
                 whole = len(answer) == inside.sum() > 0
                 is_found = is_found or whole
-                target = answer[[0, -1]].astype(np.int64) if whole else np.zeros(2, dtype=np.int64)
+                target = answer[[0, -1]] if whole else np.zeros(2, dtype=np.int64)
                 found.append(Example(i, [window], target, places, spans[part]))
             if known and not is_found:
                 self.notes["whose answer no window holds: it cannot be found"] += 1
@@ -634,11 +686,17 @@ class LM(Task):
     knows = {"pair_column", "label_smoothing"}
     optional = ("pair", "label")
 
+    names = LM_NAMES
+
     @classmethod
-    def read(cls, path, columns, labelled=True):
+    def open(cls, path, columns, labelled=True, encoding="", bad=None):
         if kind_of(path) == ".txt":
-            return read_paragraphs(path)
-        return super().read(path, columns, labelled)
+            return {"text": "0", "header": False, "unused": []}, read_paragraphs(path, encoding)
+        return super().open(path, columns, labelled, encoding, bad)
+
+    @classmethod
+    def with_labels(cls, rows, s):
+        return super().with_labels(rows, s) if s.columns.get("label") is not None else rows
 
     @staticmethod
     def learn(rows, s):
@@ -706,20 +764,56 @@ def labels_of(row: Row, several: bool) -> list[str]:
     return [row.label]
 
 
-def to_number(label: str) -> float:
-    """Infinity if it is none."""
-    try:
-        number = float(label)
-    except ValueError:
-        return math.inf
-    return number if math.isfinite(number) else math.inf
-
-
 def number_of(row: Row) -> float:
     number = 0.0 if row.label is None else to_number(row.label)
     if number == math.inf:
         raise UserError(f"{row.where}: label {row.label!r}: a number is wanted (--task=classify for names)")
     return number
+
+
+def with_words(row: Row) -> Row:
+    """A row of a list of words and one of tags, or of a text and the places of its entities."""
+    if isinstance(row.text, str) and (isinstance(row.label, dict) or isinstance((row.label or [0])[0], list)):
+        row.words, row.label = tags_of_spans(row)
+        row.text = " ".join(row.words)
+        return row
+    words = row.text.split() if isinstance(row.text, str) else row.text
+    tags = row.label.split() if isinstance(row.label, str) else row.label
+    if None in words or (tags is not None and (None in tags or len(tags) != len(words))):
+        raise UserError(f"{row.where}: wanted a list of words, and one of as many tags: it reads "
+                        f"{str(row.text)[:40]}, {str(row.label)[:40]}")
+    row.words = [str(word) for word in words]
+    row.text = " ".join(row.words)
+    row.label = tags and [str(tag) for tag in tags]
+    return row
+
+
+def one_spelling(rows: list[Row], say: Callable) -> dict[str, str]:
+    """label_key -> how that label is spelled, as it most often is: equal numbers, and True and true, are one
+    class, which is said; others that differ by case or spaces are warned of."""
+    counts = Counter()
+    for row in rows:
+        counts.update(row.label if isinstance(row.label, list) else [row.label])
+    same, near = defaultdict(list), defaultdict(list)
+    for label, _ in counts.most_common():
+        same[label_key(label)].append(label)
+    for labels in same.values():
+        near["".join(labels[0].casefold().split())].append(labels[0])
+        if len(labels) > 1:
+            say(f"labels    {', '.join(labels)}: one class, {labels[0]}")
+    for labels in near.values():
+        if len(labels) > 1:
+            say(f"warning: labels {', '.join(map(repr, labels))} differ by case or spaces alone: "
+                f"{len(labels)} classes")
+    return {key: labels[0] for key, labels in same.items()}
+
+
+def respell(rows: Iterable[Row], spelling: dict[str, str]) -> None:
+    for row in rows:
+        if isinstance(row.label, list):
+            row.label = [spelling.get(label_key(label), label) for label in row.label]
+        elif row.label is not None:
+            row.label = spelling.get(label_key(row.label), row.label)
 
 
 def nothing_to_tell_apart(rows: list[Row], what: str) -> UserError:

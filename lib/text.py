@@ -65,7 +65,43 @@ def kind_of(path: str | Path) -> str:
 
 def read_text(path: str | Path) -> str:
     """All of a labelled file."""
-    return "".join(blocks(path, labelled=True))
+    return "".join(blocks(path, encoding_of(path), labelled=True))
+
+
+def encoding_of(path: str | Path) -> str:
+    """Of a labelled file: UTF-8, or UTF-16 or GBK if that is what it is, which is said."""
+    with contextlib.suppress(OSError, EOFError, zlib.error, lzma.LZMAError):  # blocks() will tell
+        with UNPACK.get(Path(path).suffix.lower(), open)(path, "rb") as f:
+            data = f.read(BLOCK)
+            found = "utf-8"
+            if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                found = "utf-16"
+            elif data[1:2000:2].count(0) > 0.3 * len(data[:2000]):
+                found = "utf-16-le"
+            else:
+                decoder = codecs.getincrementaldecoder("utf-8")()
+                try:
+                    while data:
+                        decoder.decode(data)
+                        data = f.read(BLOCK)
+                except UnicodeDecodeError:
+                    found = "gb18030" if is_gbk(data) else found
+        if found != "utf-8":
+            print(f"{path}: read as {'GBK' if found == 'gb18030' else 'UTF-16'}", file=sys.stderr)
+        return found
+    return "utf-8"
+
+
+def is_gbk(data: bytes) -> bool:
+    """Chinese in GBK: what is not ASCII comes in pairs, common characters and commas among them."""
+    try:
+        text = codecs.getincrementaldecoder("gb18030")().decode(data)
+    except UnicodeDecodeError:
+        return False
+    wide = [c for c in text if c > "\x7f"]
+    pairs = sum(min(c.encode("gb18030")) > 0xa0 for c in wide)
+    common = sum(c in "的一是不了在有我他这中大来上个，。！、" for c in wide)
+    return pairs > 0.9 * len(wide) and (common > 0.02 * len(wide) or len(wide) < 50)
 
 
 def blocks(path: str | Path, encoding: str = "utf-8", errors: str = "strict",
@@ -132,12 +168,12 @@ RECORDS = (".csv", ".tsv", ".jsonl", ".json")
 
 def records(path: str | Path, text: Iterable[str], names: Collection[str] | bool, empty: bool = True,
             bad: Callable[[UserError], None] | None = None) -> Iterator[tuple[int, dict]]:
-    """(line, {column: cell}) of each row of a table, or (line, object) of JSON; of a list in a .json, its number.
+    """(line, {column: cell}) of each row of a table, or (line, object) of JSON; of a list, its number.
 
     text: the file's, in blocks. names: True if a table's first row is its header, False if it has none, or
     names: it is one if it has one of these, in lower case. Without a header columns are called "0", "1" and
-    so on. A cell that is missing is None. empty: keep rows of empty cells. Only a .json that is a list is held
-    in memory. A row that cannot be read raises UserError, with file and line; bad: it is called with the
+    so on. A cell that is missing is None. empty: keep rows of empty cells. Only a list in JSON is
+    held in memory. A row that cannot be read raises UserError, with file and line; bad: it is called with the
     error, and the row passed over.
     """
     kind = kind_of(path)
@@ -203,8 +239,8 @@ def table(path: str | Path, text: Iterable[str], kind: str, names: Collection[st
         if any(cells[len(header):]):
             remedy = ("a text cannot have a tab in it" if delimiter == "\t" else
                       f"a text with {delimiter!r} in it wants quotes around it")
-            refuse(f"{path}:{line}: {len(cells)} cells, but the columns are {', '.join(header)}: {remedy}, or "
-                   "--skip_bad_rows=True", bad)
+            refuse(f"{path}:{line}: {len(cells)} cells, but the columns are {', '.join(header)}: {remedy}, "
+                   "or --skip_bad_rows=True", bad)
             continue
         yield line, dict(itertools.zip_longest(header, cells[:len(header)]))
 
@@ -282,8 +318,9 @@ def json_values(path: str | Path, text: Iterable[str], kind: str,
     if start.startswith("[") or (kind == ".json" and not (len(filled) > 1 and is_object(start))):
         _, found = next(parse_json(path, [(1, "".join(itertools.chain(first, text)))]), (1, None))
         if isinstance(found, dict):  # {"version": ..., "data": [...]}
-            inside = [value for value in found.values() if isinstance(value, list)]
-            found = inside[0] if len(inside) == 1 else None
+            lists = [value for value in found.values() if isinstance(value, list)]
+            lists = [value for value in lists if all(map(is_dict, value))]
+            found = lists[0] if len(lists) == 1 else [found]
         if not isinstance(found, list):
             raise UserError(f"{path}: wanted a list of objects with texts, got {start[:40]!r}")
         yield from enumerate(found, 1)
@@ -291,9 +328,13 @@ def json_values(path: str | Path, text: Iterable[str], kind: str,
         yield from parse_json(path, enumerate(itertools.chain(first, text), 1), bad)
 
 
+def is_dict(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
 def is_object(text: str) -> bool:
     try:
-        return isinstance(json.loads(text), dict)
+        return is_dict(json.loads(text))
     except (ValueError, RecursionError):
         return False
 

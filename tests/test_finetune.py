@@ -89,6 +89,24 @@ def paragraphs(folder):
     return folder / "text.txt"
 
 
+MORE = {"csv": "w1 fine,good\n", "jsonl": '\n{"text": "fine", "label": ["good"]}', "conll": "\n\nRome\tB-place\n",
+        "txt": "\n\nw1 fine"}
+
+
+def and_one_more(data) -> Path:
+    """The same examples and one more, to be tested on: the very file that is learned from would be refused."""
+    path = Path(data).with_stem("more")
+    if path.suffix == ".json":
+        found = json.loads(Path(data).read_text(encoding="utf-8"))
+        asked = {"id": "new", "question": "what has n1?", "answers": [{"text": "1", "answer_start": 7}]}
+        found["data"].append({"title": "new", "paragraphs": [{"context": "n1 has 1.", "qas": [asked]}]})
+        path.write_text(json.dumps(found), encoding="utf-8")
+    else:
+        more = "w1 w2,w1 z,0.5\n" if Path(data).stem == "pairs" else MORE[path.suffix[1:]]
+        path.write_text(Path(data).read_text(encoding="utf-8") + more, encoding="utf-8")
+    return path
+
+
 CAUSAL = ("--causal=True", "--tied")
 PAIRS = ("--task=regress", "--pair_column=1", "--label_column=2")
 CASES = {  # kind -> its rows, its settings, columns of predictions.csv, the best of its metrics at least
@@ -111,7 +129,8 @@ CASES = {  # kind -> its rows, its settings, columns of predictions.csv, the bes
 def test_a_task_is_learned_used_and_gone_on_with(kind, tmp_path):
     make, args, columns, (metric, least) = CASES[kind]
     data, out = make(tmp_path), tmp_path / "out"
-    files = [f"--data{which}={data}" for which in ("", "_val", "_test")]
+    more = and_one_more(data)
+    files = [f"--data={data}", f"--data_val={more}", f"--data_test={more}"]
     found = tune(out, *files, *QUICK, "--epochs=4", "--dropout=0.1", *args)
     assert found[metric] >= least and len(found[f"{metric}_ci95"]) == 2
     assert kind == "text" or len(found["baselines"]) == 2
@@ -119,7 +138,7 @@ def test_a_task_is_learned_used_and_gone_on_with(kind, tmp_path):
     # the file says what the model says of the same texts
     model, tokenizer = sample.load(out)
     assert type(model.task) is tasks.TASKS[found["task"]] and tokenizer is model.task.tokenizer
-    rows = model.task.read(str(data), model.task.head["columns"] | {"group": ""})
+    rows = model.task.read(str(more), model.task.head["columns"])
     said, written = model.predict([(row.text, row.pair) for row in rows]), read_csv(out / "predictions.csv")
     assert list(written[0]) == columns and len(rows) == found["test_rows"]
     if kind == "tags":
@@ -165,7 +184,9 @@ def test_a_classifier_leaves_what_it_promised(tuned):
 def test_a_model_learns_to_follow_instructions(tmp_path):
     pairs = [{"instruction": f"say {a}", "input": "", "output": a} for a in ("yes", "no", "maybe") * 20]
     (tmp_path / "data.json").write_text(json.dumps(pairs), encoding="utf-8")
-    rows = [f"--data{split}={tmp_path / 'data.json'}" for split in ("", "_val", "_test")]
+    (tmp_path / "more.json").write_text(json.dumps([*pairs, {"instruction": "say", "output": "yes"}]), encoding="utf-8")
+    rows = [f"--data{split}={tmp_path / name}.json" for split, name in
+            (("", "data"), ("_val", "more"), ("_test", "more"))]
     metrics = tune(tmp_path / "out", *rows, *QUICK, "--task=lm", *CAUSAL, "--init=zero_out", "--norm_embd",
                    "--epochs=75", "--eval_interval=100", "--schedule=constant")
     assert metrics["accuracy"] > 0.9 and metrics["perplexity"] == pytest.approx(math.exp(metrics["loss"]))
@@ -403,8 +424,9 @@ NOTHING = json.dumps([{"text": f"t{i}", "label": [None]} for i in range(30)])
 
 @pytest.mark.parametrize("name, content, args, words", [
     ("a.csv", GOOD.replace("y", "x"), [], ["a.csv", "'x'", "nothing to tell apart"]),
-    ("a.csv", GOOD + "none,\n", [], ["a.csv:62", "label is empty"]),
-    ("a.csv", GOOD.replace("label", "mood").replace("text", "it"), [], ["a.csv:1", "'mood'", "a header?"]),
+    ("a.csv", GOOD.replace("label", "mood").replace("text", "it"), [], ["a.csv:1", "--header=True", "mood"]),
+    ("a.csv", GOOD, ["--data_val=a.csv"], ["data_val=a.csv", "the very texts of data=a.csv"]),
+    ("a.csv", GOOD, ["--encoding=klingon"], ["encoding=klingon"]),
     ("a.csv", GOOD + "a,z\nb,z\n", ["--folds=5"], ["'z'", "give more"]),
     ("a.csv", GOOD, ["--folds=70"], ["60 examples are too few"]),
     ("a.csv", "text,label\na,x\nb,y\n", [], ["too few"]),

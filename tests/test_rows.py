@@ -5,6 +5,8 @@ import json
 import pytest
 
 from config import UserError
+from lib.rows import described
+from lib.tasks import TASKS
 from lib.text import blocks, records
 from tests.helpers import says
 
@@ -63,3 +65,174 @@ def test_texts_with_lines_and_other_delimiters_stay_whole(tmp_path):
         (2, "a; b\nc, d\n\ne"), (6, "no; yes"), (7, "plain")]
     (tmp_path / "b.csv").write_text(",text,text\n0,a,b\n", encoding="utf-8")
     assert read(tmp_path / "b.csv") == [(2, {"column 0": "0", "text": "a", "text.2": "b"})]
+
+
+# -----------------------------------------------------------------------------
+# Columns
+
+ASKED = {"text": "", "pair": "", "label": "", "group": "", "split": "", "header": None}
+
+
+def opened(task, path, **columns):
+    columns, rows = TASKS[task].open(str(path), {**ASKED, **columns})
+    return columns, list(rows)
+
+
+def lines_of(*rows: dict) -> str:
+    return "\n".join(map(json.dumps, rows))
+
+
+NEWS = '"3","Wall St. Claws","Reuters - Short"\n"4","Carlyle","Reuters"\n"3","Oil","Soaring"\n"4","Iraq","Halts it"\n'
+LCQMC = "喜欢打篮球\t爱打篮球\t1\n手机丢了\t我想换手机\t1\n大家觉得\t大家说\t0\n求秋色\t求秋天\t0\n"
+STSB = "index\tgenre\tyear\tsource1\tsource2\tsentence1\tsentence2\tscore\n0\tm\t2012\tn\tn\tA\tB\t5.0\n"
+SNLI = [{"annotator_labels": ["neutral"], "gold_label": label, "pairID": "p", "sentence1": "A", "sentence2": "B"}
+        for label in ("neutral", "-")]
+SICK = "pair_ID\tsentence_A\tsentence_B\trelatedness_score\tentailment_judgment\n1\tA\tB\t4.5\tNEUTRAL\n"
+ALPACA = {"instruction": "a", "input": "i", "output": "b"}
+TURN = {"role": "user", "content": "x"}
+CONLL = "-DOCSTART- -X- -X- O\n\nEU NNP B-NP B-ORG\nrejects VBZ B-VP O\n\nPeter NNP B-NP B-PER\n"
+EWT = ("# sent_id = 1\n# text = The don't\n1\tThe\tthe\tDET\tDT\t_\t2\tdet\t_\t_\n2-3\tdon't\t_\t_\t_\t_\t_\t_\t_\t_\n"
+       "2\tdo\tdo\tAUX\tVBP\t_\t0\troot\t_\t_\n3\tn't\tnot\tPART\tRB\t_\t2\tadvmod\t_\t_\n3.1\tx\t_\t_\t_\t_\t_\t_\t_\t_\n")
+CLUENER = {"text": "浙商银行叶老桂", "label": {"name": {"叶老桂": [[4, 6]]}, "company": {"浙商银行": [[0, 3]]}}}
+ORG, PER = ["B-company", *["I-company"] * 3], ["B-name", "I-name", "I-name"]
+SQUAD = {"id": "1", "question": "q", "answers": [{"text": "b", "answer_start": 2}]}
+HF_SQUAD = {"id": "1", "title": "t", "context": "a b b", "question": "q", "answers": {"text": ["b"], "answer_start": [4]}}
+
+
+def squad(asked: dict) -> str:
+    return json.dumps({"data": [{"title": "t", "paragraphs": [{"context": "a b b", "qas": [asked]}]}]})
+
+
+@pytest.mark.parametrize("task, name, content, columns, labels", [
+    # sentiment
+    ("classify", "sst2.tsv", 'sentence\tlabel\nhide "new \t0\ngood\t1\n', "text: sentence, label: label", ["0", "1"]),
+    ("classify", "imdb.csv", 'review,sentiment\n"One, <br /> ""best""",positive\nBad,negative\n',
+     "text: review, label: sentiment", ["positive", "negative"]),
+    ("classify", "yelp.csv", '"1","Unfortunately, the"\n"2","Been going"\n"1","I don\'t"\n"2","great"\n',
+     "no header: text is column 1, label is column 0", ["1", "2", "1", "2"]),
+    ("classify", "yelp.json", lines_of(*[{"review_id": "a", "stars": 4.0, "text": "ok", "date": "2016"}] * 2),
+     "text: text, label: stars; not used: review_id, date", ["4.0", "4.0"]),
+    ("classify", "Reviews.csv", "Id,UserId,Score,Time,Summary,Text\n1,A3,5,130,Good,I have\n",
+     "text: Text, label: Score; not used: Id, UserId, Time, Summary", ["5"]),
+    ("classify", "amazon.jsonl", lines_of({"asin": "B", "reviewText": "nice", "overall": 5.0, "summary": "s"}),
+     "text: reviewText, label: overall; not used: asin, summary", ["5.0"]),
+    ("classify", "train.ft.txt", "__label__2 Stuning even: for\n__label__1 Beware\n", "text: text, label: __label__",
+     ["2", "1"]),
+    ("classify", "chn.tsv", "label\ttext_a\n1\t选择珠江花园\n0\t笔记本\n", "text: text_a, label: label", ["1", "0"]),
+    ("classify", "waimai_10k.csv", "label,review\n1,很快，好吃\n", "text: review, label: label", ["1"]),
+    ("classify", "tweet_eval.jsonl", lines_of({"text": "QT", "label": 2}), "text: text, label: label", ["2"]),
+    ("classify", "emotions.txt", "i didnt feel;sadness\ni can go;sadness\nim grabbing;anger\nok;anger\n",
+     "no header: text is column 0, label is column 1", ["sadness", "sadness", "anger", "anger"]),
+    ("classify", "de.csv", "text;label\nGut, sehr gut;pos\nSchlecht;neg\n", "text: text, label: label", ["pos", "neg"]),
+    ("classify", "setfit.jsonl", lines_of({"text": "a", "label": 1, "label_text": "positive"}),
+     "text: text, label: label; not used: label_text", ["1"]),
+    ("classify", "spam.csv", 'v1,v2,,\nham,"Go until, jurong",,\n',
+     "text: v2, label: v1; not used: column 2, column 3", ["ham"]),
+    # topics
+    ("classify", "ag_news.csv", NEWS, ["ag_news.csv:1", "--text_column=2 --label_column=0",
+                                       "--text_column=1 --pair_column=2 --label_column=0"], None),
+    ("classify", "ag_news.csv", "Class Index,Title,Description\n3,Fears,Unions\n",
+     "text: Description, label: Class Index; not used: Title", ["3"]),
+    ("classify", "dbpedia.csv", "label,title,content\n1,E. D. Abbott,Abbott of\n",
+     "text: content, label: label; not used: title", ["1"]),
+    ("classify", "trec.jsonl", lines_of({"text": "How", "coarse_label": 2, "fine_label": 26}),
+     "text: text, label: coarse_label; not used: fine_label", ["2"]),
+    ("classify", "thucnews.txt", "体验2D巅峰\t8\n60年铁树\t5\n同步首秀\t8\n兔子舞\t5\n",
+     "no header: text is column 0, label is column 1", ["8", "5", "8", "5"]),
+    ("classify", "cnews.txt", "体育\t马晓旭受伤\n财经\t股市大涨\n体育\t朱婷夺冠\n财经\t基金发行\n",
+     "no header: text is column 1, label is column 0", ["体育", "财经", "体育", "财经"]),
+    ("classify", "tnews.json", lines_of({"label": "108", "label_desc": "news_edu", "sentence": "上课", "keywords": ""}),
+     "text: sentence, label: label; not used: label_desc, keywords", ["108"]),
+    # pairs
+    ("classify", "qnli.tsv", "index\tquestion\tsentence\tlabel\n0\tWhen\tUnlike\tentailment\n",
+     "text: question, pair: sentence, label: label; not used: index", ["entailment"]),
+    ("classify", "mrpc.tsv", "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t70\t71\tAm\ty\n",
+     "text: #1 String, pair: #2 String, label: Quality; not used: #1 ID, #2 ID", ["1"]),
+    ("classify", "qqp.tsv", "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n1\t1\t2\tHow\tWhy\t0\n",
+     "text: question1, pair: question2, label: is_duplicate; not used: id, qid1, qid2", ["0"]),
+    ("regress", "stsb.tsv", STSB,
+     "text: sentence1, pair: sentence2, label: score; not used: index, genre, year, source1, source2", ["5.0"]),
+    ("regress", "stsb.csv", "A plane,An air plane,5.0\nA man,A man is,3.8\n",
+     ["--text_column=0 --pair_column=1 --label_column=2"], None),
+    ("classify", "snli.jsonl", lines_of(*SNLI),
+     "text: sentence1, pair: sentence2, label: gold_label; not used: annotator_labels, pairID", ["neutral", None]),
+    ("classify", "snli.jsonl", lines_of(*({"premise": "a", "hypothesis": "b", "label": n} for n in (1, -1))),
+     "text: premise, pair: hypothesis, label: label", ["1", None]),
+    ("classify", "lcqmc.tsv", LCQMC, ["--text_column=0 --pair_column=1 --label_column=2"], None),
+    ("classify", "sick.txt", SICK, "text: sentence_A, pair: sentence_B, label: entailment_judgment; "
+     "not used: pair_ID, relatedness_score", ["NEUTRAL"]),
+    ("regress", "sick.txt", SICK, "text: sentence_A, pair: sentence_B, label: relatedness_score; "
+     "not used: pair_ID, entailment_judgment", ["4.5"]),
+    ("classify", "boolq.jsonl", lines_of({"question": "do", "passage": "All", "answer": True}),
+     "text: question, pair: passage, label: answer", ["true"]),
+    # instructions
+    ("lm", "alpaca.json", json.dumps([ALPACA]), "text: instruction, pair: input, label: output", ["b"]),
+    ("lm", "alpaca.json", json.dumps([{**ALPACA, "text": "Below is b"}]),
+     "text: instruction, pair: input, label: output; not used: text", ["b"]),
+    ("lm", "late.jsonl", lines_of({"instruction": "a", "output": "b"}, ALPACA),
+     "text: instruction, pair: input, label: output", ["b", "b"]),
+    ("lm", "dolly.jsonl", lines_of({"instruction": "a", "context": "", "response": "b", "category": "c"}),
+     "text: instruction, pair: context, label: response; not used: category", ["b"]),
+    ("lm", "gsm8k.jsonl", lines_of({"question": "a", "answer": "b"}), "text: question, label: answer", ["b"]),
+    ("lm", "scored.csv", "prompt,completion,score\na,b,5\n", "text: prompt, label: completion; not used: score", ["b"]),
+    ("lm", "firefly.jsonl", lines_of({"kind": "NLI", "input": "a", "target": "b"}),
+     "text: input, label: target; not used: kind", ["b"]),
+    ("lm", "wiki.jsonl", lines_of({"url": "u", "title": "t", "text": "long"}), "text: text; not used: url, title",
+     [None]),
+    ("lm", "oasst.jsonl", lines_of({"message_id": "6", "parent_id": None, "text": "hi", "role": "prompter"}),
+     ["'parent_id'", "several turns"], None),
+    ("lm", "sharegpt.json", json.dumps([{"id": "x", "conversations": [{"from": "human", "value": "hi"}]}]),
+     ["'conversations'", "--text_column"], None),
+    ("lm", "ultra.jsonl", lines_of({"prompt": "p", "messages": [TURN]}), ["'messages'", "several turns"], None),
+    ("lm", "dpo.jsonl", lines_of({"prompt": "p", "chosen": "a", "rejected": "b"}), ["'chosen'", "choose"], None),
+    # tags
+    ("tag", "conll2003.txt", CONLL, "no header: text is column 0, label is column 3; not used: 1, 2",
+     [["B-ORG", "O"], ["B-PER"]]),
+    ("tag", "wnut.conll", "# x\n@paul\tO\n#nba\tO\nEmpire\tB-location\n\t\nFrom\tO\n",
+     "no header: text is column 0, label is column 1", [["O", "O", "B-location"], ["O"]]),
+    ("tag", "msra.txt", "当 O\n\u3000 O\n10\u00a0000 O\n国 I-LOC\n", "no header: text is column 0, label is column 1",
+     [["O", "O", "O", "I-LOC"]]),
+    ("tag", "multiconer.conll", "# id 5239 domain=en\nit _ _ O\nzeeland _ _ B-LOC\n",
+     "no header: text is column 0, label is column 3; not used: 1, 2", [["O", "B-LOC"]]),
+    ("tag", "ewt.conllu", EWT, "text: form, label: upos; not used: id, lemma, xpos, feats, head, deprel, deps, misc",
+     [["DET", "AUX", "PART"]]),
+    ("tag", "cluener.json", lines_of(CLUENER), "text: text, label: label", [[*ORG, *PER]]),
+    ("tag", "hf.jsonl", lines_of({"tokens": ["EU", "rejects"], "pos_tags": [22, 42], "ner_tags": [3, 0]}),
+     "text: tokens, label: ner_tags; not used: pos_tags", [["3", "0"]]),
+    ("tag", "doccano.jsonl", lines_of({"text": "In Rome, nice", "label": [[3, 7, "LOC"]]}), "text: text, label: label",
+     [["O", "B-LOC", "O", "O"]]),
+    ("tag", "kaggle.csv", "Sentence #,Word,POS,Tag\nSentence: 1,Thousands,NNS,O\n", ["Word", "CoNLL"], None),
+    # questions
+    ("qa", "squad.json", squad(SQUAD), "text: question, pair: context, label: answers", [[("b", 2)]]),
+    ("qa", "squad.json", squad({**SQUAD, "is_impossible": True, "answers": []}),
+     "text: question, pair: context, label: answers", [[]]),
+    ("qa", "squad.json", squad({"id": "7", "question": "q"}), ["question 7", "answers"], None),
+    ("qa", "hf.jsonl", lines_of(HF_SQUAD), "text: question, pair: context, label: answers, split: title; not used: id",
+     [[("b", 4)]]),
+    ("qa", "run_qa.json", json.dumps({"version": "1", "data": [HF_SQUAD]}),
+     "text: question, pair: context, label: answers, split: title; not used: id", [[("b", 4)]]),
+    ("qa", "qa.csv", "context,question,answer_text,answer_start\na b b,q,b,4\n",
+     "text: question, pair: context, label: answer_text, start: answer_start", [[("b", 4)]]),
+    ("qa", "pandas.csv", "context,question,answers\na b,q,{'text': array(['b'])}\n", ["JSON lines"], None),
+    # headers
+    ("classify", "a.csv", "comment,type\ngood,pos\nbad,neg\nok,pos\n",
+     ["comment, type", "--header=True --text_column=comment --label_column=type",
+      "--header=False --text_column=0 --label_column=1"], None),
+    ("classify", "a.csv", "good film,pos\nbad film,neg\nok,pos\n", "no header: text is column 0, label is column 1",
+     ["pos", "neg", "pos"]),
+    ("classify", "a.csv", "Who?,question\nGo!,order\nWhy?,question\n", "no header: text is column 0, label is column 1",
+     ["question", "order", "question"]),
+    ("classify", "a.csv", "Text,text,label\na,b,c\n", ["Text, text", "--text_column=0", "--text_column=1"], None),
+    ("classify", "a.csv", "0,1\ngood,pos\nbad,neg\n", ["0, 1", "--text_column"], None),
+])
+def test_columns_are_those_that_a_person_would_choose(tmp_path, task, name, content, columns, labels):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    if labels is None:
+        with pytest.raises(UserError) as error:
+            opened(task, tmp_path / name)
+        says(error, *columns)
+        return
+    found, rows = opened(task, tmp_path / name)
+    assert described(found) == columns and [row.label for row in rows] == labels
+    again = TASKS[task].read(str(tmp_path / name), found, False)  # in use, by the names that were found
+    assert [(row.text, row.pair, row.label) for row in again] == [(row.text, row.pair, row.label) for row in rows]

@@ -1,4 +1,6 @@
 """Tasks: what becomes of rows, what is minimised, what the outputs mean."""
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -112,10 +114,12 @@ def test_one_number_for_all_has_no_correlation():
     assert NUMBER.scores(*different)["spearman"] == pytest.approx(1)
 
 
-def test_answers_are_scored_only_if_their_labels_were_learned():
-    assert CLASSIFY.is_labelled([Row("", "x", label="a"), Row("", "y", label="c")])
-    for label in ("d", "", None, ["a"]):
-        assert not CLASSIFY.is_labelled([Row("", "x", label="a"), Row("", "y", label=label)])
+def test_answers_are_scored_if_their_labels_were_learned():
+    assert CLASSIFY.knows_label(Row("", "x", label="a")) and NUMBER.knows_label(Row("", "x", label="2.5"))
+    assert SEVERAL.knows_label(Row("", "x", label=["a", "b"])) and SEVERAL.knows_label(Row("", "x", label="a|b"))
+    for task, label in ((CLASSIFY, "d"), (CLASSIFY, ""), (CLASSIFY, None), (CLASSIFY, ["a"]), (NUMBER, "no"),
+                        (SEVERAL, "a|d")):
+        assert not task.knows_label(Row("", "x", label=label))
 
 
 def test_what_is_explained_is_the_likeliest_class_or_the_one_asked_for():
@@ -173,7 +177,7 @@ def test_each_word_has_its_tag_in_some_window(kind):
         words = [("Rome", f"w{rng.integers(20)}é")[rng.integers(2)] for _ in range(n)]
         rows.append(Row("", " ".join(words), label=[f"B-{word[0]}" for word in words], words=words))
     tokenizer = make_tokenizer(kind, [row.text for row in rows], 300)
-    task = Tag({**PLAIN, "labels": Tag.learn(rows, None)["labels"]}, tokenizer)
+    task = Tag({**PLAIN, "labels": Tag.learn(rows, SimpleNamespace(words=None))["labels"]}, tokenizer)
     examples = task.examples(rows)
     assert len(examples) > len(rows)
     for example in examples:

@@ -17,15 +17,21 @@ import pytest
 
 from config import UserError
 from lib import text as text_file
-from lib.rows import as_csv, python_packages, read_conll, read_paragraphs, read_rows, read_squad, split_rows
+from lib.rows import (CLASS_NAMES, as_csv, open_conll, open_rows, python_packages, read_paragraphs, read_squad,
+                      some, split_rows)
 from lib.text import documents, locked
 from tests.helpers import CHINESE, MIXED, PAGES, ROOT, says, write_rows
 
-COLUMNS = dict.fromkeys(("text", "pair", "label", "group"), "")
+COLUMNS = {"text": "", "pair": "", "label": "", "group": "", "header": None}
 
 
 def rows_of(path, labelled=True, lists=(), optional=(), **columns):
-    return read_rows(str(path), {**COLUMNS, **columns}, labelled, lists, optional)
+    nested = {role: (list,) for role in lists}
+    return some(path, list(open_rows(str(path), {**COLUMNS, **columns}, CLASS_NAMES, labelled, nested, optional)[1]))
+
+
+def read_conll(path, labelled=True):
+    return open_conll(str(path), {}, labelled)[1]
 
 
 def texts_of(path, **settings):
@@ -81,8 +87,6 @@ answers = functools.partial(rows_of, optional=("label", "pair"))
     ("missing.csv", None, rows_of, ["missing.csv", "cannot be read"]),
     ("missing.txt", None, texts_of, ["missing.txt", "no such file"]),
     ("a.jsonl", '{"text": "a", "label": "x"}\n\n{"text": \n', rows_of, ["a.jsonl:3", "JSON"]),
-    ("a.jsonl", '{"text": "a", "label": "x"}\n{"text": "b"}\n', rows_of, ["a.jsonl:2", "label"]),
-    ("a.jsonl", '{"text": "a", "output": "x"}\n{"text": "b"}\n', answers, ["a.jsonl:2", "'output'"]),
     ("a.jsonl", '{"text": "x"}\n{"tekst": "y"}\n', texts_of, ["a.jsonl:2", "'text'", "--text_key"]),
     ("a.json", '[{"text": "x"}, {"text": 5}]', texts_of, ["a.json:2", "'text'"]),
     ("a.json", "[1, 2]", rows_of, ["a.json:1", "object"]),
@@ -150,7 +154,7 @@ def test_rows_to_be_answered_need_no_label_and_are_all_kept(tmp_path):
     (tmp_path / "a.csv").write_text('text,label\na,x\n"",\nb\n', encoding="utf-8")
     rows = rows_of(tmp_path / "a.csv", labelled=False)
     assert [(row.text, row.label) for row in rows] == [("a", "x"), ("", ""), ("b", None)]
-    (tmp_path / "a.jsonl").write_text('{"text": "a", "input": "b"}\n{"text": "c", "id": 7}', encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "text_pair": "b"}\n{"text": "c", "id": 7}', encoding="utf-8")
     rows = rows_of(tmp_path / "a.jsonl", optional=("label", "pair"))
     assert [(row.text, row.pair, row.label, row.id) for row in rows] == [("a", "b", None, "1"),
                                                                          ("c", None, None, "7")]
@@ -158,12 +162,12 @@ def test_rows_to_be_answered_need_no_label_and_are_all_kept(tmp_path):
 
 def test_sentences_questions_and_paragraphs(tmp_path):
     path = tmp_path / "a.txt"
-    path.write_text("\ufeffa x O\nb B\n\n\n\ufeffc O\n \nd O", encoding="utf-8")  # joined of two files
+    path.write_text("\ufeffa O\nb B\n\n\n\ufeffc O\n \nd O", encoding="utf-8")  # joined of two files
     rows = read_conll(path)
     assert [(row.words, row.label, row.id) for row in rows] == [
         (["a", "b"], ["O", "B"], "1"), (["c"], ["O"], "2"), (["d"], ["O"], "3")]
-    assert rows[1].where == f"{path}:5" and read_conll(path, labelled=False)[0].label is None
-    assert [row.text for row in read_paragraphs(path)] == ["a x O\nb B", "\ufeffc O\n \nd O"]
+    assert rows[1].where == f"{path}:5" and read_conll(path, labelled=False)[0].label == ["O", "B"]
+    assert [row.text for row in read_paragraphs(path)] == ["a O\nb B", "\ufeffc O\n \nd O"]
     golds = [{"text": "b", "answer_start": 7}, {"text": "z"}, {"text": ""}]
     paragraph = {"context": "abc abc b", "qas": [{"id": 1, "question": "?", "answers": golds}]}
     path.write_text(json.dumps({"data": [{"paragraphs": [paragraph]}]}), encoding="utf-8")
