@@ -16,8 +16,8 @@ it does for train.py.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
-import json
 import math
 import sys
 from dataclasses import asdict, replace
@@ -36,7 +36,7 @@ from lib.optim import Pruning
 from lib.run import (BadSteps, Machine, Pace, Run, State, cannot_write, find_checkpoint, in_words,
                      left_by_runs, load_body, memory_advice, model_of, refuse_to_replace, step_line,
                      stored_settings, write_json, write_text)
-from lib.tasks import TASKS, Example, Task, one_spelling, respell
+from lib.tasks import TASKS, Example, Task, Vectors, one_spelling, respell
 from lib.rows import IN_WORDS, WORDS, Row, as_csv, described, python_packages, text_key
 from lib.tokenizer import Tokenizer, make_tokenizer
 from model import Config, Transformer, block_matrices
@@ -163,9 +163,13 @@ class Tuned(nn.Module):
         if task.writes:
             return
         width = body.config.n_embd
-        self.head = nn.Linear(2 * width if self.apart else width, task.n_out)
+        if not task.n_out:
+            self.head = nn.Identity()
+            return
+        self.head = nn.Linear(2 * width if self.apart else width, task.n_out, task.head.get("bias", True))
         nn.init.normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
+        if self.head.bias is not None:
+            nn.init.zeros_(self.head.bias)
         if self.apart and task.n_out == 1:  # at first: the cosine of the two, at about the label's scale
             nn.init.constant_(self.head.weight[:, :width], 4.0)
             nn.init.constant_(self.head.bias, -2.0)
@@ -185,6 +189,8 @@ class Tuned(nn.Module):
             x = (x * real.unsqueeze(-1)).sum(1) / real.sum(1, keepdim=True)
         if self.head is None:
             return self.body.logits(x)
+        if self.task.of_texts and self.task.n_out and self.body.pooler is not None:
+            x = self.body.pooler(x)
         if self.apart:
             a, b = F.normalize(x, dim=-1).chunk(2)
             x = torch.cat((a * b, (a - b).abs()), dim=-1)  # (B / 2, 2 C)
@@ -218,20 +224,48 @@ def tuned_of(checkpoint: dict) -> Tuned:
     if "rank" in checkpoint:  # a lora.pt
         body, tokenizer = load_body(checkpoint["init_from"], dropout=0.0)
         fit_head(body, TASKS[head["task"]])
-        add_lora(body, checkpoint["rank"], checkpoint["alpha"])
-        body.load_state_dict({**body.state_dict(), **checkpoint["model"]})
+        with_lora = copy.deepcopy(body)
+        add_lora(with_lora, checkpoint["rank"], checkpoint["alpha"])
+        with_lora.load_state_dict({**with_lora.state_dict(), **checkpoint["model"]})
+        body.load_state_dict(merged(with_lora))
     else:
         body, tokenizer = model_of(checkpoint, dropout=0.0), Tokenizer.from_dict(checkpoint["tokenizer"])
+    return with_head(body, tokenizer, head, weights)
+
+
+def with_head(body: Transformer, tokenizer, head: dict, weights: dict) -> Tuned:
+    """head: the plain values that a checkpoint keeps of the task; weights: of the linear layer."""
     model = Tuned(body, TASKS[head["task"]](head, tokenizer))
     if model.head is not None:
         model.head.load_state_dict(weights)
     return model.eval()
 
 
+def vectors(body: Transformer, tokenizer, texts: list[str]) -> np.ndarray:
+    """The texts' vectors by a sentence encoder, (N, C), as sentence-transformers makes them."""
+    encoder = body.published["encoder"]
+    head = {"labels": [], "pool": encoder["pool"], "max_length": length_read(body, None), "paired": False,
+            "apart": False, "lower": encoder["lower"]}
+    if encoder["pool"] not in ("first", "last", "mean"):
+        raise UserError(f"1_Pooling/config.json: {encoder['pool']}: only cls, lasttoken and mean are known")
+    model = Tuned(body, Vectors(head, tokenizer))
+    rows = [model.task.row(f"text {n}", encoder["prompt"] + text) for n, text in enumerate(texts, start=1)]
+    found = np.stack(predict(model, rows))
+    return found / np.linalg.norm(found, axis=1, keepdims=True) if encoder["normalize"] else found
+
+
+def length_read(body: Transformer, asked: Optional[int]) -> int:
+    """Tokens of an input at most: as asked for, else as a sentence encoder's files say, else all it can."""
+    most = body.config.block_size
+    if (asked or 0) > most:
+        raise SettingError(f"max_length={asked}: the model reads at most {most} tokens")
+    return asked or min(most, body.published.get("encoder", {}).get("max_length") or most)
+
+
 def fit_head(body: Transformer, task: type[Task]) -> None:
     """The body keeps its head for tokens if the task is to write, and only then."""
     if not task.writes:
-        body.head, body.config = None, replace(body.config, head="none")
+        body.head, body.pooler, body.config = None, None, replace(body.config, head="none", pooler=None)
     elif body.head is None or not body.config.causal:
         raise UserError("--task=lm: needs a causal body with a head for tokens")
 
@@ -270,28 +304,22 @@ def has_spaces(rows: list[Row]) -> bool:
 
 def new_head(body: Transformer, tokenizer, train: list[Row], origin: str, s: SimpleNamespace) -> dict:
     """What a checkpoint keeps of the task, besides the weights: plain values."""
-    task, reads = TASKS[s.task], body.config.block_size
-    length = s.max_length or reads
-    if length > reads:
-        raise SettingError(f"max_length={length}: the model reads at most {reads} tokens")
-    pool = s.pool
+    task, pool = TASKS[s.task], s.pool
+    encoder = body.published.get("encoder", {})  # what files of sentence-transformers say
     if pool == "auto":
         begins = tokenizer.wrap([-1])[0][0] != -1  # with a special token, as BERT's [CLS]
         pool = "first" if begins and not body.config.causal else "last" if body.config.causal else "mean"
-        pool = "mean" if says_mean(origin) else pool
+        pool = encoder.get("pool", pool)
+        if pool not in ("first", "last", "mean"):
+            raise SettingError(f"pool=auto: {origin} pools by {pool}, which is not supported: --pool=mean?")
     paired = train[0].pair is not None
-    return {"task": s.task, **task.learn(train, s), "max_length": length,
+    apart = task.of_texts and paired and s.pair == "apart"
+    # transformers has no bias in the head of a causal model's last token, so it could not be exported
+    bias = not (task is TASKS["classify"] and pool == "last" and body.config.causal and not apart)
+    return {"task": s.task, **task.learn(train, s), "max_length": length_read(body, s.max_length),
             "space": origin == "scratch" and has_spaces(train), "pool": pool if task.of_texts else None,
-            "paired": paired, "apart": task.of_texts and paired and s.pair == "apart",
+            "paired": paired, "apart": apart, "bias": bias, "lower": encoder.get("lower", False),
             "columns": s.columns}
-
-
-def says_mean(folder: str) -> bool:
-    """Is it a sentence encoder whose files, of sentence-transformers, ask for mean pooling?"""
-    file = Path(folder) / "1_Pooling" / "config.json"
-    if not file.is_file():
-        return False
-    return json.loads(file.read_text(encoding="utf-8")).get("pooling_mode_mean_tokens", False)
 
 
 # -----------------------------------------------------------------------------
@@ -558,7 +586,7 @@ def fine_tune(run: Run, train: list[Row], val: list[Row], test: list[Row], given
         body["vocab_size"] = given.get("vocab_size", BPE_SIZE)  # as asked: each fold's own may be smaller
     settings = {**vars(s), "init_from": run.init_from, **body}
     run.begin(settings, defaults_of(globals()), model_args=asdict(model.body.config),
-              tokenizer=task.tokenizer.to_dict(), data=origin)
+              tokenizer=task.tokenizer.to_dict(), data=origin, published=model.body.published)
 
     bad_steps = BadSteps(s.max_bad_steps, 1 if machine.looks_each_step() else s.log_interval, machine.main)
     pace = Pace(state, len(plan.steps))
@@ -668,6 +696,8 @@ def introduce(model: Tuned, plan: Plan, train: list[Row], val: list[Row], test: 
         say(f"{task.metric:9} {task.meaning[task.metric]}")
     if settled:
         say(settled)
+    if task.of_texts:
+        say(f"pooling   {task.head['pool']}, of {task.head['max_length']} tokens at most")
     seen = {text_key(row) for row in train}
     for name, rows in (("to validate", val), ("to test", test)):
         task.notes[f"{name} in the training data too"] += sum(text_key(row) in seen for row in rows)

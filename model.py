@@ -69,6 +69,7 @@ class Config:
     n_gram_rows: at_least(1) = 16384  # vectors for the n-grams of each length, many of which may share one
     rope_theta: above(0.0) = 10000.0  # longest wavelength of the rotary positions, over 2 pi
     rope_scaling: dict | None = None  # how Llama 3 stretches the longest wavelengths: see Waves
+    window: Optional[at_least(1)] = None  # a position sees itself and window - 1 before it; None: all
     norm: Literal[tuple(NORMS)] = "layer"  # rms: no mean subtracted
     norm_weight: bool = True  # a learned gain in each norm
     norm_eps: at_least(0.0) = 1e-5  # added to the variance
@@ -79,6 +80,7 @@ class Config:
     head: Literal[tuple(HEADS)] = "linear"  # mlm: dense, act, norm before it; none: an encoder
     tied: bool = True  # the head's weight is the embedding's
     head_bias: bool = False  # a bias for each token in the head
+    pooler: Literal[tuple(POOLERS)] = None  # a layer on a text's vector, which fine-tuned encoders have
     softcap: Optional[above(0.0)] = None  # logits are bounded smoothly to +- this; None: they are not
     init: Literal[tuple(INITS)] = "normal"  # first weights: GPT-2's, NanoChat's, those of 2017
 
@@ -98,6 +100,8 @@ class Config:
             must(self, "head_dim", self.head_dim % 2 == 0, "be even for pos='rope'")
         if self.pos == "sinusoidal":
             must(self, "n_embd", self.n_embd % 2 == 0, "be even for pos='sinusoidal'")
+        if self.window is not None:
+            must(self, "window", self.causal, "be None if causal=False")
         if self.rope_scaling is not None:
             must(self, "rope_scaling", set(LLAMA3) <= set(self.rope_scaling), f"have {', '.join(LLAMA3)}")
 
@@ -400,6 +404,20 @@ class MLMHead(Head):
 HEADS = {"linear": Head, "mlm": MLMHead, "none": lambda c: None}
 
 
+class Pooler(nn.Linear):
+    """BERT's: what its files have between a text's vector and the linear layer of a task."""
+
+    def __init__(self, config: Config):
+        super().__init__(config.n_embd, config.n_embd)
+        self.act = POOLERS[config.pooler]
+
+    def forward(self, x):  # (B, C) -> (B, C)
+        return self.act(super().forward(x))
+
+
+POOLERS = {None: None, "tanh": torch.tanh, "relu": F.relu}
+
+
 # -----------------------------------------------------------------------------
 # First weights: how a layer begins, by the first kind in the table that it is of. Biases begin at 0, gains
 # at 1.
@@ -516,6 +534,8 @@ class Transformer(nn.Module):
         # blocks of the post-norm kind end in a norm already
         self.norm_f = NORMS[config.norm](config) if config.norm_place != "post" else nn.Identity()
         self.head = HEADS[config.head](config)
+        self.pooler = Pooler(config) if config.pooler else None  # hidden() and logits() do not use it
+        self.published = {}  # what else its files said, if it was published: see lib/pretrained.py
         self.tie()
         self.init_weights()
 
@@ -572,7 +592,10 @@ class Transformer(nn.Module):
 
     def bias(self, query, key):
         """What all scores have added, -inf if a query must not see a key; see Positions.bias."""
-        return self.positions.bias(query, key)
+        bias, window = self.positions.bias(query, key), self.config.window
+        if window is None or len(key) <= window:
+            return bias
+        return torch.where(query - key < window, 0.0 if bias is None else bias, -math.inf)
 
     def attention_mask(self, past, slots, end: int, pad_mask, dtype) -> dict:
         """Who sees whom, as scaled_dot_product_attention's two arguments: (B or 1, H or 1, T, S).
@@ -702,14 +725,15 @@ class Transformer(nn.Module):
     @classmethod
     def from_pretrained(cls, path: str | Path, dropout: float = 0.0, block_size: int | None = None,
                         dtype: torch.dtype = torch.float32) -> Transformer:
-        """A Hugging Face model (a folder, or an id on the hub), or the ckpt.pt of a nanoGPT run.
+        """A Hugging Face model (a folder, or an id on the hub), or the ckpt.pt of a nanoGPT run; without the
+        head of a classifier and the like, which sample.load keeps.
 
         block_size: a shorter context than the model's own. Weights are read one at a time, whatever their
         precision, into `dtype`. Raises ValueError naming the setting or weight that does not fit, and
         FileNotFoundError; ImportError if a package is missing.
         """
         from lib.pretrained import load
-        return load(cls, path, dropout, block_size, dtype)
+        return load(cls, path, dropout, block_size, dtype)[0]
 
     def save_pretrained(self, folder: str | Path, **extra):
         """config.json (and what `extra` adds to it) and model.safetensors, which transformers loads strictly.

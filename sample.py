@@ -28,12 +28,14 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, Optional, Union
 
+import numpy as np
 import torch
 
 from config import SettingError, UserError, at_least, check_used, launch
-from finetune import Tuned, predict, tuned_of
+from finetune import Tuned, predict, tuned_of, vectors, with_head
+from lib.pretrained import HeadError, save
 from lib.rows import as_csv, some
-from lib.run import USE, Machine, find_checkpoint, load_body, model_of, newest_run
+from lib.run import USE, Machine, find_checkpoint, load_whole, model_of, newest_run
 from lib.text import kind_of, read_text
 from lib.tokenizer import HubTokenizer, Tokenizer
 from model import Sampling, Transformer
@@ -87,7 +89,11 @@ def load(folder: str | Path, device: str | torch.device = "cpu",
     """
     folder, names = newest_run(Path(folder)), (*USE, "lora.pt")
     if not any((folder / name).exists() for name in names):
-        model, tokenizer = load_body(folder, dtype)
+        model, tokenizer, head = load_whole(folder, dtype)
+        if head and dtype != torch.float32:
+            model, tokenizer, head = load_whole(folder)
+        if head:
+            model = with_head(model, tokenizer, head, head.pop("weights"))
         return model.to(device).eval(), tokenizer
     checkpoint = find_checkpoint(folder, names)[1]
     if "head" in checkpoint:
@@ -192,6 +198,17 @@ def answer(model: Tuned, text: str, machine: Machine) -> None:
     print(model.task.shown(row, predict(model, [row], machine=machine)[0]))
 
 
+def compare(model: Transformer, tokenizer: HubTokenizer, texts: list[str]) -> None:
+    """Print each text's cosine with the first, by a sentence encoder; of one text alone, its vector."""
+    found = vectors(model, tokenizer, texts)
+    if len(texts) == 1:
+        print(*(f"{x:.6f}" for x in found[0]))
+        return
+    unit = found / np.linalg.norm(found, axis=1, keepdims=True)
+    for text, cosine in zip(texts, unit @ unit[0]):
+        print(f"{cosine:7.4f}  {text}")
+
+
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".conll", ".conllu", ".bio", ".iob", ".ft")
 
 
@@ -253,13 +270,25 @@ def to_int8(model: torch.nn.Module) -> torch.nn.Module:
                         "leave it out") from None
 
 
-def write_pretrained(model: Transformer, tokenizer: Tokenizer | HubTokenizer, folder: str) -> None:
+def write_pretrained(model: Transformer | Tuned, tokenizer: Tokenizer | HubTokenizer, folder: str) -> None:
     """Model and tokenizer for transformers' from_pretrained. Raises UserError if it has no such model."""
-    eot, offset = tokenizer.eot, model.config.pos_offset
+    body, head = model, None
+    if isinstance(model, Tuned) and not model.task.writes:
+        body, head = model.body, {**model.task.head, "weights": model.head.state_dict()}
+    elif isinstance(model, Tuned):
+        body = model.body
+    eot, offset = tokenizer.eot, body.config.pos_offset
+    ids = {"eos_token_id": eot, "bos_token_id": eot,
+           "pad_token_id": offset - 1 if offset else tokenizer.pad} | body.published.get("ids", {})
+    if head and head["pool"] == "last" and ids["pad_token_id"] == eot:  # it would not be seen as the last one
+        ids["pad_token_id"] = tokenizer.mask
     try:
-        model.save_pretrained(folder, eos_token_id=eot, bos_token_id=eot,
-                              pad_token_id=offset - 1 if offset else tokenizer.pad)
-        tokenizer.save_pretrained(folder, model.config.block_size)
+        try:
+            save(body, folder, ids, head)
+        except HeadError as error:
+            print(f"({error}: the head is left out, the body is exported with its pooling)", file=sys.stderr)
+            save(body, folder, ids, None, head["pool"])
+        tokenizer.save_pretrained(folder, body.config.block_size)
     except (ImportError, OSError, ValueError) as error:
         raise UserError(f"--export={folder}: {error}") from None
 
@@ -279,7 +308,7 @@ def main(given: dict):
     tuned = model if isinstance(model, Tuned) else None
     body = model.body if tuned else model
     if export:
-        write_pretrained(body, tokenizer, export)
+        write_pretrained(model, tokenizer, export)
         print(f"{export}: model and tokenizer, as transformers' from_pretrained reads them")
         return
     file = start.removeprefix("FILE:") if start.startswith("FILE:") else ""
@@ -303,6 +332,9 @@ def main(given: dict):
         body = to_int8(body)
     if body.config.causal:
         write(body, tokenizer, prompt, how, num_samples, max_new_tokens, stops, stream, seed, compile)
+        return
+    if body.published.get("encoder"):
+        compare(body, tokenizer, prompt.split("\n"))
         return
     print(prompt)
     for n, candidates in enumerate(fill(body, tokenizer, prompt), start=1):

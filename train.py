@@ -733,7 +733,7 @@ def main(given: dict):
         machine.say(f"iter {state.step}: {in_words(metrics)}")
         return
     run.begin(settings, defaults_of(globals()), model_args=asdict(config), tokenizer=tokenizer.to_dict(),
-              compiled=is_compiled)
+              compiled=is_compiled, published=model.published)
     machine.say(f"training  {max_iters:,} steps of {step_windows * config.block_size:,} tokens, "
                 f"{max_iters * step_windows / windows.n:.1f} epochs, into {run.folder}\n")
     if wandb_log:

@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 
 from config import OF_THE_COMMAND, SettingError, UserError
+from lib.hub import folder_of_tokenizer, is_published
 from lib.optim import load_optimizer_state, optimizer_state
 from lib.text import try_lock
 from lib.tokenizer import HubTokenizer, Tokenizer
@@ -400,14 +401,12 @@ def model_of(checkpoint: dict, **changes) -> Transformer:
             rows = model.config.pos_offset + model.config.block_size
             weights["positions.wpe.weight"] = weights["positions.wpe.weight"][:rows]
         model.load_state_dict(weights)
+        model.published = checkpoint.get("published", {})
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"the checkpoint does not fit this version of model.py ({type(error).__name__}: "
                         f"{reason})") from None
     return model
-
-
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name
 
 
 def load_body(path: str | Path, dtype: torch.dtype = torch.float32,
@@ -416,15 +415,28 @@ def load_body(path: str | Path, dtype: torch.dtype = torch.float32,
 
     dtype: of the weights. changes: another dropout or block_size. Raises UserError.
     """
-    path, name = Path(path), Path(path).as_posix()
+    return load_whole(path, dtype, whole=False, **changes)[:2]
+
+
+def load_whole(path: str | Path, dtype: torch.dtype = torch.float32, whole: bool = True,
+               **changes) -> tuple[Transformer, Tokenizer | HubTokenizer, dict]:
+    """The same, and the head of a published classifier and the like, as a checkpoint of ours keeps it."""
+    name = Path(path).as_posix()
     try:
-        if (path / "config.json").is_file() or not path.exists() and HUB_ID.fullmatch(name):
-            model = Transformer.from_pretrained(name, dtype=dtype, **changes)
-            return model.train(), Tokenizer.from_pretrained(name)
+        if is_published(path):
+            from lib.pretrained import load  # which imports this file
+            settings = {"dropout": 0.0, "block_size": None, **changes}
+            model, head = load(Transformer, name, dtype=dtype, whole=whole, **settings)
+            tokenizer = Tokenizer.from_pretrained(folder_of_tokenizer(name))
+            if tokenizer.vocab_size > model.config.vocab_size:
+                raise ValueError(f"its tokenizer has {tokenizer.vocab_size} tokens, its embedding "
+                                 f"{model.config.vocab_size}")
+            return model.train(), tokenizer, head
         checkpoint = find_checkpoint(path)[1]
-        return model_of(checkpoint, **changes).to(dtype), Tokenizer.from_dict(checkpoint["tokenizer"])
+        tokenizer = Tokenizer.from_dict(checkpoint["tokenizer"])
+        return model_of(checkpoint, **changes).to(dtype), tokenizer, {}
     except (ImportError, OSError, ValueError) as error:
-        raise UserError(f"{path}: {str(error).splitlines()[0].removeprefix(f'{path}: ')}") from None
+        raise UserError(f"{path}: {str(error).splitlines()[0].removeprefix(f'{name}: ')}") from None
 
 
 # -----------------------------------------------------------------------------

@@ -114,8 +114,9 @@ class Task:
 
     def check_pair(self, row: Row) -> None:
         """Raises UserError if it is two texts and training had one, or the other way round."""
-        if (row.pair is not None) != self.head["paired"] and "pair" not in self.optional:
-            wanted = "two texts are" if self.head["paired"] else "one text is"
+        paired = self.head["paired"]  # None: either will do
+        if paired not in (None, row.pair is not None) and "pair" not in self.optional:
+            wanted = "two texts are" if paired else "one text is"
             raise UserError(f"{row.where}: {wanted} wanted, as in the training data")
 
     def tell(self, say: Callable) -> None:
@@ -258,11 +259,11 @@ class TextTask(Task):
     knows = {"pair_column", "pool", "pair"}
 
     def inputs(self, rows):
-        paired, apart = self.head["paired"], self.head["apart"]
+        apart, found = self.head["apart"], []
         a = self.encoded([row.text for row in rows])
-        b = self.encoded([row.pair for row in rows]) if paired else [None] * len(rows)
-        found = []
+        b = self.encoded([row.pair or "" for row in rows])
         for i, (one, other) in enumerate(zip(a, b)):
+            other = None if rows[i].pair is None else other
             parts = [self.wrapped(one), self.wrapped(other)] if apart else [self.wrapped(one, other)]
             found.append(Example(i, parts, self.target(rows[i])))
         return found
@@ -270,6 +271,8 @@ class TextTask(Task):
     def encoded(self, texts: list[str]) -> list[list[int]]:
         most = 100 * self.head["max_length"]  # characters: megabytes cost no more than what is read of them
         space = " " if self.head.get("space") else ""
+        if self.head.get("lower"):
+            texts = [one.lower() for one in texts]
         return [ids.tolist() for ids in self.tokenizer.encode_batch([space + one[:most] for one in texts])]
 
     def wrapped(self, a: list[int], b: list[int] | None = None) -> tuple[np.ndarray, np.ndarray | None]:
@@ -298,6 +301,16 @@ class TextTask(Task):
         y = torch.from_numpy(self.targets(train))
         out = metrics.bag_of_words(train, test, self.n_out, lambda out: self.loss(out, y, None, 0.0))
         return self.answers(test, [], out)
+
+
+class Vectors(TextTask):
+    """The vector of a text itself: what a sentence encoder is for. It is no task to be trained."""
+
+    def target(self, row):
+        return 0
+
+    def answers(self, rows, examples, outputs):
+        return outputs
 
 
 class Classify(TextTask):
@@ -410,7 +423,8 @@ class Regress(TextTask):
         return F.mse_loss(out[:, 0], target, reduction="sum")
 
     def answers(self, rows, examples, outputs):
-        return [float(out[0]) * self.head["std"] + self.head["mean"] for out in outputs]
+        numbers = [float(out[0]) * self.head["std"] + self.head["mean"] for out in outputs]
+        return [1 / (1 + math.exp(-number)) for number in numbers] if self.head.get("sigmoid") else numbers
 
     def arrays(self, rows, answers):
         y, p = np.array([number_of(row) for row in rows]), np.array(answers)
@@ -612,7 +626,7 @@ class Answer(Task):
                 answer = places[inside[part]]
                 whole = len(answer) == inside.sum() > 0
                 is_found = is_found or whole
-                target = answer[[0, -1]] if whole else np.zeros(2, dtype=np.int64)
+                target = answer[[0, -1]].astype(np.int64) if whole else np.zeros(2, dtype=np.int64)
                 found.append(Example(i, [window], target, places, spans[part]))
             if known and not is_found:
                 self.notes["whose answer no window holds: it cannot be found"] += 1

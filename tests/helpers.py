@@ -255,11 +255,16 @@ FAMILIES = {  # name -> transformers' class, its configuration
     "llama": ("LlamaForCausalLM", SMALL),
     "llama grouped, tied": ("LlamaForCausalLM", {**GROUPED, "head_dim": 16, "tie_word_embeddings": True}),
     "llama 3": ("LlamaForCausalLM", {**GROUPED, "rope_parameters": LLAMA3}),
+    "mistral": ("MistralForCausalLM", {**GROUPED, "sliding_window": None}),
+    "mistral's window": ("MistralForCausalLM", {**GROUPED, "sliding_window": 6}),
     "qwen2": ("Qwen2ForCausalLM", GROUPED),
     "qwen3": ("Qwen3ForCausalLM", {**GROUPED, "head_dim": 16}),
     "nanochat": ("NanoChatForCausalLM", GROUPED),
     "bert": ("BertForMaskedLM", SMALL),
     "roberta": ("RobertaForMaskedLM", {**SMALL, "pad_token_id": 1, "type_vocab_size": 1}),
+    "xlm-roberta": ("XLMRobertaForMaskedLM", {**SMALL, "pad_token_id": 1, "type_vocab_size": 1}),
+    "distilbert": ("DistilBertForMaskedLM", dict(vocab_size=97, dim=32, n_layers=2, n_heads=4, hidden_dim=56,
+                                                 max_position_embeddings=96)),
     "encoder": ("BertModel", SMALL),
 }
 

@@ -1,18 +1,23 @@
 """Checkpoints of other libraries, in and out."""
 import json
+import math
+import os
 import re
+import sys
 from dataclasses import asdict
 
 import pytest
 import torch
 
+import finetune
 import sample
 from config import UserError
 from lib.run import save_checkpoint
 from lib.tokenizer import make_tokenizer
 from model import Config, Transformer
 from test_model import MODERN, TINY
-from tests.helpers import FAMILIES, same, script, theirs, tiny, tokens
+from tests.helpers import (FAMILIES, posix, run_here, same, says, script, synthetic, theirs, tiny, tokens,
+                           write_rows)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -40,11 +45,11 @@ def test_families_equal_transformers_in_and_out(name, tmp_path):
 
     model.save_pretrained(tmp_path / "out")
     again, info = type(their).from_pretrained(tmp_path / "out", output_loading_info=True)
-    unknown = {"pooler.dense.weight", "pooler.dense.bias"}  # which BertModel has and we do not
-    assert set(info["missing_keys"]) <= unknown
-    assert not info["unexpected_keys"] and not info["mismatched_keys"]
-    kept, state = their.state_dict(), again.state_dict()
-    assert all(torch.equal(kept[name], state[name]) for name in set(kept) - unknown)
+    assert not any(info.values()), info  # no key is missing, unexpected or of another shape
+    assert same(again.state_dict(), their.state_dict())
+    kinds = [json.loads((tmp_path / place / "config.json").read_text())["model_type"]
+             for place in ("in", "out")]
+    assert kinds[0] == kinds[1]
 
 
 @pytest.fixture
@@ -188,3 +193,441 @@ def test_a_run_is_exported_whole(column, bias, tmp_path):
     ids = text[0].tolist()
     ids = ids[:ids.index(tokenizer.eot)] if tokenizer.eot in ids else ids
     assert again.stdout.startswith(tokenizer.decode(ids).rstrip("\ufffd")), again.stderr
+
+
+# -----------------------------------------------------------------------------
+# Files as they are published: old names, old formats, damage
+
+def published_bert(folder, **config):
+    """A small BERT with all that old files hold. Returns transformers' model."""
+    transformers = pytest.importorskip("transformers")
+    their = theirs("bert")
+    full = transformers.BertForPreTraining(their.config).eval()
+    full.load_state_dict(their.state_dict(), strict=False)
+    full.save_pretrained(folder)
+    return full
+
+
+def rewrite(folder, name, change):
+    """Replace what a file of settings says. change: of the content, in place."""
+    content = json.loads((folder / name).read_text())
+    change(content)
+    (folder / name).write_text(json.dumps(content))
+
+
+def old_name(name):
+    return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+
+
+def as_bin(folder, zipped=True, shards=1, name=old_name):
+    """The weights as torch saves them, in one file or several."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    state = safetensors.load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names, index = list(state), {}
+    for k in range(shards):
+        file = f"pytorch_model-{k + 1:05}-of-{shards:05}.bin" if shards > 1 else "pytorch_model.bin"
+        part = {name(one): state[one] for one in names[k::shards]}
+        torch.save(part, folder / file, _use_new_zipfile_serialization=zipped)
+        index.update(dict.fromkeys(part, file))
+    if shards > 1:
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
+
+
+@pytest.mark.parametrize("zipped, shards", [(True, 1), (True, 3), (False, 1), (False, 3)])
+def test_what_torch_saved_is_read_with_its_old_names(zipped, shards, tmp_path, capsys):
+    their, idx = published_bert(tmp_path), tokens(2, 20, vocab_size=97)
+    as_bin(tmp_path, zipped, shards)
+    model = Transformer.from_pretrained(tmp_path)
+    torch.testing.assert_close(model(idx)[0], their(idx).prediction_logits, atol=1e-4, rtol=1e-4)
+    assert "not used: cls.seq_relationship, pooler.dense" in capsys.readouterr().err
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.mkdir, ("pwned",))
+
+
+def test_nothing_in_a_file_runs_and_a_flipped_byte_is_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    published_bert(tmp_path)
+    as_bin(tmp_path)
+    file = tmp_path / "pytorch_model.bin"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1  # in a weight
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="pytorch_model.bin: damaged"):
+        Transformer.from_pretrained(tmp_path)
+    torch.save({"x": Evil()}, file)
+    with pytest.raises(ValueError, match="pytorch_model.bin: damaged, or more than tensors") as error:
+        Transformer.from_pretrained(tmp_path)
+    says(error)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_a_config_without_its_kind_is_known_by_class_or_weights(tmp_path, capsys):
+    for name in ("bert", "roberta", "distilbert", "gpt2", "mistral", "qwen2", "qwen3"):
+        theirs(name).save_pretrained(tmp_path / name)
+        for field, by in (("model_type", "class"), ("architectures", "weights")):
+            rewrite(tmp_path / name, "config.json", lambda config, field=field: config.pop(field))
+            Transformer.from_pretrained(tmp_path / name)
+            kind = "llama" if (name, by) == ("mistral", "weights") else name  # whose weights are called alike
+            assert f"no model_type: read as {kind}, by its {by}" in capsys.readouterr().err
+
+
+HOSTILE = {  # what is in config.json -> what the one line says
+    "num_hidden_layers": (10**6, "num_hidden_layers=1000000, but there are weights of 2"),
+    "hidden_size": ("32", "n_embd='32'"),
+    "vocab_size": (10**18, ""), "num_attention_heads": (0, ""), "intermediate_size": ([], ""),
+    "max_position_embeddings": (None, ""), "rms_norm_eps": ("x", ""), "rope_parameters": ([1], ""),
+    "head_dim": (10**15, ""), "tie_word_embeddings": ("maybe", "tied='maybe'"),
+    "layer_types": (7, ""), "eos_token_id": ({}, "eos_token_id"), "model_type": (["llama"], ""),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_settings_are_one_line(name, llama):
+    folder, _ = llama
+    value, words = HOSTILE[name]
+    rewrite(folder, "config.json", lambda config: config.update({name: value}))
+    with pytest.raises(ValueError) as error:
+        Transformer.from_pretrained(folder)
+    says(error, words, str(folder))
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json", "generation_config.json"])
+@pytest.mark.parametrize("content", [b"", b"[1]", b"\xff\xfe", b"{" * 10**5, b'"a"', b"null",
+                                     b'{"weight_map": 3}', b'{"weight_map": {"x": "../model.safetensors"}}',
+                                     b'{"weight_map": {"x": "/etc/passwd"}}', b'{"weight_map": {"x": 1}}'])
+def test_damaged_settings_are_one_line(file, content, llama):
+    folder, _ = llama
+    (folder / file).write_bytes(content)
+    if file == "generation_config.json" and content.startswith(b'{"w'):
+        return
+    with pytest.raises(ValueError) as error:
+        Transformer.from_pretrained(folder)
+    says(error, str(folder))
+
+
+def test_weights_that_are_no_numbers_are_named(llama):
+    safetensors, (folder, _) = pytest.importorskip("safetensors.torch"), llama
+    weights = safetensors.load_file(folder / "model.safetensors")
+    for bad in (math.nan, math.inf):
+        weights["model.norm.weight"][3] = bad
+        safetensors.save_file(weights, folder / "model.safetensors")
+        with pytest.raises(ValueError, match="norm.weight: damaged: not all of its"):
+            Transformer.from_pretrained(folder)
+
+
+# -----------------------------------------------------------------------------
+# Heads of others
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *("##" + letter for letter in LETTERS)]
+
+
+def write_tokenizer(folder, causal=False):
+    """A tokenizer of letters with BERT's template, or with none."""
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    fast = tokenizers.Tokenizer(tokenizers.models.WordPiece({word: i for i, word in enumerate(WORDS)},
+                                                            unk_token="[UNK]"))
+    fast.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    more = {"eos_token": "[SEP]"}
+    if not causal:
+        fast.post_processor = tokenizers.processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+            special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+        more = {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="[PAD]", unk_token="[UNK]",
+                                                **more)
+    made.save_pretrained(folder)
+    return made
+
+
+def published_head(folder, name, end, labels=("no", "yes", "may be"), **config):
+    """A small random model of one of transformers' classes for tasks, with its tokenizer."""
+    transformers = pytest.importorskip("transformers")
+    fields = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0} | FAMILIES[name][1]
+    cls = getattr(transformers, theirs(name).base_model.__class__.__name__.removesuffix("Model") + end)
+    made = cls.config_class(**fields, id2label=dict(enumerate(labels)), **config)
+    torch.manual_seed(0)
+    their = cls(made).eval()
+    with torch.no_grad():
+        for p in their.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    their.save_pretrained(folder)
+    return their, write_tokenizer(folder, causal=name in ("gpt2", "llama", "mistral", "qwen2", "qwen3"))
+
+
+def same_class(folder, their):
+    """Does transformers load the folder strictly, as the same class with the same weights?"""
+    again, info = type(their).from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    assert same(again.state_dict(), their.state_dict()) and again.config.id2label == their.config.id2label
+
+
+OF_TASKS = [(name, end) for end in ("ForSequenceClassification", "ForTokenClassification",
+                                    "ForQuestionAnswering")
+            for name in ("bert", "roberta", "xlm-roberta", "distilbert", "gpt2", "llama", "mistral", "qwen3")]
+
+
+@pytest.mark.parametrize("name, end", OF_TASKS)
+@torch.no_grad()
+def test_heads_of_others_equal_transformers_in_and_out(name, end, tmp_path):
+    labels = ("LABEL_0", "LABEL_1") if end == "ForQuestionAnswering" else ("no", "yes", "may be")
+    their, tokenizer = published_head(tmp_path / "in", name, end, labels)
+    model, ours = sample.load(tmp_path / "in")
+    texts = ["abc de f9", "hello"]
+    for text in texts:
+        wanted = their(**tokenizer(text, return_tensors="pt", return_token_type_ids=name == "bert"))
+        if end == "ForSequenceClassification":
+            found = model.predict([text])[0]
+            wanted = wanted.logits[0].softmax(-1).tolist()
+            assert [found[f"prob_{label}"] for label in labels] == pytest.approx(wanted, abs=1e-5)
+            continue
+        wanted = wanted.logits if "logits" in wanted else torch.stack((wanted.start_logits,
+                                                                       wanted.end_logits), -1)
+        ids, segments = ours.wrap(ours.encode(text))
+        found = model(torch.tensor([ids]), None, torch.tensor([segments]) if name == "bert" else None)
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    sample.write_pretrained(model, ours, tmp_path / "out")
+    same_class(tmp_path / "out", their)
+
+
+def test_a_score_is_the_logit_unless_its_files_say_otherwise(tmp_path):
+    for activation, wanted in ((None, "logit"), ("torch.nn.modules.linear.Identity", "logit"),
+                               ("torch.nn.modules.activation.Sigmoid", "sigmoid"), ("x.Tanh", "refused")):
+        their, tokenizer = published_head(tmp_path / "in", "bert", "ForSequenceClassification", ["LABEL_0"])
+        named = {} if activation is None else {"sbert_ce_default_activation_function": activation}
+        rewrite(tmp_path / "in", "config.json", lambda config, named=named: config.update(named))
+        if wanted == "refused":
+            with pytest.raises(UserError, match="Tanh"):
+                sample.load(tmp_path / "in")
+            return
+        model, ours = sample.load(tmp_path / "in")
+        read = tokenizer("ab c", "de", return_tensors="pt", return_token_type_ids=True)
+        score = their(**read).logits[0, 0]
+        score = score.sigmoid() if wanted == "sigmoid" else score
+        assert model.predict([("ab c", "de")])[0]["prediction"] == pytest.approx(score.item(), abs=1e-5)
+        sample.write_pretrained(model, ours, tmp_path / "out")
+        again, ours = sample.load(tmp_path / "out")
+        assert again.predict([("ab c", "de")])[0]["prediction"] == pytest.approx(score.item(), abs=1e-5)
+
+
+def test_sample_and_explain_use_a_published_head_and_finetune_goes_on_with_its_body(tmp_path):
+    published_head(tmp_path / "in", "bert", "ForSequenceClassification")
+    said = run_here(sample, f"--out_dir={tmp_path / 'in'}", "--start=abc de")
+    assert "prediction" in said and "prob_may be" in said
+    texts, labels = synthetic(60)
+    data = write_rows(tmp_path / "data.csv", ("label", "text"), labels, texts)
+    said = run_here(finetune, f"--data={data}", f"--init_from={tmp_path / 'in'}", "--epochs=1",
+                    f"--out_dir={tmp_path / 'out'}", "--device=cpu")
+    assert "not used: classifier, pooler.dense)" in said
+    assert "pooling   first, of 96 tokens at most" in said
+    done = script("tools/explain.py", "--out_dir=in", "--start=abc de", "--samples=20", cwd=tmp_path)
+    assert done.returncode == 0 and "explained: " in done.stdout, done.stderr
+
+
+# -----------------------------------------------------------------------------
+# Adapters, sentence encoders, ids on the hub
+
+ADAPTERS = [("gpt2", "", dict(target_modules=["c_attn", "c_fc"])),
+            ("llama", "", dict(target_modules=["q_proj", "down_proj"], use_rslora=True)),
+            ("qwen2", "", dict(target_modules=["q_proj", "v_proj"], alpha_pattern={"v_proj": 3})),
+            ("bert", "ForSequenceClassification", dict(target_modules=["query"], task_type="SEQ_CLS"))]
+
+
+@pytest.mark.parametrize("name, end, how", ADAPTERS)
+@torch.no_grad()
+def test_an_adapter_is_added_to_its_base(name, end, how, tmp_path):
+    peft = pytest.importorskip("peft")
+    if end:
+        their, _ = published_head(tmp_path / "base", name, end)
+    else:
+        their = theirs(name)
+        their.save_pretrained(tmp_path / "base")
+        write_tokenizer(tmp_path / "base", causal=True)
+    their.name_or_path = str(tmp_path / "base")
+    their = peft.get_peft_model(their, peft.LoraConfig(r=3, lora_alpha=5, **how)).eval()
+    for weight_name, p in their.named_parameters():
+        if "lora_" in weight_name or "classifier" in weight_name:
+            p.add_(torch.randn_like(p) * 0.2)
+    their.save_pretrained(tmp_path / "adapter")
+    idx = tokens(2, 12, vocab_size=77)
+    model, _ = sample.load(tmp_path / "adapter")
+    found = model(idx, None) if end else model(idx)[0]
+    torch.testing.assert_close(found, their(idx).logits, atol=1e-4, rtol=1e-4)
+    rewrite(tmp_path / "adapter", "adapter_config.json",
+            lambda config: config.update(base_model_name_or_path="no/where"))
+    with pytest.raises(UserError, match="adapter of 'no/where'") as error:
+        sample.load(tmp_path / "adapter")
+    says(error)
+
+
+def sentence_encoder(folder, pooling, normalize=True, **text):
+    """A BERT with its files of sentence-transformers, as old versions wrote them."""
+    theirs("encoder").save_pretrained(folder)
+    write_tokenizer(folder)
+    modules = ["Transformer", "Pooling"] + ["Normalize"] * normalize
+    (folder / "1_Pooling").mkdir()
+    files = {"1_Pooling/config.json": {"word_embedding_dimension": 32, **pooling},
+             "sentence_bert_config.json": {"max_seq_length": 8, "do_lower_case": False, **text},
+             "modules.json": [{"idx": i, "name": str(i), "path": f"{i}_{name}" if i else "",
+                               "type": f"sentence_transformers.models.{name}"}
+                              for i, name in enumerate(modules)]}
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+
+
+SENTENCES = ["ab cde f", "Hello 99", "a b c d e f g h i j k l m n"]  # the last is longer than 8 tokens
+
+
+@pytest.mark.parametrize("pooling, normalize, text", [
+    ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, True, {}),
+    ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}, False, {"do_lower_case": True}),
+    ({"pooling_mode": "lasttoken"}, True, {"max_seq_length": None}), ({"pooling_mode": "mean"}, True, {})])
+def test_sentence_vectors_equal_sentence_transformers_in_and_out(pooling, normalize, text, tmp_path):
+    st = pytest.importorskip("sentence_transformers")
+    sentence_encoder(tmp_path / "in", pooling, normalize, **text)
+    wanted = st.SentenceTransformer(str(tmp_path / "in"), device="cpu").encode(SENTENCES)
+    model, tokenizer = sample.load(tmp_path / "in")
+    assert finetune.vectors(model, tokenizer, SENTENCES) == pytest.approx(wanted, abs=1e-5)
+    sample.write_pretrained(model, tokenizer, tmp_path / "out")
+    again = st.SentenceTransformer(str(tmp_path / "out"), device="cpu").encode(SENTENCES)
+    assert again == pytest.approx(wanted, abs=1e-5)
+
+
+def test_a_fine_tuned_run_and_its_export_pool_as_the_encoder_did(tmp_path):
+    st = pytest.importorskip("sentence_transformers")
+    sentence_encoder(tmp_path / "in", {"pooling_mode": "mean"}, False)
+    texts, labels = synthetic(60)
+    data = write_rows(tmp_path / "data.csv", ("label", "text"), labels, texts)
+    said = run_here(finetune, f"--data={data}", f"--init_from={tmp_path / 'in'}", "--epochs=1",
+                    f"--out_dir={tmp_path / 'out'}", "--device=cpu", "--learning_rate=1e-3")
+    assert "pooling   mean, of 8 tokens at most" in said
+    said = run_here(sample, f"--out_dir={tmp_path / 'out'}", f"--export={tmp_path / 'hf'}")
+    assert "pool=mean: transformers' Bert has no such head (it reads the first token): the head is" in said
+    again = st.SentenceTransformer(str(tmp_path / "hf"), device="cpu")
+    model, tokenizer = sample.load(tmp_path / "out")
+    wanted = finetune.vectors(model.body, tokenizer, SENTENCES)
+    assert again.encode(SENTENCES) == pytest.approx(wanted, abs=1e-5)
+    said = run_here(sample, f"--out_dir={tmp_path / 'hf'}", "--start=ab cde\nab cde\nfgh").splitlines()
+    assert said[0].startswith(" 1.0000") and said[1] == said[0] and not said[2].startswith(" 1.0")
+    sentence_encoder(tmp_path / "max", {"pooling_mode": "max"})
+    with pytest.raises(UserError, match="pools by max, which is not supported: --pool=mean"):
+        run_here(finetune, f"--data={data}", f"--init_from={tmp_path / 'max'}", f"--out_dir={tmp_path / 'x'}")
+
+
+def test_ids_of_the_hub_are_found_in_its_cache_old_names_too(tmp_path):
+    place = tmp_path / "hub/models--openai-community--gpt2"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs/main").write_text("a" * 40)
+    theirs("gpt2").save_pretrained(place / "snapshots" / ("a" * 40))
+    write_tokenizer(place / "snapshots" / ("a" * 40), causal=True)
+    code = """import sample
+for name in ("gpt2", "openai-community/gpt2"):
+    print(sample.load(name)[0].config.n_embd)
+try:
+    sample.Transformer.from_pretrained("no/where")
+except FileNotFoundError as error:
+    print(error, error.__suppress_context__)"""
+    done = script(sys.executable, "-c", code, cwd=tmp_path, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
+    lines = done.stdout.splitlines()
+    assert lines[:2] == ["32", "32"], done.stderr
+    assert lines[2].startswith("no/where: neither a folder here nor a model") and lines[2].endswith("True")
+    assert len(lines) == 3
+
+
+def test_a_tokenizer_with_more_tokens_than_the_embedding_is_refused(tmp_path):
+    theirs("encoder").save_pretrained(tmp_path)
+    made = write_tokenizer(tmp_path)
+    made.add_tokens([f"<extra{i}>" for i in range(40)])
+    made.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="its tokenizer has 117 tokens, its embedding 97") as error:
+        sample.load(tmp_path)
+    says(error)
+
+
+@posix
+def test_exported_files_can_be_read_by_others(tmp_path):
+    theirs("gpt2").save_pretrained(tmp_path / "in")
+    before = os.umask(0o027)
+    try:
+        Transformer.from_pretrained(tmp_path / "in").save_pretrained(tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert {oct(file.stat().st_mode & 0o777) for file in (tmp_path / "out").iterdir()} == {"0o640"}
+
+
+# -----------------------------------------------------------------------------
+# What finetune.py made, out
+
+TUNED = {  # what is learned -> on which body, with which settings; columns of the data
+    "classify": ("bert", [], ("label", "text")), "classify, relu": ("distilbert", [], ("label", "text")),
+    "several": ("roberta", ["--multi_label"], ("label", "text")), "regress": ("bert", ["--task=regress"], ()),
+    "last": ("llama", [], ("label", "text")), "lora": ("bert", ["--lora_rank=2"], ("label", "text"))}
+
+
+@pytest.mark.parametrize("case", TUNED)
+def test_what_was_fine_tuned_is_exported_with_head_and_labels(case, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    name, args, header = TUNED[case]
+    theirs(name).save_pretrained(tmp_path / "in")
+    write_tokenizer(tmp_path / "in", causal=name == "llama")
+    texts, labels = synthetic(60)
+    labels = [str(len(text)) for text in texts] if case == "regress" else labels
+    data = write_rows(tmp_path / "data.csv", ("label", "text"), labels, texts)
+    run_here(finetune, f"--data={data}", f"--init_from={tmp_path / 'in'}", f"--out_dir={tmp_path / 'out'}",
+             "--epochs=2", "--device=cpu", "--learning_rate=1e-3", *args)
+    if case == "lora":
+        for file in tmp_path.glob("out/*ckpt*.pt"):
+            file.unlink()
+        (tmp_path / "out/best.pt").unlink()
+    run_here(sample, f"--out_dir={tmp_path / 'out'}", f"--export={tmp_path / 'hf'}")
+    model, _ = sample.load(tmp_path / "out")
+    their, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "hf", output_loading_info=True)
+    assert not any(info.values()), info
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    for text in texts[:5]:
+        found = model.predict([text])[0]
+        logits = their.eval()(**tokenizer(text, return_tensors="pt")).logits[0]
+        if case == "regress":
+            assert logits.item() == pytest.approx(found["prediction"], rel=1e-4)
+            continue
+        probs = logits.sigmoid() if case == "several" else logits.softmax(-1)
+        assert probs.detach().tolist() == pytest.approx([found["prob_bad"], found["prob_good"]], abs=1e-4)
+    if case != "regress":
+        assert their.config.id2label == {0: "bad", 1: "good"}
+    again, _ = sample.load(tmp_path / "hf")
+    assert again.predict(texts[:5])[0].keys() == model.predict(texts[:5])[0].keys()
+
+
+def test_taggers_and_answerers_are_exported(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    theirs("bert").save_pretrained(tmp_path / "in")
+    write_tokenizer(tmp_path / "in")
+    texts, _ = synthetic(40)
+    lines = [{"tokens": text.split(), "tags": ["B-X" if word in ("fine", "dull") else "O"
+                                                for word in text.split()]} for text in texts]
+    (tmp_path / "tags.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    asked = []
+    for i, text in enumerate(texts):
+        answer = {"text": text.split()[0], "answer_start": 0}
+        questions = [{"id": str(i), "question": "which word", "answers": [answer]}]
+        asked.append({"title": str(i), "paragraphs": [{"context": text, "qas": questions}]})
+    (tmp_path / "qa.json").write_text(json.dumps({"data": asked}))
+    for task, data, cls in (("tag", "tags.jsonl", "TokenClassification"),
+                            ("qa", "qa.json", "QuestionAnswering")):
+        run_here(finetune, f"--data={tmp_path / data}", f"--task={task}", f"--init_from={tmp_path / 'in'}",
+                 f"--out_dir={tmp_path / task}", "--epochs=1", "--device=cpu", "--learning_rate=1e-3")
+        run_here(sample, f"--out_dir={tmp_path / task}", f"--export={tmp_path / (task + '_hf')}")
+        model, _ = sample.load(tmp_path / task)
+        their, info = getattr(transformers, "AutoModelFor" + cls).from_pretrained(
+            tmp_path / (task + "_hf"), output_loading_info=True)
+        assert not any(info.values()), info
+        idx = tokens(2, 12, vocab_size=77)
+        found, wanted = model(idx, None), their.eval()(idx)
+        wanted = wanted.logits if task == "tag" else torch.stack((wanted.start_logits, wanted.end_logits), -1)
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    assert their.config.id2label == {0: "LABEL_0", 1: "LABEL_1"}

@@ -1,15 +1,20 @@
 """The search for settings."""
 import json
 import math
+import os
 import re
 import runpy
+import shutil
+import signal
+import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
 
-from tests.helpers import ROOT, one_line, script
+from tests.helpers import QUICK, ROOT, TOY, one_line, posix, script, slow
 from tools import search
 
 STUB = '''
@@ -40,8 +45,12 @@ def main(fields):
     (Path(out_dir) / "ckpt.pt").write_text("large")
     with open(Path(out_dir) / "log.jsonl", "w", encoding="utf-8") as f:
         for i in range(1, 5):
-            print(json.dumps({"iter": i, "val_loss": loss + 1 / i, "accuracy": -loss}), file=f, flush=True)
+            row = {"iter": i, "val_loss": loss + 1 / i, "val_accuracy": -loss, "val_speed": n}
+            print(json.dumps({"iter": i, "loss": -9.0, "accuracy": 9.0}), file=f)  # of a training batch
+            print(json.dumps(row), file=f, flush=True)
             time.sleep(wait if loss > 1 else 0)
+    test = {"accuracy": n / 10, "loss": -9.0}
+    (Path(out_dir) / "metrics.json").write_text(json.dumps(test))
 
 if __name__ == "__main__":
     launch(main, globals(), Fields)
@@ -70,6 +79,10 @@ def stub(tmp_path, monkeypatch, capsys):
 
 def read_rows(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def read_text(path) -> str:
+    return path.read_text(encoding="utf-8")
 
 
 def search_rows(folder) -> list[dict]:
@@ -120,10 +133,101 @@ def test_a_hopeless_trial_is_stopped(stub, tmp_path):
      (("kind=a..b",), 2, ["low..high"]), (("x=3..1",), 2, ["x=3..1"]), (("n=0..9",), 2, ["at least 1", "0"]),
      (("x=1,2", "--n=0"), 2, ["at least 1", "0"]), (("x=1,2", "--trials=0"), 2, ["--trials", "at least 1"]),
      (("x=1,2", "--trails=3"), 2, ["--trails"]),
+     (("x=1,2", "--metric=speed"), 2, ["--metric=speed", "--goal=min"]),
+     (("x=1,2", "--metric=f1_error"), 2, ["--metric=f1_error", "--goal=max"]),
      (("x=1,2", "--metric=f1", "--trials=1", "--method=random"), 1, ["no trial", "output.txt"])],
 )
 def test_what_a_search_refuses(stub, words, status, named):
     one_line(stub(*words), status, *named)
+
+
+@pytest.mark.parametrize("asked, value, told", [
+    (("--metric=loss",), 0.25, "loss -9"), (("--metric=val_accuracy",), 0.0, "accuracy 0.4"),
+    (("--metric=speed", "--goal=max"), 6, ""), (("--metric=speed", "--goal=min"), 4, "")])
+def test_the_validation_data_chooses_and_the_test_is_told_once(stub, tmp_path, asked, value, told):
+    """Neither the loss of a training batch nor a test's accuracy, which are better, is taken for it."""
+    done = stub("n=6,4", "x=1e-3", "--method=grid", *asked)
+    assert done.returncode == 0, done.stderr
+    assert "of the validation data" in done.stdout.splitlines()[0]
+    rows = {row["settings"]["n"]: row for row in search_rows(tmp_path)}
+    best = rows[6 if value == 6 else 4]
+    assert best["value"] == value
+    assert f"trial {best['trial']} of 2" in read_text(tmp_path / "out/search/best.py")
+    assert done.stdout.count("on the test") == bool(told) and done.stdout.splitlines()[-1].endswith(told)
+
+
+@pytest.mark.parametrize("content", ["", "[]\n", "{}\n[1]\n", '{}\n{"trial": 1}\n', "{}\n{\n", "\xff\n"])
+def test_a_damaged_search_is_said(stub, tmp_path, content):
+    (tmp_path / "out/search").mkdir(parents=True)
+    (tmp_path / "out/search/search.jsonl").write_text(content, encoding="latin-1")
+    one_line(stub("x=1,2"), 2, "search.jsonl", "--out_dir")
+
+
+def test_a_log_is_read_once_and_what_is_no_row_is_passed_over(tmp_path):
+    log = tmp_path / "log.jsonl"
+    curve = search.Curve(log, "val_loss")
+    assert not curve.grown()
+    log.write_bytes(b'{"iter": 1, "val_loss": 2}\n\xff\n[1]\n{"iter": 2, "val_loss": NaN}\n{"iter": 3, "val')
+    assert curve.grown() and curve.points == [[1, 2]]
+    offset = curve.offset
+    with open(log, "ab") as f:
+        f.write(b'_loss": 1.0, "val_bpb": 3}\n')
+    assert curve.grown() and curve.points == [[1, 2], [3, 1.0]] and not curve.grown()
+    assert curve.offset == log.stat().st_size > offset and list(curve.others) == ["val_loss", "val_bpb"]
+
+
+@posix
+@pytest.mark.parametrize("number", ["SIGKILL", "SIGTERM", "SIGHUP"])
+def test_a_search_that_is_killed_leaves_no_trial_running(number, stub, tmp_path):
+    command = [sys.executable, "-m", "tools.search", "stub.py", "x=1.0", "--wait=99", "--method=grid"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = tmp_path / "out/search/1/log.jsonl"
+    wait_until(lambda: log.exists() and log.stat().st_size)
+    (trial,) = children(process.pid)
+    process.send_signal(getattr(signal, number))
+    process.wait(20)
+    wait_until(lambda: not alive(trial))
+
+
+def wait_until(true):
+    for _ in range(300):
+        if true():
+            return
+        time.sleep(0.1)
+    raise TimeoutError
+
+
+def children(pid: int) -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
+    return [int(line) for line in found.stdout.split()]
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@slow
+@pytest.mark.parametrize("name", ["train.py", "finetune.py"])
+def test_both_trainings_are_searched_by_their_validation(name, home, tuned, tmp_path):
+    words = {"train.py": (*TOY, f"--dataset={home / 'data/toy'}", "learning_rate=1e-5,1e-2"),
+             "finetune.py": (*QUICK, f"--data={tuned / 'data.csv'}", "--epochs=2", "learning_rate=1e-6,5e-3",
+                             "--metric=accuracy")}[name]
+    done = script("tools/search.py", str(ROOT / name), *words, "--method=grid", cwd=home)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = search_rows(home)
+    for row in rows:
+        log = read_rows(home / f"out/search/{row['trial']}/log.jsonl")
+        key, best = ("val_loss", min) if name == "train.py" else ("val_accuracy", max)
+        assert row["value"] == best(one[key] for one in log if key in one)
+    assert "trial 2 of 2" in read_text(home / "out/search/best.py")
+    if name == "finetune.py":
+        test = json.loads(read_text(home / "out/search/2/metrics.json"))["accuracy"]
+        assert done.stdout.rstrip().endswith(f"accuracy {test:.4g}")
+    shutil.rmtree(home / "out/search")
 
 
 def test_settings_are_those_that_a_script_starts_with(tmp_path):

@@ -93,7 +93,7 @@ def of_a_task(tuned: Tuned, text: str, pair: str, target: str) -> Case:
     """The sum of those of a fine-tuned model's outputs that the task says explain its answer, or a class."""
     task, tokenizer = tuned.task, tuned.task.tokenizer
     paired = task.head["paired"]
-    if paired != bool(pair or (paired and "\n" in text)):
+    if paired not in (None, bool(pair or (paired and "\n" in text))):
         raise SettingError(f"--pair={pair}: the model reads {'two texts' if paired else 'one text'}")
     row = task.row("--start", text, pair or None)
     device, found = tuned.head.weight.device, []

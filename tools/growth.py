@@ -38,8 +38,8 @@ import prepare
 import sample
 from config import SettingError, UserError, configure, launch
 from lib import metrics, run
+from lib.rows import Row
 from lib.tasks import TASKS
-from lib.text import Row
 from lib.tokenizer import make_tokenizer
 from model import Config, Transformer
 from tools import explain, search
@@ -315,7 +315,8 @@ def picture(n, folder):
 def watching(n, folder):
     """tools.search looks at a trial's log a hundred times."""
     log = log_file(n, folder)
-    return lambda: [search.read_curve(log, "val_loss") for _ in range(100)]
+    curve = search.Curve(log, "val_loss")
+    return lambda: [curve.grown() for _ in range(100)]
 
 
 def proposals(n, folder, method="grid"):

@@ -3,11 +3,16 @@ Search for good settings of a script. Each trial is a process of its own: a cras
 
     python -m tools.search train.py config/small.py learning_rate=1e-4..1e-2 dropout=0,0.1,0.2
     python -m tools.search train.py config/small.py --max_iters=300 n_layer=2..8 --method=random --trials=30
+    python -m tools.search finetune.py --data=reviews.csv learning_rate=1e-5..1e-3 --metric=accuracy
 
 First comes the script, with the config files and --key=value that all trials share; then, without dashes,
-what is searched: name=low..high, in factors if it spans ten times or more, and name=a,b,c. The same command
-again goes on where it was stopped. In --out_dir: search.jsonl, a row a trial; best.py, the winner as a config
-file that runs as it is; search.png, if matplotlib is installed; a folder for each trial.
+what is searched: name=low..high, in factors if it spans ten times or more, and name=a,b,c. A trial is as good
+as its best evaluation on the validation data: the test is shown once, of the winner. The same command again
+goes on where it was stopped. In --out_dir: search.jsonl, a row a trial; best.py, the winner as a config file
+that runs as it is; search.png, if matplotlib is installed; a folder for each trial.
+
+A script of your own can be searched if it has a setting out_dir, and writes its evaluations there as
+log.jsonl: {"iter": 100, "val_loss": 1.5}.
 """
 from __future__ import annotations
 
@@ -23,12 +28,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Optional
 
 import config
 from config import Setting, SettingError, UserError, above, at_least, checked, parse
-from lib.run import write_text
+from lib.run import locked, write_text
+from lib.text import wait_for
 
 # -----------------------------------------------------------------------------
 # Settings
@@ -37,12 +44,16 @@ method: Literal["bayes", "random", "grid"] = "bayes"  # bayes learns from the tr
 trials: at_least(1) = 20  # rows of the table, at most
 minutes: Optional[above(0.0)] = None  # no trial starts after so many
 trial_minutes: Optional[above(0.0)] = None  # a trial is stopped after so many, and counts as it then stands
-metric: str = "val_loss"  # any key of log.jsonl or metrics.json; val_bpb if the tokenizers differ
+metric: str = "loss"  # on the validation data, as log.jsonl has it; bpb if the tokenizers differ
+goal: Literal["auto", "min", "max"] = "auto"  # is the metric better low or high? auto: as its name says
 prune_after: at_least(0) = 4  # finished trials from which on one that falls behind them is stopped; 0: never
 search_seed: int = 0  # of the draws; the script's own seed is a setting like others
 # -----------------------------------------------------------------------------
 
-LOW_IS_BEST = {"loss", "bpb", "perplexity", "error", "mae", "mse", "rmse", "brier", "ece", "dt", "elapsed"}
+GOALS = {  # words of a metric's name
+    min: {"loss", "bpb", "perplexity", "error"},
+    max: {"accuracy", "f1", "matthews", "auc", "precision", "recall", "pearson", "spearman", "match"}}
+ROW = {"trial", "settings", "state", "value", "note", "seconds", "curve"}  # of search.jsonl, a trial
 GRID = 5  # points that a grid takes of a range
 
 
@@ -129,9 +140,9 @@ def propose(method: str, spaces: dict[str, Space], rows: list[dict], best, seed:
 
     A function of the rows so far and the seed alone: a search resumes from its rows. best: min or max.
     """
-    tried = [row["settings"] for row in rows]
+    tried = {json.dumps(row["settings"]) for row in rows}
     for point in candidates(method, spaces, rows, best, seed):
-        if point not in tried:
+        if json.dumps(point) not in tried:
             return point
     return None
 
@@ -179,22 +190,46 @@ def ask_optuna(spaces: dict[str, Space], rows: list[dict], best, seed: int) -> d
 # -----------------------------------------------------------------------------
 # One trial
 
-def read_curve(file: Path, metric: str) -> list:
-    """The metric as it went by log.jsonl, or ended by metrics.json: [[step or None, value], ...]."""
-    text = file.read_text(encoding="utf-8") if file.is_file() else ""
-    lines = text.split("\n")[:-1] if file.suffix == ".jsonl" else [text or "{}"]
-    found = []
-    for row in map(json.loads, lines):
-        value = row.get(metric)
+def goal_of(name: str) -> Any:
+    """min or max, whichever is better. Raises SettingError if the name does not say."""
+    known = [best for best, words in GOALS.items() if words & set(name.split("_"))]
+    if goal == "auto" and len(known) != 1:
+        raise SettingError(f"--metric={metric}: is a low value better, or a high one? --goal=min or --goal=max")
+    return known[0] if goal == "auto" else {"min": min, "max": max}[goal]
+
+
+class Curve:
+    """A metric as it goes by the log.jsonl of a trial that may still run. Each line is read once."""
+
+    def __init__(self, log: Path, metric: str):
+        self.log, self.metric, self.offset = log, metric, 0
+        self.points = []  # [step, value] of each evaluation
+        self.others = {}  # what else was evaluated, in the order of coming
+
+    def grown(self) -> bool:
+        """Read on. Is there something new?"""
+        before = len(self.points)
+        with suppress(FileNotFoundError), open(self.log, "rb") as f:
+            f.seek(self.offset)
+            for line in f:
+                if not line.endswith(b"\n"):  # it is being written
+                    break
+                self.offset += len(line)
+                with suppress(ValueError, AttributeError):  # no JSON, no object
+                    self.add(json.loads(line))
+        return len(self.points) > before
+
+    def add(self, row: dict) -> None:
+        self.others.update(dict.fromkeys(name for name in row if name.startswith("val_")))
+        value = row.get(self.metric)
         if isinstance(value, (int, float)) and math.isfinite(value):
-            found.append([row.get("iter"), value])
-    return found
+            self.points.append([row.get("iter", len(self.points)), value])
 
 
 def hopeless(curve: list, others: list[list], best) -> bool:
     """Is its best worse than what half of the others had by this step? (The median rule of Vizier.)"""
     then = []
-    for other in others if curve else []:
+    for other in others:
         values = [value for step, value in other if step <= curve[-1][0]]
         if values:
             then.append(best(values))
@@ -204,38 +239,58 @@ def hopeless(curve: list, others: list[list], best) -> bool:
     return best(mine, statistics.median(then)) != mine
 
 
-def try_out(command: list[str], folder: Path, metric: str, best, others: list[list], seconds: float) -> dict:
+# How a trial is run: as `python script ...`, but it ends, and saves, when the search that holds its standard
+# input is gone, even by kill -9.
+TRIAL = """
+import os, runpy, signal, sys, threading
+def wait():
+    os.read(0, 1)
+    os.kill(os.getpid(), signal.SIGTERM)
+threading.Thread(target=wait, daemon=True).start()
+del sys.argv[0]
+sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def try_out(words: list[str], folder: Path, metric: str, best, others: list[list], seconds: float) -> dict:
     """Run one trial to its end, or as long as there is hope; its row of search.jsonl.
 
-    best: min or max. others: the curves of finished trials to compare with, maybe none.
+    words: the script, and its settings. best: min or max. others: the curves of finished trials to compare
+    with, maybe none.
     """
-    log, output = folder / "log.jsonl", folder / "output.txt"
-    if output.exists():  # of a trial that was interrupted
+    output = folder / "output.txt"
+    if output.exists():  # of a trial that was interrupted, and may be about to end
+        wait_for(folder / "run.lock").close()
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     started, state, note = time.time(), "done", ""
+    curve = Curve(folder / "log.jsonl", metric)
     with open(output, "w", encoding="utf-8") as f:
-        process = subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT)
+        process = subprocess.Popen([sys.executable, "-c", TRIAL, *words], stdin=subprocess.PIPE, stdout=f,
+                                   stderr=subprocess.STDOUT)
     try:
         while process.poll() is None and not note:
             if time.time() - started > seconds:
                 note = "stopped: its time was over"
-            elif hopeless(read_curve(log, metric), others, best):
+            elif curve.grown() and hopeless(curve.points, others, best):
                 state, note = "pruned", "stopped: behind the others"
             else:
                 time.sleep(0.2)
     finally:  # after Ctrl-C too
         process.terminate()
         process.wait()
-    curve = read_curve(log, metric)
-    values = [value for _, value in curve + read_curve(folder / "metrics.json", metric)]
+        process.stdin.close()
+    curve.grown()
     if process.returncode and not note:
         text = output.read_text(encoding="utf-8", errors="replace").strip()
         state, note = "failed", (text or f"exit status {process.returncode}").splitlines()[-1]
-    elif not values:
-        state, note = "failed", f"no {metric} in log.jsonl or metrics.json"
-    return {"state": state, "value": None if state == "failed" else best(values), "note": note,
-            "seconds": round(time.time() - started, 1), "curve": curve}
+    elif not curve.points:
+        others = ", ".join(curve.others) or "no val_..."
+        state, note = "failed", f"no {metric} in log.jsonl, which has {others}"
+    value = best(value for _, value in curve.points) if state != "failed" else None
+    return {"state": state, "value": value, "note": note, "seconds": round(time.time() - started, 1),
+            "curve": curve.points}
 
 
 # -----------------------------------------------------------------------------
@@ -282,24 +337,47 @@ def plot(rows: list[dict], spaces: dict[str, Space], metric: str, picture: Path)
 
 # -----------------------------------------------------------------------------
 
+def read_rows(log: Path, search: dict) -> list[dict]:
+    """The trials so far. Raises SettingError if they cannot be read, or are of another search."""
+    elsewhere = "--out_dir=FOLDER writes elsewhere"
+    try:
+        known, *rows = map(json.loads, log.read_text(encoding="utf-8").splitlines())
+        whole = all(set(row) >= ROW for row in rows)
+    except (ValueError, TypeError):
+        whole = False
+    if not whole:
+        raise SettingError(f"{log}: damaged: {elsewhere}")
+    if known != search:
+        raise SettingError(f"{log}: of another search than this one: {elsewhere}")
+    print(f"{log}: going on after {len(rows)} trials")
+    return rows
+
+
+def test_of(folder: Path, metric: str) -> str:
+    """What a trial's metrics.json, if it has one, says of its test."""
+    name = metric.removeprefix("val_")
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        found = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        return f"; on the test, which chose nothing, {name} {short(found[name])}"
+    return ""
+
+
 def main(words: list[str]):
     script = words[0] if words else ""
     if not Path(script).is_file():
         raise SettingError(f"{script!r}: no script to run; first comes one, then what is searched: "
                            "python -m tools.search train.py learning_rate=1e-4..1e-2")
     shared, spaces = read_words(words[1:], settings_of(script))
-    best = min if LOW_IS_BEST & set(metric.split("_")) else max
+    name = "val_" + metric.removeprefix("val_")
+    best = goal_of(name)
+    print(f"metric    {name}, of the validation data: the {best.__name__}imum is best")
     folder = Path(out_dir)
     log, winner = folder / "search.jsonl", folder / "best.py"
-    search = {"script": script, "shared": shared, "metric": metric,
+    search = {"script": script, "shared": shared, "metric": name,
               "spaces": {name: space._asdict() for name, space in spaces.items()}}
-    rows = []
-    if log.exists():
-        known, *rows = map(json.loads, log.read_text(encoding="utf-8").splitlines())
-        if known != search:
-            raise SettingError(f"{log}: of another search than this one: --out_dir=FOLDER writes elsewhere")
-        print(f"{log}: going on after {len(rows)} trials")
     folder.mkdir(parents=True, exist_ok=True)
+    lock = locked(folder / "run.lock")
+    rows = read_rows(log, search) if log.exists() else []
 
     started = time.time()
     while len(rows) < trials and time.time() - started < 60 * (minutes or math.inf):
@@ -314,29 +392,33 @@ def main(words: list[str]):
         others = [row["curve"] for row in rows if row["state"] == "done"]
         if not 0 < prune_after <= len(others):
             others = []
-        row = try_out([sys.executable, script, *flags], place, metric, best, others,
-                      60 * (trial_minutes or math.inf))
+        row = try_out([script, *flags], place, name, best, others, 60 * (trial_minutes or math.inf))
         rows.append({"trial": number, "settings": point, **row})
         write_text(log, "".join(json.dumps(line) + "\n" for line in (search, *rows)))
-        print(f"  {row['state']}: {metric} {short(row['value'])}  {row['note']}", flush=True)
+        print(f"  {row['state']}: {name} {short(row['value'])}  {row['note']}", flush=True)
         first, *rest = ranked(rows, best)
         for row in rest:
             for file in (folder / str(row["trial"])).rglob("*.pt"):
                 file.unlink()  # a disk fills quickly
         if first["state"] == "done":
             settings = {**shared, **first["settings"], "out_dir": (folder / "best").as_posix()}
-            lines = [f"{name} = {value!r}\n" for name, value in settings.items()]
-            write_text(winner, f"# python {script} {winner.as_posix()}\n# {metric} {first['value']:.6g}, "
+            lines = [f"{key} = {value!r}\n" for key, value in settings.items()]
+            write_text(winner, f"# python {script} {winner.as_posix()}\n# {name} {first['value']:.6g}, "
                                f"trial {first['trial']} of {number}\n{''.join(lines)}")
-        plot(rows, spaces, metric, folder / "search.png")
-    print(table(ranked(rows, best), metric))
+        plot(rows, spaces, name, folder / "search.png")
+    print(table(ranked(rows, best), name))
+    lock.close()
     if not winner.exists():
         raise UserError(f"{log}: no trial has finished; {folder / '1' / 'output.txt'} may say why")
-    print(f"the best of {len(rows)} trials: python {script} {winner.as_posix()}")
+    first = ranked(rows, best)[0]
+    print(f"the best of {len(rows)} trials: python {script} {winner.as_posix()}"
+          + test_of(folder / str(first["trial"]), name))
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends the trial under way, as Ctrl-C does
+    for one in ("SIGTERM", "SIGHUP"):  # they end the trial under way, as Ctrl-C does
+        if getattr(signal, one, None) and signal.getsignal(getattr(signal, one)) != signal.SIG_IGN:
+            signal.signal(getattr(signal, one), signal.default_int_handler)
     mine = ["-h", "--help", *(f"--{name}" for name in config.values_of(globals()))]
     others = [word for word in sys.argv[1:] if word.partition("=")[0] not in mine]
     sys.argv[1:] = [word for word in sys.argv[1:] if word not in others]
