@@ -453,7 +453,7 @@ def head_of(source: Source, weights: dict, model: Transformer) -> dict:
         raise ValueError(f"config.json: id2label={called}: wanted {rows} labels that differ")
     head = {"task": task, "labels": labels, "max_length": model.config.block_size, "space": False,
             "pool": None, "paired": task == "qa", "apart": False, "bias": "bias" in weights,
-            "columns": {"text": "", "pair": "", "label": ""}, "weights": weights}
+            "columns": {"text": "", "pair": "", "label": "", "header": None}, "weights": weights}
     if task == "qa":
         return head | {"labels": ["first", "last"], "no_answer": False}
     if task == "tag":

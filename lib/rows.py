@@ -435,11 +435,11 @@ def read_paragraphs(path: str, encoding: str = "") -> list[Row]:
     return some(path, [Row(path, part.strip()) for part in text.split("\n\n") if part.strip()])
 
 
-def read_lines(path: str, paired: bool, encoding: str = "") -> Iterator[Row]:
-    """A text a line; of two, with a tab between them."""
+def read_lines(path: str, paired: bool | None, encoding: str = "") -> Iterator[Row]:
+    """A text a line; of two, with a tab between them. paired: None, if both are welcome."""
     for n, line in enumerate(lines(text_blocks(path, encoding), ""), 1):
         text, tab, pair = line.rstrip("\r\n"), "", None
-        if paired:
+        if paired is not False and (paired or "\t" in text):
             text, tab, pair = text.partition("\t")
             if not tab:
                 raise UserError(f"{path}:{n}: two texts are wanted, with a tab between them: {line[:40]!r}")

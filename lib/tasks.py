@@ -174,7 +174,8 @@ class Task:
     def is_plain(self, path: str, columns: dict, encoding: str) -> bool:
         """Has this .txt a text a line, and not the columns or tags of the training file?"""
         first = next(read_lines(path, False, encoding)).text
-        return first.count("\t") == int(self.head["paired"]) and "__label__" not in first
+        tabs, paired = first.count("\t"), self.head["paired"]
+        return (tabs <= 1 if paired is None else tabs == paired) and "__label__" not in first
 
     def ready(self, row: Row) -> Row:
         """With its label spelled as training had it."""
