@@ -297,12 +297,12 @@ def of_names(path: str, names: list[str], columns: dict, usual: Names, needed: C
     """The columns of a file that has these. needed: the roles without which there are no rows."""
     if "unused" in columns:  # as the training file has them
         found = {}
-        for role in (*ROLES, "id"):
+        for role in ROLES:
             name = columns.get(role)
             there = name is not None and any(plain(one) == plain(name) for one in names)
             must = name is not None and role in needed
             found[role] = find_column(path, role, names, name) if there or must else None
-        return {**found, "header": True, "unused": columns["unused"]}
+        return {**found, "id": id_among(names, found), "header": True, "unused": columns["unused"]}
     turns = [name for name in names if plain(name) in TURNS]
     if usual is LM_NAMES and turns and not columns.get("text"):
         raise UserError(f"{path}: {turns[0]!r}: conversations of several turns, and answers to choose from, "
@@ -312,14 +312,16 @@ def of_names(path: str, names: list[str], columns: dict, usual: Names, needed: C
         raise UserError(f"{path}: a word in each row ({', '.join(names)}): write a word and its tag a line, "
                         "and an empty line between sentences, as CoNLL")
     found = choose(path, names, columns, usual)
-    ids = [name for name in names if plain(name) in IDS and name not in found.values()]
-    found["id"] = ids[0] if ids else None
     for role in ("text", "label"):
         if role in needed and found[role] is None:
             raise UserError(f"{path}: no column for the {role} among {', '.join(names)}: name it with "
                             f"--{role}_column=...{remedy}")
-    used = {name for role, name in found.items() if role != "id"}
-    return {**found, "header": True, "unused": [name for name in names if name not in used]}
+    unused = [name for name in names if name not in found.values()]
+    return {**found, "id": id_among(names, found), "header": True, "unused": unused}
+
+
+def id_among(names: list[str], found: dict) -> str | None:
+    return next((name for name in names if plain(name) in IDS and name not in found.values()), None)
 
 
 def of_table(path: str, first: list[dict], columns: dict, usual: Names, labelled: bool,
@@ -382,6 +384,8 @@ def make_rows(path: str, found: Iterable[tuple[int, dict]], keys: dict, columns:
             if isinstance(cell, (list, dict)):
                 if not isinstance(cell, nested.get(role, ())):
                     fault = f"is no text: {str(cell)[:60]}"
+                elif isinstance(cell, list):
+                    cell = [one if isinstance(one, (list, dict)) else as_text(one) for one in cell]
             else:
                 if cell is None and key is not None and role not in may_lack:
                     fault = f"is missing: the row reads {str(record)[:60]}"

@@ -1,14 +1,18 @@
 """Labelled files: what is read, by which columns, and what is refused."""
 import gzip
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+import finetune
+import sample
 from config import UserError
-from lib.rows import described
-from lib.tasks import TASKS
+from lib.rows import Row, described, split_rows
+from lib.tasks import TASKS, Tag
 from lib.text import blocks, records
-from tests.helpers import says
+from tests.helpers import run_here, says, write_rows
 
 # -----------------------------------------------------------------------------
 # Records
@@ -236,3 +240,184 @@ def test_columns_are_those_that_a_person_would_choose(tmp_path, task, name, cont
     assert described(found) == columns and [row.label for row in rows] == labels
     again = TASKS[task].read(str(tmp_path / name), found, False)  # in use, by the names that were found
     assert [(row.text, row.pair, row.label) for row in again] == [(row.text, row.pair, row.label) for row in rows]
+
+
+def test_later_files_are_read_by_the_columns_of_the_training_file(tmp_path):
+    write_rows(tmp_path / "a.csv", ("comment", "kind", "id"), ["good", "bad"], ["x", "y"], [8, 9])
+    columns, rows = opened("classify", tmp_path / "a.csv", text="comment", label=1)
+    assert described(columns) == "text: comment, label: kind; not used: id" and rows[1].id == "9"
+    write_rows(tmp_path / "b.csv", ("id", "text", "label", "Comment"), [1], ["no"], ["z"], ["yes"])
+    row, = TASKS["classify"].read(str(tmp_path / "b.csv"), columns, False)
+    assert (row.text, row.label, row.id) == ("yes", None, "1")
+    for header in (("text", "label"), None):
+        write_rows(tmp_path / "c.csv", header, ["no"], ["z"])
+        with pytest.raises(UserError) as error:
+            TASKS["classify"].read(str(tmp_path / "c.csv"), columns, False)
+        says(error, "c.csv", "'comment'", "--text_column")
+    columns, _ = opened("classify", write_rows(tmp_path / "d.csv", None, ["good one", "bad", "ok"], "xyx"))
+    write_rows(tmp_path / "c.csv", ("text", "label"), ["no"], ["z"])
+    with pytest.raises(UserError) as error:
+        TASKS["classify"].read(str(tmp_path / "c.csv"), columns, False)
+    says(error, "c.csv:1", "header", "take it out")
+    # checkpoints that keep none, or only what was asked for, find them as they did
+    old, = TASKS["classify"].read(str(tmp_path / "b.csv"), {"text": "", "pair": "", "label": ""})
+    assert (old.text, old.label) == ("no", "z")
+
+
+@pytest.mark.parametrize("encoding, text, said", [
+    ("gb18030", "这家酒店的服务很好，我们下次还会来。" * 3, "GBK"), ("utf-16", "naïve, 这", "UTF-16"),
+    ("utf-16-le", "plain", "UTF-16"), ("utf-8-sig", "这", ""), ("latin-1", "été à la plage", None)])
+def test_encodings_are_recognised_and_said(tmp_path, capsys, encoding, text, said):
+    path = tmp_path / "a.tsv"
+    path.write_bytes(f"text\tlabel\n{text}\tx\n".encode(encoding))
+    if said is None:
+        with pytest.raises(UserError) as error:
+            opened("classify", path)
+        says(error, "a.tsv:2: not UTF-8")
+        row, = TASKS["classify"].open(str(path), ASKED, True, encoding)[1]
+    else:
+        _, (row,) = opened("classify", path)
+        assert said in capsys.readouterr().err
+    assert (row.text, row.label) == (text, "x")
+
+
+def test_words_are_cut_as_the_training_words_were():
+    def tag(*sentences):
+        rows = [Row("", " ".join(words), label=["O"] * len(words), words=words) for words in sentences]
+        head = Tag.learn(rows, SimpleNamespace(words=None))
+        return Tag({**head, "max_length": 64, "paired": False, "apart": False}, None)
+
+    assert tag(list("他在上海。")).row("", "王在北京工作。").words == list("王在北京工作。")
+    apart = tag(["EU", "rejects", "German", "call", "."], ["It", "'s", "U.S.", "3,000", "x-ray", "!"])
+    assert apart.row("", "Peter's call (U.S.), 1,000 well-known!").words == [
+        "Peter", "'s", "call", "(", "U.S.", ")", ",", "1,000", "well-known", "!"]
+    row = tag(["Rome,", "is", "nice."]).row("", "Rome,  I say.")
+    assert row.words == ["Rome,", "I", "say."] and row.text == "Rome, I say."
+
+
+# -----------------------------------------------------------------------------
+# Labels and splits
+
+def splits_of(path, **changes):
+    """What finetune.py would train on, validate and test, and what it says of it."""
+    said, s = [], SimpleNamespace(**{**finetune.values_of(vars(finetune)), "data": str(path), **changes})
+    s.columns = finetune.known_columns(s, {})
+    return finetune.read_splits(s, said.append), "\n".join(said)
+
+
+def test_labels_that_are_one_are_said_to_be_and_missing_ones_left_out(tmp_path):
+    labels = [1, "1.0", 1, True, "true", "true", "pos", "Pos ", "po s", None, "", "NaN", float("nan"), "null"]
+    rows = [{"text": f"{i} {label}", "label": label} for i in range(20) for label in labels]
+    (tmp_path / "a.jsonl").write_text(lines_of(*rows), encoding="utf-8")
+    splits, said = splits_of(tmp_path / "a.jsonl")
+    (train, val, test), = splits.values()
+    assert {row.label for row in train + val + test} == {"1", "true", "pos", "Pos", "po s"}
+    assert len(train + val + test) == 20 * 9
+    assert "labels    1, 1.0: one class, 1" in said and "100 rows left out without a label" in said
+    assert "warning: labels 'pos', 'Pos', 'po s' differ" in said
+    # the same value in another file
+    write_rows(tmp_path / "b.csv", ("text", "label"), ["new"], ["1.00"])
+    splits, _ = splits_of(tmp_path / "a.jsonl", data_test=str(tmp_path / "b.csv"))
+    (_, _, test), = splits.values()
+    assert [row.label for row in test] == ["1"]
+
+
+def test_texts_that_are_alike_are_on_one_side():
+    texts = [(f"Is it {i}?", f"yes {i}") for i in range(200)]
+    alike = [(b.upper(), f" {a.replace(' ', '  ')}") for a, b in texts]
+    rows = [Row("", a, b, "xy"[i % 2]) for i, (a, b) in enumerate(texts + alike)]
+    part = TASKS["classify"].split(rows, 10, 0)
+    assert (part[:200] == part[200:]).all() and np.bincount(part).tolist() == [40] * 10
+    sizes = [1 + 7 * (i % 10 == 0) for i in range(100)]  # some users have many rows
+    keys = np.repeat(np.arange(100), sizes)
+    part = split_rows(keys.tolist(), None, 10, 0)
+    assert all(len(set(part[keys == key])) == 1 for key in range(100)) and np.ptp(np.bincount(part)) <= 1
+
+
+def test_rows_of_a_user_stay_on_one_side_of_splits_and_folds(tmp_path):
+    users = np.arange(300) % 30
+    path = write_rows(tmp_path / "a.csv", ("text", "label", "user"), [f"text {i % 290}" for i in range(300)],
+                      ["xy"[i % 2] for i in range(300)], users)
+    for changes in ({}, {"folds": 5}):
+        splits, said = splits_of(path, split_column="user", **changes)
+        assert "split: user" in said
+        for split in splits.values():
+            sides = [{row.unit for row in rows} for rows in split]
+            assert sum(map(len, sides)) == 30 and all(sides)
+
+
+def test_groups_of_0_and_false_have_names(tmp_path):
+    rows = [{"text": "a", "label": "x", "g": group} for group in (0, False, "", None, 1.5)]
+    (tmp_path / "a.jsonl").write_text(lines_of(*rows), encoding="utf-8")
+    _, rows = opened("classify", tmp_path / "a.jsonl", group="g")
+    assert [row.group for row in rows] == ["0", "false", "", "", "1.5"]
+
+
+def test_bad_rows_are_counted_and_windows_line_ends_divide_texts(tmp_path):
+    (tmp_path / "a.csv").write_text("text,label\n" + "".join(f"a{i},x\nb{i},y\n" for i in range(30)) + "a, b,x\n",
+                                    encoding="utf-8")
+    splits, said = splits_of(tmp_path / "a.csv", skip_bad_rows=True)
+    assert "1 rows left out that cannot be read, " in said and "a.csv:62: 3 cells" in said
+    (tmp_path / "a.txt").write_bytes(b"\r\n\r\none\r\nmore\r\n\r\n\r\ntwo\r\n")
+    assert [row.text for row in TASKS["lm"].read(str(tmp_path / "a.txt"), {})] == ["one\nmore", "two"]
+
+
+# -----------------------------------------------------------------------------
+# In use
+
+@pytest.mark.parametrize("name, content, args, out, told", [
+    ("a.csv", "id,review,label\n7,w1 fine,good\n9,w2 dull,fair\n8,w3 fine,Good\n", [],
+     ["id,text,label,prediction", "7,w1 fine,good,good", "9,w2 dull,fair,bad", "8,w3 fine,Good,good"],
+     "accuracy 1.0000, of 1 rows; 2 have labels that training did not know"),
+    ("a.csv", "id,body,kind\n7,w1 fine,good\n", ["--text_column=body", "--label_column=kind"],
+     ["id,text,label,prediction", "7,w1 fine,good,good"], "accuracy 1.0000"),
+    ("a.jsonl", '{"review": "w1 fine", "label": null}', [], ["text,label,prediction", "w1 fine,,good"], "MB of weights"),
+    ("a.txt", "w1 fine\nw2 dull\n", [], ["text,label,prediction", "w1 fine,,good", "w2 dull,,bad"], "2 rows"),
+    ("a.txt", "这家酒店的服务很好，下次还来。 fine\n".encode("gbk"), [], ["text,label,prediction",
+     "这家酒店的服务很好，下次还来。 fine,,good"], "read as GBK"),
+    ("a.txt", "été fine\n".encode("latin-1"), ["--encoding=latin-1"], ["text,label,prediction", "été fine,,good"], ""),
+])
+def test_a_file_is_answered_by_the_columns_of_training(tuned, tmp_path, name, content, args, out, told):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    said = run_here(sample, f"--out_dir={tuned / 'out'}", f"--start=FILE:{path}", *args)
+    lines = [line for line in said.splitlines() if "," in line]
+    for line, start in zip([line for line in lines if not line.startswith("(")], out):
+        assert line.startswith(start + ",")
+    assert told in said
+
+
+def test_a_file_without_the_column_is_refused_by_name(tuned, tmp_path):
+    path = write_rows(tmp_path / "a.csv", ("text", "label"), ["w1 fine"], ["good"])
+    with pytest.raises(UserError, match="no column 'review' for the text: it has text, label"):
+        run_here(sample, f"--out_dir={tuned / 'out'}", f"--start=FILE:{path}")
+
+
+def test_answers_of_every_task_are_scored(tmp_path):
+    """As far as their labels are known: several labels, numbers, tags, questions; from text lines too."""
+    head = {"max_length": 64, "paired": False, "apart": False, "labels": ["a", "b"], "columns": {}}
+    (tmp_path / "a.conll").write_text("x B\ny a\n\nz q\n", encoding="utf-8")
+    (tmp_path / "words.conll").write_text("x\ny\n\nz\n", encoding="utf-8")
+    (tmp_path / "lines.txt").write_text("x y\nz y x\n", encoding="utf-8")
+    columns = {"text": "0", "label": "1", "header": False, "unused": []}
+    tag = Tag({**head, "labels": ["B", "a"]}, None)
+    rows = list(tag.to_answer(str(tmp_path / "a.conll"), columns)[1])
+    assert [tag.knows_label(row) for row in rows] == [True, False]
+    for name in ("words.conll", "lines.txt"):
+        rows = list(tag.to_answer(str(tmp_path / name), columns)[1])
+        assert [row.label for row in rows] == [None, None] and rows[0].words == ["x", "y"]
+    (tmp_path / "pairs.txt").write_text("one\ttwo\nthree\tfour\n", encoding="utf-8")
+    pairs = TASKS["classify"]({**head, "paired": True}, None)
+    settled = {"text": "sentence1", "pair": "sentence2", "label": "label", "header": True, "unused": []}
+    rows = list(pairs.to_answer(str(tmp_path / "pairs.txt"), settled)[1])
+    assert [(row.text, row.pair) for row in rows] == [("one", "two"), ("three", "four")]
+    several = TASKS["classify"]({**head, "labels": ["1", "true"], "several": True}, None)
+    (tmp_path / "b.jsonl").write_text(lines_of({"text": "x", "label": [1.0, True]}), encoding="utf-8")
+    row, = several.to_answer(str(tmp_path / "b.jsonl"), {**settled, "text": "text", "pair": None})[1]
+    assert row.label == ["1", "true"] and several.knows_label(row)
+    (tmp_path / "c.json").write_text(squad(SQUAD), encoding="utf-8")
+    (tmp_path / "d.json").write_text(squad({"id": "7", "question": "q"}), encoding="utf-8")
+    answer = TASKS["qa"]({**head, "paired": True}, None)
+    for name, known in (("c.json", True), ("d.json", False)):
+        row, = answer.to_answer(str(tmp_path / name), {})[1]
+        assert answer.knows_label(row) == known
