@@ -13,7 +13,8 @@ The Transformer, whole: one class whose settings span eight families, from the 2
 Axes: B batch, T time (tokens of the input), S tokens attended to (cached ones and the input), C n_embd,
 H n_head, K n_kv_head, D head_dim (C / H unless set), V vocab_size.
 
-            GPT-2       Llama 3    Qwen 2, 3            NanoChat            BERT, RoBERTa    2017
+            GPT-2       Llama 3,   Qwen 2, 3            NanoChat            BERT, RoBERTa,   2017
+                        Mistral                                             DistilBERT
 pos         learned     rope       rope                 rope                learned, and     sinusoidal,
                                                                             segments         x sqrt(C)
 norm        layer, pre  rms, pre   rms, pre             rms without gain,   layer, post,     layer, post
@@ -21,8 +22,8 @@ norm        layer, pre  rms, pre   rms, pre             rms without gain,   laye
                                                         embedding           embedding
 act         gelu_tanh   swiglu     swiglu               relu2               gelu             relu
 bias        yes         no         2: of q, k and v     no                  yes              yes
-attention   plain       grouped    grouped; 3: q and k  grouped, q and k    plain            plain
-                                   normed before rope   normed after rope
+attention   plain       grouped;   grouped; 3: q and k  grouped, q and k    plain            plain
+                        M: window  normed before rope   normed after rope
 head        tied        either     either               untied, soft cap    tied, transform  untied
 causal      yes         yes        yes                  yes                 no               either
 
@@ -102,6 +103,8 @@ class Config:
             must(self, "n_embd", self.n_embd % 2 == 0, "be even for pos='sinusoidal'")
         if self.window is not None:
             must(self, "window", self.causal, "be None if causal=False")
+        if self.pooler is not None:
+            must(self, "pooler", self.head == "none", f"be None if head={self.head!r}")
         if self.rope_scaling is not None:
             must(self, "rope_scaling", set(LLAMA3) <= set(self.rope_scaling), f"have {', '.join(LLAMA3)}")
 

@@ -272,25 +272,31 @@ def to_int8(model: torch.nn.Module) -> torch.nn.Module:
 
 def write_pretrained(model: Transformer | Tuned, tokenizer: Tokenizer | HubTokenizer, folder: str) -> None:
     """Model and tokenizer for transformers' from_pretrained. Raises UserError if it has no such model."""
-    body, head = model, None
-    if isinstance(model, Tuned) and not model.task.writes:
-        body, head = model.body, {**model.task.head, "weights": model.head.state_dict()}
-    elif isinstance(model, Tuned):
-        body = model.body
+    body, head = getattr(model, "body", model), None
+    if body is not model and not model.task.writes:
+        head = {**model.task.head, "weights": model.head.state_dict()}
+    elif body is not model and model.task.head["instruct"]:
+        print("(what training put around a prompt, ### Instruction: and so on, is no part of an export)",
+              file=sys.stderr)
     eot, offset = tokenizer.eot, body.config.pos_offset
     ids = {"eos_token_id": eot, "bos_token_id": eot,
            "pad_token_id": offset - 1 if offset else tokenizer.pad} | body.published.get("ids", {})
     if head and head["pool"] == "last" and ids["pad_token_id"] == eot:  # it would not be seen as the last one
         ids["pad_token_id"] = tokenizer.mask
     try:
-        try:
-            save(body, folder, ids, head)
-        except HeadError as error:
-            print(f"({error}: the head is left out, the body is exported with its pooling)", file=sys.stderr)
-            save(body, folder, ids, None, head["pool"])
+        save_with_head(body, folder, ids, head)
         tokenizer.save_pretrained(folder, body.config.block_size)
     except (ImportError, OSError, ValueError) as error:
         raise UserError(f"--export={folder}: {error}") from None
+
+
+def save_with_head(body: Transformer, folder: str, ids: dict, head: Optional[dict]) -> None:
+    """Without it, if transformers has none like it."""
+    try:
+        save(body, folder, ids, head)
+    except HeadError as error:
+        print(f"({error}: the head is left out, the body is exported with its pooling)", file=sys.stderr)
+        save(body, folder, ids, None, head["pool"])
 
 
 def main(given: dict):
@@ -315,7 +321,9 @@ def main(given: dict):
     kinds = TABLES if tuned and tuned.task.writes else (*TABLES, ".txt")
     is_table = bool(tuned) and kind_of(file) in kinds
     answers = is_table or bool(tuned) and not tuned.task.writes
-    check_used(globals(), given, **{"": ANSWERS if answers else WRITES if body.config.causal else FILLS})
+    encodes = not tuned and bool(body.published.get("encoder"))
+    writes = body.config.causal and not encodes
+    check_used(globals(), given, **{"": ANSWERS if answers else WRITES if writes else FILLS})
     prompt = "" if is_table else read_prompt(start)
     if tuned and file:
         prompt = prompt.removesuffix("\n")  # which ends the file, and is not of the text
@@ -330,11 +338,14 @@ def main(given: dict):
         body, prompt = body.to(machine.dtype), tuned.task.prompt(prompt)
     if quantize:
         body = to_int8(body)
-    if body.config.causal:
-        write(body, tokenizer, prompt, how, num_samples, max_new_tokens, stops, stream, seed, compile)
-        return
-    if body.published.get("encoder"):
+    if encodes:
         compare(body, tokenizer, prompt.split("\n"))
+        return
+    if body.head is None:
+        raise UserError(f"{out_dir}: has no head for tokens, so it neither writes nor fills gaps: finetune.py "
+                        "gives it another")
+    if writes:
+        write(body, tokenizer, prompt, how, num_samples, max_new_tokens, stops, stream, seed, compile)
         return
     print(prompt)
     for n, candidates in enumerate(fill(body, tokenizer, prompt), start=1):
