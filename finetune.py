@@ -31,7 +31,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from config import SettingError, UserError, above, at_least, check_used, defaults_of, launch, values_of
-from lib import metrics
+from lib import intervals
 from lib.optim import Pruning
 from lib.run import (BadSteps, Machine, Pace, Run, State, cannot_write, find_checkpoint, in_words,
                      left_by_runs, load_body, memory_advice, model_of, refuse_to_replace, step_line,
@@ -715,11 +715,11 @@ def report(run: Run, train: list[Row], test: list[Row], examples: list[Example],
     arrays = task.arrays(test, answers)
     baselines = {name: task.scores(*task.arrays(test, guesses))
                  for name, guesses in task.baselines(train, test).items()}
-    found = {**metrics.with_intervals(task.scores, arrays), "task": s.task, "test_rows": len(test),
+    found = {**intervals.with_intervals(task, arrays), "task": s.task, "test_rows": len(test),
              "best_epoch": best["epoch"], "baselines": baselines, "meaning": task.meaning,
              "validation": {name: value for name, value in best.items() if name != "goal"}}
     if s.group_column != "":
-        found["by_group"] = metrics.by_group(task.scores, arrays, [row.group for row in test])
+        found["by_group"] = intervals.by_group(task, arrays, [row.group for row in test])
     header, lines = task.table(test, answers)
     write_text(folder / "predictions.csv", as_csv([header, *lines]))
     write_json(folder / "metrics.json", found)
@@ -739,15 +739,19 @@ def table(found: dict) -> str:
     width = max(map(len, baselines), default=0) + 2
     lines = [f"  {'':20} {'this model':>24}" + "".join(f"{name:>{width}}" for name in baselines)]
     for name in [name for name in found if f"{name}_ci95" in found]:
-        low, high = found[f"{name}_ci95"]
         others = "".join(f"{scores[name]:{width}.4f}" for scores in baselines.values())
-        lines.append(f"  {name:20} {found[name]:8.4f} [{low:6.4f}, {high:6.4f}]{others}")
+        lines.append(f"  {name:20} {found[name]:8.4f} {interval(found[f'{name}_ci95']):16}{others}")
     for name, gap in found.get("by_group", {}).get("gaps", {}).items():
-        low, high = gap["gap_ci95"]
-        lines.append(f"  {name}: {gap['lowest']} lowest, {gap['highest']} highest, {gap['gap']:.4f} apart "
-                     f"[{low:.4f}, {high:.4f}]")
+        lowest = f"{gap['lowest']} ({gap['lowest_rows']:,} rows) lowest"
+        highest = f"{gap['highest']} ({gap['highest_rows']:,}) highest"
+        lines.append(f"  {name}: {lowest}, {highest}, {gap['gap']:.4f} apart {interval(gap['gap_ci95'])}")
     lines += [f"  ({name}: {what})" for name, what in found["meaning"].items()]
     return "\n".join(lines)
+
+
+def interval(ends: list[float]) -> str:
+    """Nothing if nothing can be said."""
+    return "" if math.isnan(ends[0]) else f"[{ends[0]:6.4f}, {ends[1]:6.4f}]"
 
 
 BUILT_IN = {"python_packages": python_packages}  # --data= -> rows to train on, validate and test

@@ -1,13 +1,11 @@
 """
-How good is it, and how sure are we: metrics in numpy, intervals, groups, a baseline, the report.
+How good is it: metrics in numpy, a baseline, the report. How sure we are of it is in lib/intervals.py.
 
     scores = compute(CLASS_METRICS, y, probs)     name -> value, for true classes and their probabilities
-    with_intervals(scores_of, arrays)             the same, each with its 95% interval
-    by_group(scores_of, arrays, groups)           for each group, and the largest gaps
 
 A metric is a line in one of the tables, and equals what scikit-learn, scipy or the task's official script
-computes; nan if it is not defined on these rows (ROC-AUC of a single class). Scores are a function of arrays
-with a row for each example: intervals and groups, which take some of the rows, need to know no task.
+computes; nan if it is not defined on these rows (ROC-AUC of a single class). It is a function of arrays with
+an entry a row.
 """
 import logging
 import math
@@ -31,12 +29,22 @@ def compute(table: dict[str, Callable], *arrays) -> dict[str, float]:
     return {name: float(metric(*arrays)) for name, metric in table.items()}
 
 
+class ByRow:
+    """A metric that is a mean over the rows. each: what it is of each row, (N,) or (N, ...)."""
+
+    def __init__(self, each: Callable):
+        self.each = each
+
+    def __call__(self, *arrays):
+        return self.each(*arrays).mean()
+
+
 # -----------------------------------------------------------------------------
 # Classes. y: (N,) class numbers, or (N, K) of 0 and 1 if a row has several labels; probs: (N, K).
 
 def nats(p):
-    """The mean log loss, if p are the probabilities of what is true."""
-    return -np.log(np.clip(p, 1e-300, 1)).mean()
+    """The log loss, if p are the probabilities of what is true."""
+    return -np.log(np.clip(p, 1e-300, 1))
 
 
 def f1(right, sizes):
@@ -61,6 +69,10 @@ def label_f1(y, probs, axis=None):
     """axis 0: of each label, (K,); None: of all together."""
     y, called = y > 0.5, probs > 0.5
     return f1((y & called).sum(axis), y.sum(axis) + called.sum(axis))
+
+
+def label_f1_macro(y, probs):
+    return label_f1(y, probs, axis=0).mean()
 
 
 def matthews(y, probs):
@@ -107,12 +119,15 @@ def over_classes(area: str, y, probs):
     return np.mean(defined) if defined else math.nan
 
 
+def tenths(confidence) -> np.ndarray:
+    return np.minimum((np.nan_to_num(confidence) * 10).astype(int), 9)
+
+
 def calibration_bins(confidence, right) -> list[tuple]:
     """(mean confidence, share right, rows) of each tenth of the confidences that has rows."""
-    tenths = np.minimum((np.nan_to_num(confidence) * 10).astype(int), 9)
-    found = []
-    for tenth in np.unique(tenths):
-        mine = tenths == tenth
+    which, found = tenths(confidence), []
+    for tenth in np.unique(which):
+        mine = which == tenth
         means = float(confidence[mine].mean()), float(right[mine].mean())
         found.append((*means, int(mine.sum())))
     return found
@@ -126,17 +141,17 @@ def calibration_error(y, probs):
 
 AREAS = {area: partial(over_classes, area) for area in ("roc_auc", "average_precision")}
 CLASS_METRICS = {
-    "loss": lambda y, probs: nats(probs[np.arange(len(y)), y]),
-    "accuracy": lambda y, probs: (probs.argmax(1) == y).mean(),
+    "loss": ByRow(lambda y, probs: nats(probs[np.arange(len(y)), y])),
+    "accuracy": ByRow(lambda y, probs: probs.argmax(1) == y),
     "f1_macro": f1_macro,
     "matthews": matthews,
     **AREAS,
     "calibration_error": calibration_error,
 }
 LABEL_METRICS = {  # several labels a row
-    "loss": lambda y, probs: nats(np.where(y > 0.5, probs, 1 - probs)),
-    "accuracy": lambda y, probs: ((y > 0.5) == (probs > 0.5)).all(1).mean(),  # rows with all labels right
-    "f1_macro": lambda y, probs: label_f1(y, probs, axis=0).mean(),
+    "loss": ByRow(lambda y, probs: nats(np.where(y > 0.5, probs, 1 - probs))),
+    "accuracy": ByRow(lambda y, probs: ((y > 0.5) == (probs > 0.5)).all(1)),  # rows with all labels right
+    "f1_macro": label_f1_macro,
     "f1_micro": label_f1,
     **AREAS,
 }
@@ -171,8 +186,8 @@ def spearman(a, b):
 
 
 NUMBER_METRICS = {
-    "loss": lambda y, p: ((y - p) ** 2).mean(),
-    "mean_absolute_error": lambda y, p: abs(y - p).mean(),
+    "loss": ByRow(lambda y, p: (y - p) ** 2),
+    "mean_absolute_error": ByRow(lambda y, p: abs(y - p)),
     "pearson": pearson,
     "spearman": spearman,
 }
@@ -258,8 +273,8 @@ def tag_counts(gold, predicted, scheme: TagScheme | None = None) -> list[int]:
 
 
 ANSWER_METRICS = {  # of what answer_match gives for each question, (N,) both
-    "exact_match": lambda exact, f1: exact.mean(),
-    "f1": lambda exact, f1: f1.mean(),
+    "exact_match": ByRow(lambda exact, f1: exact),
+    "f1": ByRow(lambda exact, f1: f1),
 }
 
 CJK = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
@@ -314,56 +329,6 @@ TOKEN_METRICS = {  # of sums over texts: nats, tokens that were likeliest, token
     "perplexity": lambda nats, right, n: math.exp(min(700, nats / max(1, n))),
     "accuracy": lambda nats, right, n: right / max(1, n),
 }
-
-
-# -----------------------------------------------------------------------------
-# Intervals and groups
-
-def bootstrap(scores: Callable, arrays: Sequence, seed: int = 0) -> dict[str, np.ndarray]:
-    """The metrics of 1000 sets of rows, drawn with replacement (Efron 1979): name -> (1000,)."""
-    rng, n = np.random.default_rng(seed), len(arrays[0])
-    drawn = []
-    for _ in range(1000):
-        rows = rng.integers(n, size=n)
-        drawn.append(scores(*(a[rows] for a in arrays)))
-    return {name: np.array([one[name] for one in drawn]) for name in drawn[0]}
-
-
-def interval(values: np.ndarray) -> list[float]:
-    """The middle 95% of them."""
-    known = values[~np.isnan(values)]
-    return np.quantile(known if len(known) else values, (0.025, 0.975)).tolist()
-
-
-def with_intervals(scores: Callable, arrays: Sequence, drawn: dict | None = None) -> dict:
-    """metric -> value, and metric_ci95 -> [low, high]. drawn: what `bootstrap` gives."""
-    drawn = drawn or bootstrap(scores, arrays)
-    found = {}
-    for name, value in scores(*arrays).items():
-        found[name] = value
-        found[f"{name}_ci95"] = interval(drawn[name])
-    return found
-
-
-def by_group(scores: Callable, arrays: Sequence, groups: Sequence[str]) -> dict:
-    """Every metric for each group, and for each metric the largest gap between two groups.
-
-    A gap's interval is of the difference between those two groups. Of many small groups two are always far
-    apart by chance: it is to be read with the number of rows.
-    """
-    groups, drawn, found = np.array(groups), {}, {}
-    for seed, name in enumerate(np.unique(groups).tolist()):
-        mine = [a[groups == name] for a in arrays]
-        drawn[name] = bootstrap(scores, mine, seed)
-        found[name] = {"rows": len(mine[0]), **with_intervals(scores, mine, drawn[name])}
-    gaps = {}
-    for metric in drawn[name]:
-        known = {name: one[metric] for name, one in found.items() if not math.isnan(one[metric])}
-        if len(known) > 1:
-            low, high = min(known, key=known.get), max(known, key=known.get)
-            gaps[metric] = {"gap": known[high] - known[low], "lowest": low, "highest": high,
-                            "gap_ci95": interval(drawn[high][metric] - drawn[low][metric])}
-    return {"groups": found, "gaps": gaps}
 
 
 # -----------------------------------------------------------------------------

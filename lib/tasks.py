@@ -13,6 +13,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ import torch
 from torch.nn import functional as F
 
 from config import SettingError, UserError
-from lib import metrics
+from lib import intervals, metrics
 from lib.rows import (ANSWER_NAMES, CLASS_NAMES, LM_NAMES, NUMBER_NAMES, TAG_NAMES, WORDS, Row, kind_of_words,
                       label_key, open_conll, open_questions, open_rows, read_lines, read_paragraphs, some,
                       split_rows, tags_of_spans, text_key, to_number)
@@ -54,6 +55,7 @@ class Task:
     """
     metrics = {}  # name -> function of the arrays
     metric = "accuracy"  # of these, the one that tells the best epoch
+    shares = frozenset()  # of these, those that say of each row whether it is right
     lower_is_better = False  # by that metric
     of_texts = False  # the outputs are of whole sequences, each pooled to a vector
     by_token = False  # or of single tokens, those at `places`; if neither, of every token
@@ -200,6 +202,10 @@ class Task:
     def scores(self, *arrays) -> dict[str, float]:
         return metrics.compute(self.metrics, *arrays)
 
+    def drawn(self, *arrays) -> Callable:
+        """A function of weights, how often each row is in each of R draws, (N, R): their scores, (R,) each."""
+        return intervals.Drawn(self.metrics, *arrays)
+
     def given(self, row: Row) -> dict:
         """A row, as predictions.csv has it."""
         pair = {"text_pair": row.pair} if self.of_texts and row.pair is not None else {}
@@ -317,6 +323,7 @@ class Vectors(TextTask):
 class Classify(TextTask):
     """A class for each text; with multi_label any number of them, each for itself."""
     metrics = metrics.CLASS_METRICS
+    shares = {"accuracy"}
     classes = True
     knows = TextTask.knows | {"multi_label", "class_weight", "label_smoothing", "teacher"}
     nested = {"label": (list,)}
@@ -530,6 +537,9 @@ class Tag(Task):
     def scores(self, counts, nats):
         return super().scores(metrics.TagTotals(*counts.sum(0), nats.sum()))
 
+    def drawn(self, *arrays):
+        return partial(intervals.drawn_by_sums, self.scores, arrays)
+
     def said(self, answer):
         return {"prediction": answer[0]}
 
@@ -562,6 +572,7 @@ class Answer(Task):
     """An answer is a span of the context: its first and its last token. A long context is read in windows."""
     metrics = metrics.ANSWER_METRICS
     metric = "f1"
+    shares = {"exact_match"}
     knows = {"max_answer"}
 
     names = ANSWER_NAMES
@@ -756,6 +767,9 @@ class LM(Task):
 
     def scores(self, sums):
         return super().scores(*sums.sum(0))
+
+    def drawn(self, *arrays):
+        return partial(intervals.drawn_by_sums, self.scores, arrays)
 
     def said(self, answer):
         nats, _, n = answer.tolist()

@@ -145,25 +145,6 @@ def test_answers_match_as_the_official_scripts_say(pairs):
     assert found["exact_match"] == close(np.mean([exact for *_, exact, _ in pairs]))
 
 
-def test_intervals_and_gaps_say_how_sure_one_can_be():
-    rng = np.random.default_rng(0)
-    y, right = rng.integers(2, size=400), rng.random(400) < 0.8
-    probs = np.where((y == 1) == right, 0.9, 0.1)
-    arrays = y, np.stack((1 - probs, probs), axis=1)
-    scores_of = partial(compute, CLASS_METRICS)
-    scores = metrics.with_intervals(scores_of, arrays)
-    p = scores["accuracy"]
-    spread = 1.96 * math.sqrt(p * (1 - p) / 400)  # the normal approximation
-    assert scores["accuracy_ci95"] == pytest.approx([p - spread, p + spread], abs=0.01)
-    found = metrics.by_group(scores_of, arrays, np.where(right | (y == 0), "a", "b"))
-    gap = found["gaps"]["accuracy"]
-    assert found["groups"]["b"]["accuracy"] == 0 and gap["lowest"] == "b" and gap["highest"] == "a"
-    assert gap["gap_ci95"][0] < gap["gap"] < gap["gap_ci95"][1]
-    gap = metrics.by_group(scores_of, arrays, np.arange(400) % 2)["gaps"]["accuracy"]  # 200 rows in each
-    assert np.diff(gap["gap_ci95"]) == pytest.approx(4 * spread, abs=0.02)
-    assert np.mean(gap["gap_ci95"]) == pytest.approx(gap["gap"], abs=0.01)
-
-
 def test_the_bag_of_words_baseline_is_scikit_learn_s():
     text = pytest.importorskip("sklearn.feature_extraction.text")
     from sklearn.linear_model import LogisticRegression
