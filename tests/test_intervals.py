@@ -27,7 +27,7 @@ def arrays_of(kind: str, n: int):
         return LM({**HEAD, "labels": []}, None), np.cumsum(rng.random((n, 3)), axis=1)
     if kind == "answers":
         return Answer({**HEAD, "labels": []}, None), np.round(probs[:, 0] / 5), probs[:, 1] / 5
-    task = Classify({**HEAD, "labels": list(range(k)), "several": kind == "labels"}, None)
+    task = Classify({**HEAD, "labels": [str(c) for c in range(k)], "several": kind == "labels"}, None)
     if kind == "labels":
         return task, (rng.random((n, k)) < 0.3).astype(float), (probs + 0.5) / 6
     return task, y, probs / probs.sum(1, keepdims=True)
