@@ -33,7 +33,7 @@ import torch
 
 from config import SettingError, UserError, at_least, check_used, launch
 from finetune import Tuned, predict, tuned_of, vectors, with_head
-from lib.pretrained import HeadError, save
+from lib.pretrained import HeadError, read_as_trained, save
 from lib.rows import as_csv, some
 from lib.run import USE, Machine, find_checkpoint, load_whole, model_of, newest_run
 from lib.text import kind_of, read_text
@@ -281,11 +281,13 @@ def write_pretrained(model: Transformer | Tuned, tokenizer: Tokenizer | HubToken
     eot, offset = tokenizer.eot, body.config.pos_offset
     ids = {"eos_token_id": eot, "bos_token_id": eot,
            "pad_token_id": offset - 1 if offset else tokenizer.pad} | body.published.get("ids", {})
-    if head and head["pool"] == "last" and ids["pad_token_id"] == eot:  # it would not be seen as the last one
-        ids["pad_token_id"] = tokenizer.mask
+    if head and head["pool"] == "last" and ids["pad_token_id"] == eot and tokenizer.mask is not None:
+        ids["pad_token_id"] = tokenizer.mask  # else an end at the end would be taken for padding
     try:
         save_with_head(body, folder, ids, head)
-        tokenizer.save_pretrained(folder, body.config.block_size)
+        tokenizer.save_pretrained(folder, head["max_length"] if head else body.config.block_size)
+        if head:
+            read_as_trained(folder, head, tokenizer, ids["pad_token_id"])
     except (ImportError, OSError, ValueError) as error:
         raise UserError(f"--export={folder}: {error}") from None
 

@@ -245,10 +245,13 @@ def encoder_of(folder: Path) -> dict:
     prompts = read_json(folder / "config_sentence_transformers.json")
     prompt = (prompts.get("prompts") or {}).get(prompts.get("default_prompt_name"), "")
     others = sorted(set(types) - {"Transformer", "Pooling", "Normalize"})
+    length = text.get("max_seq_length")
+    if type(length) not in (int, type(None)):
+        raise ValueError(f"{folder}/sentence_bert_config.json: max_seq_length={length!r}: must be an int")
     if others:
         say(f"{folder}: not used: {', '.join(others)}, behind the pooling")
     return {"pool": POOLS.get(modes[0], modes[0]) if len(modes) == 1 else " and ".join(modes),
-            "normalize": "Normalize" in types, "max_length": text.get("max_seq_length"),
+            "normalize": "Normalize" in types, "max_length": length,
             "lower": bool(text.get("do_lower_case")), "prompt": prompt}
 
 
@@ -371,6 +374,30 @@ def head_to_hf(model: Transformer, family: Family, head: dict) -> tuple[Transfor
     more |= {"id2label": dict(enumerate(labels)), "label2id": {label: k for k, label in enumerate(labels)}}
     weights = {f"{name}.weight": weight} | ({} if bias is None else {f"{name}.bias": bias})
     return model, {name: value.detach().cpu().contiguous() for name, value in weights.items()}, more
+
+
+def read_as_trained(folder: str | Path, head: dict, tokenizer, pad: int) -> None:
+    """An exported tokenizer reads texts as the task did: what is put before, behind and between them."""
+    stored = read_json(Path(folder) / "tokenizer.json")
+    before = [{"type": "Lowercase"}] * bool(head.get("lower"))
+    before += [{"type": "Prepend", "prepend": " "}] * bool(head.get("space"))
+    before += [stored["normalizer"]] * bool(stored["normalizer"])
+    stored["normalizer"] = {"type": "Sequence", "normalizers": before} if before else None
+    if stored["post_processor"] is None:
+        name = {i: name for name, i in tokenizer.specials.items()}
+        forms = []
+        for texts in (([-1],), ([-1], [-2])):
+            parts = zip(*tokenizer.wrap(*texts))
+            forms.append([{"Sequence": {"id": "BA"[i], "type_id": kind}} if i < 0 else
+                          {"SpecialToken": {"id": name[i], "type_id": kind}} for i, kind in parts])
+        used = [part["SpecialToken"]["id"] for part in forms[1] if "SpecialToken" in part]
+        stored["post_processor"] = {
+            "type": "TemplateProcessing", "single": forms[0], "pair": forms[1],
+            "special_tokens": {one: {"id": one, "ids": [tokenizer.specials[one]], "tokens": [one]} for one in used}}
+    write_text(Path(folder) / "tokenizer.json", json.dumps(stored, ensure_ascii=False))
+    said = read_json(Path(folder) / "tokenizer_config.json")
+    said["pad_token"] = next((name for name, i in tokenizer.specials.items() if i == pad), said.get("pad_token"))
+    write_text(Path(folder) / "tokenizer_config.json", json.dumps(said, ensure_ascii=False, indent=1))
 
 
 def with_pooler(model: Transformer, act: str, weight: torch.Tensor,

@@ -16,8 +16,8 @@ from lib.run import save_checkpoint
 from lib.tokenizer import make_tokenizer
 from model import Config, Transformer
 from test_model import MODERN, TINY
-from tests.helpers import (FAMILIES, posix, run_here, same, says, script, synthetic, theirs, tiny, tokens,
-                           write_rows)
+from tests.helpers import (FAMILIES, QUICK, posix, run_here, same, says, script, slow, synthetic, theirs,
+                           tiny, tokens, write_rows)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -366,8 +366,10 @@ def same_class(folder, their):
     assert same(again.state_dict(), their.state_dict()) and again.config.id2label == their.config.id2label
 
 
-OF_TASKS = [(name, end) for end in ("ForSequenceClassification", "ForTokenClassification",
-                                    "ForQuestionAnswering")
+QUICKLY = {("bert", "ForSequenceClassification"), ("llama", "ForSequenceClassification"),
+           ("roberta", "ForTokenClassification"), ("distilbert", "ForQuestionAnswering")}
+OF_TASKS = [pytest.param(name, end, marks=[slow] * ((name, end) not in QUICKLY))
+            for end in ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
             for name in ("bert", "roberta", "xlm-roberta", "distilbert", "gpt2", "llama", "mistral", "qwen3")]
 
 
@@ -414,6 +416,7 @@ def test_a_score_is_the_logit_unless_its_files_say_otherwise(tmp_path):
         assert again.predict([("ab c", "de")])[0]["prediction"] == pytest.approx(score.item(), abs=1e-5)
 
 
+@slow
 def test_sample_and_explain_use_a_published_head_and_finetune_goes_on_with_its_body(tmp_path):
     published_head(tmp_path / "in", "bert", "ForSequenceClassification")
     said = run_here(sample, f"--out_dir={tmp_path / 'in'}", "--start=abc de")
@@ -497,6 +500,7 @@ def test_sentence_vectors_equal_sentence_transformers_in_and_out(pooling, normal
     assert again == pytest.approx(wanted, abs=1e-5)
 
 
+@slow
 def test_a_fine_tuned_run_and_its_export_pool_as_the_encoder_did(tmp_path):
     st = pytest.importorskip("sentence_transformers")
     sentence_encoder(tmp_path / "in", {"pooling_mode": "mean"}, False)
@@ -568,7 +572,7 @@ TUNED = {  # what is learned -> on which body, with which settings; columns of t
     "last": ("llama", [], ("label", "text")), "lora": ("bert", ["--lora_rank=2"], ("label", "text"))}
 
 
-@pytest.mark.parametrize("case", TUNED)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[slow] * (case != "classify")) for case in TUNED])
 def test_what_was_fine_tuned_is_exported_with_head_and_labels(case, tmp_path):
     transformers = pytest.importorskip("transformers")
     name, args, header = TUNED[case]
@@ -603,6 +607,7 @@ def test_what_was_fine_tuned_is_exported_with_head_and_labels(case, tmp_path):
     assert again.predict(texts[:5])[0].keys() == model.predict(texts[:5])[0].keys()
 
 
+@slow
 def test_taggers_and_answerers_are_exported(tmp_path):
     transformers = pytest.importorskip("transformers")
     theirs("bert").save_pretrained(tmp_path / "in")
@@ -631,3 +636,71 @@ def test_taggers_and_answerers_are_exported(tmp_path):
         wanted = wanted.logits if task == "tag" else torch.stack((wanted.start_logits, wanted.end_logits), -1)
         torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
     assert their.config.id2label == {0: "LABEL_0", 1: "LABEL_1"}
+
+
+@slow
+def test_a_classifier_from_scratch_is_read_by_others_as_it_was_trained(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    texts, labels = synthetic(60)
+    data = write_rows(tmp_path / "data.csv", ("label", "text"), labels, texts)
+    run_here(finetune, f"--data={data}", f"--out_dir={tmp_path / 'out'}", *QUICK, "--causal=True",
+             "--act=swiglu", "--bias=False", "--epochs=1", "--n_inner=40", "--max_length=40")
+    run_here(sample, f"--out_dir={tmp_path / 'out'}", f"--export={tmp_path / 'hf'}")
+    model, _ = sample.load(tmp_path / "out")
+    assert model.task.head["space"] and model.pool == "last"
+    their = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert tokenizer.model_max_length == 40
+    with torch.no_grad():
+        probs = their(**tokenizer(texts[:8], return_tensors="pt", padding=True)).logits.softmax(-1)
+    found = [[one["prob_bad"], one["prob_good"]] for one in model.predict(texts[:8])]
+    torch.testing.assert_close(probs, torch.tensor(found), atol=1e-4, rtol=1e-4)
+
+
+@slow
+def test_an_export_keeps_generation_settings_and_ids_through_training(tmp_path):
+    their, wanted = theirs("llama"), {"eos_token_id": [3, 5], "bos_token_id": 2, "temperature": 0.7, "top_p": 0.9}
+    their.save_pretrained(tmp_path / "in")
+    (tmp_path / "in/generation_config.json").write_text(json.dumps(wanted))
+    rewrite(tmp_path / "in", "config.json", lambda config: config.update(eos_token_id=[3, 5], bos_token_id=2))
+    write_tokenizer(tmp_path / "in", causal=True)
+    (tmp_path / "data.txt").write_text("\n\n".join(synthetic(40)[0]))
+    run_here(finetune, f"--data={tmp_path / 'data.txt'}", "--task=lm", f"--init_from={tmp_path / 'in'}",
+             f"--out_dir={tmp_path / 'out'}", "--epochs=1", "--device=cpu")
+    for start in ("in", "out"):
+        run_here(sample, f"--out_dir={tmp_path / start}", f"--export={tmp_path / 'hf'}")
+        assert json.loads((tmp_path / "hf/generation_config.json").read_text()) == wanted
+        config = json.loads((tmp_path / "hf/config.json").read_text())
+        assert (config["eos_token_id"], config["bos_token_id"]) == ([3, 5], 2)
+
+
+@pytest.mark.parametrize("file, content", [
+    ("modules.json", [{"type": "x.Pooling", "path": "../1_Pooling"}]), ("modules.json", [3]), ("modules.json", {}),
+    ("1_Pooling/config.json", {"pooling_mode": 3}), ("sentence_bert_config.json", {"max_seq_length": "many"}),
+    ("sentence_bert_config.json", []), ("config_sentence_transformers.json", {"prompts": [1]})])
+def test_hostile_files_of_an_encoder_are_one_line(file, content, tmp_path):
+    sentence_encoder(tmp_path, {"pooling_mode": "mean"})
+    (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(UserError) as error:
+        sample.load(tmp_path)
+    says(error, str(tmp_path))
+
+
+@pytest.mark.parametrize("change", [
+    {"peft_type": "IA3"}, {"use_dora": True}, {"lora_alpha": "x"}, {"alpha_pattern": {"(": 3}}, {"task_type": []},
+    {"base_model_name_or_path": None}, {"base_model_name_or_path": ""}, {"alpha_pattern": 3}])
+def test_hostile_adapters_are_one_line(change, tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    theirs("llama").save_pretrained(tmp_path / "base")
+    write_tokenizer(tmp_path / "base", causal=True)
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    (tmp_path / "adapter").mkdir()
+    safetensors.save_file({name.format("A"): torch.ones(2, 32), name.format("B"): torch.ones(32, 2)},
+                          tmp_path / "adapter/adapter_model.safetensors")
+    how = {"peft_type": "LORA", "lora_alpha": 4, "base_model_name_or_path": str(tmp_path / "base")}
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(how))
+    sample.load(tmp_path / "adapter")
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(how | change))
+    with pytest.raises(UserError) as error:
+        sample.load(tmp_path / "adapter")
+    says(error, str(tmp_path))
