@@ -106,7 +106,7 @@ log_interval: at_least(1) = 50  # steps from one log line to the next
 # system
 device: str = "auto"  # auto: cuda, else mps, else cpu
 dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; auto: what is fast
-seed: at_least(0) = 1337  # of weights, splits, order and dropout
+seed: at_least(0, below=2**63) = 1337  # of weights, splits, order and dropout
 # -----------------------------------------------------------------------------
 
 

@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -471,7 +472,7 @@ class Sampling:
     top_k: Optional[at_least(1)] = None  # choose among so many of the likeliest tokens only; None: all
     top_p: Optional[above(0.0, at_most=1.0)] = None  # among the likeliest with so much together; None: all
     min_p: Optional[at_least(0.0, at_most=1.0)] = None  # among those so likely, against the likeliest
-    repetition_penalty: above(0.0) = 1.0  # above 1: what was said becomes less likely
+    repetition_penalty: at_least(0.01, at_most=100.0) = 1.0  # above 1: what was said becomes less likely
 
     def __post_init__(self):
         check(self)
@@ -480,6 +481,7 @@ class Sampling:
 def draw(logits, how: Sampling, idx, pad_mask=None, generator=None):
     """One token from each row of scores, (B, V) -> (B,), that continues the text idx, (B, T).
 
+    generator: one for all rows, a list of one for each, or None: torch's own.
     top_p: Holtzman et al. 2020; min_p: Nguyen et al. 2024; repetition_penalty: Keskar et al. 2019.
     """
     if how.repetition_penalty != 1:
@@ -488,10 +490,10 @@ def draw(logits, how: Sampling, idx, pad_mask=None, generator=None):
         seen = logits.gather(1, idx)  # (B, T)
         seen = torch.where(seen > 0, seen / how.repetition_penalty, seen * how.repetition_penalty)
         logits = logits.scatter(1, idx, seen)
-    if how.temperature == 0:
+    if how.temperature < 1e-6:  # float32 has nothing between that and 0
         return logits.argmax(-1)
     if how == Sampling(how.temperature, repetition_penalty=how.repetition_penalty):  # nothing to filter
-        return torch.multinomial(F.softmax(logits / how.temperature, -1), 1, generator=generator).squeeze(1)
+        return pick(F.softmax(logits / how.temperature, -1), generator).squeeze(1)
     V = logits.size(-1)
     best, ids = logits.topk(min(how.top_k or V, V))  # (B, k), likeliest first
     probs = F.softmax(best / how.temperature, -1)
@@ -500,7 +502,54 @@ def draw(logits, how: Sampling, idx, pad_mask=None, generator=None):
         probs = probs.masked_fill(before >= how.top_p, 0.0)
     if how.min_p is not None:
         probs = probs.masked_fill(probs < how.min_p * probs.amax(-1, keepdim=True), 0.0)
-    return ids.gather(1, torch.multinomial(probs, 1, generator=generator)).squeeze(1)
+    return ids.gather(1, pick(probs, generator)).squeeze(1)
+
+
+def pick(probs, generator=None):
+    """A number of each row by its probabilities, which need not add up to 1: (B, k) -> (B, 1)."""
+    if not isinstance(generator, list):
+        return torch.multinomial(probs, 1, generator=generator)
+    rows = zip(probs.split(1), generator, strict=True)
+    return torch.cat([torch.multinomial(row, 1, generator=its_own) for row, its_own in rows])
+
+
+def shortened(idx, pad_mask, block_size: int):
+    """Texts of more than block_size tokens, cut to their last block_size // 2; the others as they are.
+
+    (B, T) and its pad_mask, if any, with padding on the left; padding does not count. So each row of a batch
+    is cut when it would be alone.
+    """
+    half = max(1, block_size // 2)
+    if pad_mask is None:
+        return idx[:, -half:], None
+    lengths = pad_mask.sum(1)
+    lengths = torch.where(lengths > block_size, half, lengths)  # (B,)
+    T = int(lengths.max())
+    return idx[:, -T:], torch.arange(T, device=idx.device) >= T - lengths.unsqueeze(1)
+
+
+class Compiled:
+    """torch.compile(function); if that fails, the function itself from then on, after a warning."""
+
+    def __init__(self, function, **how):
+        self.function, self.how = function, how
+        self.faster = None  # when it is called first
+
+    def __call__(self, *args, **given):
+        if self.faster is not self.function:
+            try:
+                self.faster = self.faster or torch.compile(self.function, **self.how)
+                return self.faster(*args, **given)
+            except Exception as error:  # no C++ compiler, no Triton, a Python that it does not know...
+                tell_compile_failed(error)
+                self.faster = self.function
+        return self.function(*args, **given)
+
+
+def tell_compile_failed(error: Exception):
+    reason = str(error).strip().split("\n")[0][:160]
+    print(f"warning: torch.compile failed, going on without it ({type(error).__name__}: {reason})",
+          file=sys.stderr)
 
 
 def lay_by_columns(model: nn.Module):
@@ -655,21 +704,25 @@ class Transformer(nn.Module):
         """Continue the prompts, (B, T): yields max_new_tokens times (B,) token ids, past <|endoftext|> too.
 
         pad_mask: (B, T), True at real tokens: prompts of several lengths are padded on the left. generator: a
-        torch.Generator on idx's device, for repeatable draws. sampling: see Sampling.
-        Past block_size, the last block_size // 2 tokens are kept and read again. The same tokens come with
-        the cache and without. compile: torch.compile the step for one token, for GPUs: half a minute at the
-        start, then no time is lost between its many small kernels (CUDA graphs).
-        Raises ValueError for an empty prompt or a model that is not causal.
+        torch.Generator on idx's device, for repeatable draws, or a list with one for each row. sampling: see
+        Sampling.
+        Past block_size, the last block_size // 2 tokens of a text are kept and read again. The same tokens
+        come with the cache and without, and for a row of a batch as for it alone. compile: torch.compile the
+        step for one token, for GPUs: half a minute at the start, then no time is lost between its many small
+        kernels (CUDA graphs).
+        Raises ValueError for an empty prompt, a model that is not causal, or scores that are not finite.
         """
         if not self.config.causal:
             raise ValueError("causal=False: a masked model fills gaps, it does not continue text")
         if idx.size(1) == 0:
             raise ValueError("empty prompt: it needs at least one token, <|endoftext|> for instance")
+        if pad_mask is not None and not pad_mask[:, -1].all():
+            raise ValueError("pad_mask: a prompt ends in padding, which belongs to its left, or has no token")
         how = Sampling(**sampling)
         block_size = self.config.block_size
         # slots of the cache; in steps of 256, so that a compiled step serves many lengths
         room = min(block_size, (idx.size(1) + max_new_tokens + 255) // 256 * 256)
-        step = torch.compile(self.hidden, mode="reduce-overhead", dynamic=False) if compile else None
+        step = Compiled(self.hidden, mode="reduce-overhead", dynamic=False)
         training = self.training
         self.eval()  # no dropout
         if not training and idx.device.type == "cpu" and len(idx) == 1:  # not while it trains
@@ -678,9 +731,8 @@ class Transformer(nn.Module):
             past, cache = 0, None  # tokens in the cache
             for _ in range(max_new_tokens):
                 if idx.size(1) > block_size:
-                    past, half = 0, max(1, block_size // 2)
-                    idx = idx[:, -half:]
-                    pad_mask = None if pad_mask is None else pad_mask[:, -half:]
+                    past = 0
+                    idx, pad_mask = shortened(idx, pad_mask, block_size)
                 if past == 0 and use_cache:
                     cache = [KVCache(self.config, len(idx), room, self.wte.weight, fixed=compile)
                              for _ in self.blocks]
@@ -692,8 +744,12 @@ class Transformer(nn.Module):
                     x = step(last, mask, cache=cache, past=here)  # (B, 1, C)
                 else:  # the prompt, then one more token; without a cache all of the text, again and again
                     x = self.hidden(idx[:, past:], pad_mask, cache=cache, past=past)  # (B, T, C)
+                logits = self.logits(x[:, -1])  # (B, V)
+                # a GPU is asked at the beginning only: an answer is waited for
+                if (past == 0 or idx.device.type == "cpu") and not logits.amax(-1).isfinite().all():
+                    raise ValueError("the scores are not finite: damaged weights, or too large for this dtype")
                 past = idx.size(1) if use_cache else 0
-                token = draw(self.logits(x[:, -1]), how, idx, pad_mask, generator)  # (B,)
+                token = draw(logits, how, idx, pad_mask, generator)  # (B,)
                 yield token
                 idx = torch.cat((idx, token.unsqueeze(1)), dim=1)
                 pad_mask = extended(pad_mask, 1)

@@ -53,7 +53,7 @@ num_samples: at_least(1) = 1  # texts to write
 max_new_tokens: at_least(1) = 300  # length of each, at most
 stop: Union[str, list] = ""  # end before this text, or the first of several: --stop="['#', 'def ']"
 stream: bool = True  # print each text as it is written; False: all texts at once, faster for many
-seed: at_least(0) = 1337  # the same seed, the same text
+seed: at_least(0, below=2**63) = 1337  # the same seed, the same text
 device: str = "auto"  # auto: cuda, else mps, else cpu
 dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights; auto: what is fast there
 compile: bool = False  # torch.compile the step for one token: half a minute once, then fast; on a GPU

@@ -259,10 +259,35 @@ def test_ragged_prompts_go_as_if_alone(column):
         idx[row, -len(prompt):] = prompt
         mask[row, -len(prompt):] = True
     together = greedy(model, idx, 30, pad_mask=mask)
-    for row, prompt in enumerate(prompts):  # as long as all fits
-        assert torch.equal(together[row, 9:16], greedy(model, prompt[None], 7)[0, len(prompt):])
+    drawn = model.generate(idx, 30, pad_mask=mask, generator=[seeded(row) for row in range(3)])
+    for row, prompt in enumerate(prompts):  # past block_size too
+        assert torch.equal(together[row, 9:], greedy(model, prompt[None], 30)[0, len(prompt):])
+        alone = model.generate(prompt[None], 30, generator=seeded(row))
+        assert torch.equal(drawn[row, 9:], alone[0, len(prompt):])
     with fixed_shapes():
         assert torch.equal(together, greedy(model, idx, 30, pad_mask=mask, compile=True))
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_what_cannot_be_written_is_one_line(monkeypatch, capsys):
+    model, prompt = tiny(), tokens(2, 5)
+    assert torch.equal(model.generate(prompt, 20, temperature=1e-40), greedy(model, prompt, 20))
+    for mask in ([[True] * 5, [True] * 4 + [False]], [[True] * 5, [False] * 5]):  # on the right, and empty
+        with pytest.raises(ValueError, match="pad_mask"):
+            model.generate(prompt, 2, pad_mask=torch.tensor(mask))
+    expected = greedy(model, prompt, 20)
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: 1 / 0)  # as on a Python that it does not know
+    assert torch.equal(greedy(model, prompt, 20, compile=True), expected)
+    assert capsys.readouterr().err == (
+        "warning: torch.compile failed, going on without it (ZeroDivisionError: division by zero)\n")
+    for bad in (math.nan, math.inf):
+        model.wte.weight.data[:, 0] = bad
+        for how in ({}, {"temperature": 0}, {"top_k": 3}):
+            with pytest.raises(ValueError, match="not finite"):
+                model.generate(prompt, 2, **how)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -281,7 +306,7 @@ def test_draws_follow_the_filtered_softmax(how, kept):
     assert expected[:2].sum() < 0.9 < expected[:3].sum() and expected[0] > 0.5  # so the top_p above
     expected[kept:] = 0
     expected *= n / expected.sum()
-    drawn = draw(logits.expand(n, -1), Sampling(0.7, **how), None, generator=torch.Generator().manual_seed(0))
+    drawn = draw(logits.expand(n, -1), Sampling(0.7, **how), None, generator=seeded(0))
     counts = torch.bincount(drawn, minlength=6)
     assert (counts[kept:] == 0).all()
     chi2 = ((counts - expected).square() / expected)[:kept].sum()
@@ -293,8 +318,7 @@ def test_text_is_greedy_or_drawn_by_its_seed_and_the_model_is_left_as_it_was():
     written = greedy(model, tokens(2, 5), 20)
     for narrow in ({"temperature": 0}, {"temperature": 1.3, "top_k": 1}, {"top_p": 1e-9}):
         assert torch.equal(model.generate(tokens(2, 5), 20, **narrow), written)
-    one, two, three = (model.generate(tokens(1, 3), 30, generator=torch.Generator().manual_seed(seed))
-                       for seed in (1, 1, 2))
+    one, two, three = (model.generate(tokens(1, 3), 30, generator=seeded(seed)) for seed in (1, 1, 2))
     assert torch.equal(one, two) and not torch.equal(one, three) and model.training
 
 

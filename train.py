@@ -36,7 +36,7 @@ from lib.optim import Momentum, Muon, Pruning
 from lib.run import (BadSteps, Machine, Pace, Run, clock, in_words, load_body, memory_advice, model_of,
                      step_line, stored_settings)
 from lib.tokenizer import HubTokenizer, Tokenizer
-from model import Config, TokenEmbedding, Transformer, block_matrices
+from model import Config, TokenEmbedding, Transformer, block_matrices, tell_compile_failed
 
 # -----------------------------------------------------------------------------
 # Settings. The model's are the fields of Config in model.py: --n_layer=6 works as well. Annotations are
@@ -92,7 +92,7 @@ dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix p
 compile: bool = True  # torch.compile: half a minute at the start, faster steps (falls back if it fails)
 remat: bool = False  # compute the blocks' activations again in the backward pass: less memory, a third slower
 backend: Literal["auto", "nccl", "gloo"] = "auto"  # of torch.distributed; auto: nccl on GPUs, else gloo
-seed: at_least(0) = 1337  # of weights, data order and dropout
+seed: at_least(0, below=2**63) = 1337  # of weights, data order and dropout
 deterministic: bool = False  # bit-identical reruns on a GPU too, at some cost in speed
 # -----------------------------------------------------------------------------
 
@@ -532,9 +532,7 @@ def compiled(objective: nn.Module, machine: Machine, example: list) -> nn.Module
             faster(*example).sum().backward()
         return faster
     except Exception as error:  # no C++ compiler, no Triton, a GPU too old...
-        reason = str(error).strip().split("\n")[0][:160]
-        print(f"warning: torch.compile failed, going on without it ({type(error).__name__}: {reason})",
-              file=sys.stderr)
+        tell_compile_failed(error)
         return objective
     finally:
         objective.zero_grad(set_to_none=True)

@@ -1,0 +1,165 @@
+"""
+The processes of a run, as torchrun starts them: how they find each other, and what becomes of the others if
+one fails, dies, or does not answer.
+
+    join("gloo")      init_process_group, and a heartbeat
+    leave(status)     the end of the process
+
+What they tell each other besides goes through torchrun's key-value store, which answers at any time: to those
+that wait for a GPU, and to those that never came to join.
+"""
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import sys
+import threading
+import time
+from datetime import timedelta
+from typing import Optional
+
+import torch.distributed as dist
+
+BEAT = 5.0  # seconds from one heartbeat to the next
+SILENCE = 60.0  # seconds without one, after which a process counts as dead
+
+heart: Optional[Heartbeat] = None
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def world() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def attempt() -> int:
+    """How often torchrun has started the processes again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def run_id() -> Optional[str]:
+    """torchrun's name for the run, the same in all attempts."""
+    return os.environ.get("TORCHELASTIC_RUN_ID")
+
+
+def join(backend: str) -> None:
+    """Become part of the group. A process that waits for another one waits as long as that one is alive."""
+    global heart
+    store = next(dist.rendezvous("env://"))[0]
+    heart = Heartbeat()
+    heart.start()
+    # a prefix, for the addresses of an attempt's processes stay in the store
+    dist.init_process_group(backend, store=dist.PrefixStore(f"group{attempt()}", store), rank=rank(),
+                            world_size=world(), timeout=timedelta(days=1))
+
+
+def store(patience: float = 10.0) -> dist.Store:
+    """A connection of one's own to the store. Raises an error of torch.distributed if it does not answer."""
+    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if rank() == 0 and not agents and not dist.is_initialized():
+        raise dist.DistNetworkError("there is none before this process has joined")
+    found = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+                          wait_for_workers=False, timeout=timedelta(seconds=patience))
+    return dist.PrefixStore(f"run{attempt()}", found)
+
+
+class Heartbeat(threading.Thread):
+    """Tells the others that this process lives, and ends it if the next one does not, or if any has failed.
+
+    That is no collective's timeout: compiling, evaluating and preparing data are silent for minutes.
+    """
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.stop = threading.Event()
+        self.store = store()
+
+    def run(self) -> None:
+        other, last, since, beats = (rank() + 1) % world(), None, None, 0
+        try:
+            while not self.stop.wait(BEAT):
+                beats += 1
+                self.store.set(f"beat{rank()}", str(beats))
+                if self.store.check(["failed"]):
+                    time.sleep(BEAT)  # to say what there is to say
+                    os._exit(1)
+                there = self.store.check([f"beat{other}"])  # not before it has joined
+                found = self.store.get(f"beat{other}") if there else None
+                if found != last:
+                    last, since = found, time.monotonic()
+                if found not in (None, b"done") and time.monotonic() > since + SILENCE:
+                    end(f"process {other} of {world()} has not answered for {SILENCE:.0f} s: "
+                        "--init_from=resume goes on with what was saved")
+        except RuntimeError:  # the store is gone, and torchrun with it
+            return
+
+
+def end(reason: str) -> None:
+    """Of this process and, through their heartbeats, of the others."""
+    say_once(reason)
+    tell_failure()
+    os._exit(1)
+
+
+def say_once(reason: str) -> None:
+    """Print an error, unless another process has printed the same."""
+    try:
+        first = world() == 1 or store().add("said " + hashlib.sha256(reason.encode()).hexdigest(), 1) == 1
+    except (RuntimeError, ValueError, KeyError):  # nobody can be asked
+        first = True
+    if first:
+        print(f"error: {reason}", file=sys.stderr, flush=True)
+
+
+def tell_failure() -> None:
+    try:
+        store().set("failed", str(rank()))
+    except (RuntimeError, ValueError, KeyError):
+        pass
+
+
+LOST = "gloo|nccl|connection (closed|reset|refused)|broken pipe|tcpstore|timed out|socket|process group"
+
+
+def is_lost(error: Exception) -> bool:
+    """Is it what torch.distributed raises when another process has gone?"""
+    return isinstance(error, RuntimeError) and bool(re.search(LOST, str(error).lower()))
+
+
+def say_lost() -> None:
+    """Another process has gone. If it could still say why, that was enough."""
+    try:
+        said = store().check(["failed"])
+    except (RuntimeError, ValueError, KeyError):
+        said = False
+    if not said:
+        say_once("another process of the run has died, or cannot be reached: --init_from=resume goes on with "
+                 "what was saved")
+
+
+def leave(status: int) -> None:
+    """The end of this process.
+
+    The group is not taken down. Its destructor waits for its threads with Python's lock in its hands, and a
+    thread that still has a tensor to release waits for that lock.
+    """
+    if heart:
+        heart.stop.set()
+        heart.join(BEAT)
+    if status:
+        tell_failure()
+    elif heart:
+        try:
+            heart.store.set(f"beat{rank()}", "done")
+            heart.store.add("left", 1)
+            end = time.monotonic() + 10
+            while rank() == 0 and heart.store.add("left", 0) < world() and time.monotonic() < end:
+                time.sleep(0.02)  # without torchrun the store lives in this process
+        except RuntimeError:
+            pass
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)
