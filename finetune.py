@@ -20,6 +20,7 @@ import copy
 import hashlib
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,7 +47,7 @@ from train import BLOCKS_ONLY, OPTIMIZERS, SCHEDULES, lr_factor, make_optimizers
 # Settings. A model from scratch takes the fields of Config in model.py too, a pretrained one only dropout.
 out_dir: str = "out/finetuned"  # where checkpoints, metrics.json and predictions.csv go
 overwrite: bool = False  # start over even if out_dir holds a run, which is removed
-init_from: str = "scratch"  # scratch; resume; a run's folder; a Hugging Face folder, or an id on its hub
+init_from: str = "scratch"  # scratch; resume; auto; a run's folder; a Hugging Face folder, or a hub's id
 task: Literal[tuple(TASKS)] = "classify"  # what to learn
 # data
 data: str = ""  # labelled examples to train on; or a built-in set: python_packages
@@ -325,13 +326,14 @@ def new_head(body: Transformer, tokenizer, train: list[Row], origin: str, s: Sim
 # -----------------------------------------------------------------------------
 # Batches
 
-def batches(lengths: np.ndarray, size_at, seed: int, epoch: int, epochs: int) -> list[np.ndarray]:
+def batches(lengths: np.ndarray, size_at, seed: int, epoch: int, epochs: int, done=()) -> list[np.ndarray]:
     """The examples' numbers, each once, in batches of similar length; a function of seed and epoch alone.
 
-    size_at: progress through the training, from 0 to 1 -> batch size.
+    size_at: progress through the training, from 0 to 1 -> batch size. done: examples that it leaves out.
     """
     rng = np.random.default_rng((seed, epoch))
     order, found, i = rng.permutation(len(lengths)), [], 0
+    order = order[~np.isin(order, done)]
     while i < len(order):
         size = size_at((epoch + i / len(order)) / epochs)
         near = order[i:i + 50 * size]  # sorted by length within these, then the batches are shuffled
@@ -467,16 +469,33 @@ def teacher_probs(folder: str, task: Task, rows: list[Row], machine: Machine) ->
 
 
 class Plan:
-    """Which examples each step takes: the whole training, as a function of seed and settings alone."""
+    """Which examples each step takes: the whole training, as a function of seed and settings alone.
 
-    def __init__(self, examples: list[Example], s: SimpleNamespace):
+    earlier: what these settings were until a step, [(step, {name: value}), ...], where a run that goes on has
+    others. Then the examples that its epoch has not seen come in the new batches.
+    """
+    SETTINGS = ("epochs", "batch_size", "batch_size_end", "gradient_accumulation_steps")
+
+    def __init__(self, examples: list[Example], s: SimpleNamespace, earlier: Sequence[tuple] = ()):
         self.examples, self.s = examples, s
         self.lengths = np.array([length_of(example) for example in examples])
+        self.steps, self.epoch_ends = [], []
+        for until, settings in earlier:
+            self.extend(SimpleNamespace(**{**vars(s), **settings}))
+            self.steps = self.steps[:until]
+            self.epoch_ends = [end for end in self.epoch_ends if end <= until]
+        self.extend(s)
+
+    def extend(self, s: SimpleNamespace) -> None:
+        """The rest of the epoch under way, and the epochs after it."""
         steps, micro_batches = s.gradient_accumulation_steps, growing(s.batch_size, s.batch_size_end)
-        epochs = [batches(self.lengths, lambda share: steps * micro_batches(share), s.seed, epoch, s.epochs)
-                  for epoch in range(s.epochs)]
-        self.steps = [step for epoch in epochs for step in epoch]
-        self.epoch_ends = np.cumsum([len(epoch) for epoch in epochs])
+        under_way = self.steps[self.epoch_ends[-1] if self.epoch_ends else 0:]
+        done = np.concatenate(under_way) if under_way else ()
+        for epoch in range(len(self.epoch_ends), s.epochs):
+            self.steps += batches(self.lengths, lambda share: steps * micro_batches(share), s.seed, epoch,
+                                  s.epochs, done)
+            self.epoch_ends.append(len(self.steps))
+            done = ()
 
     def micro_batches(self, step: int, task: Task, taught: Optional[torch.Tensor],
                       machine: Machine) -> list[dict]:
@@ -545,6 +564,18 @@ def open_model(run: Run, train: list[Row], given: dict, s: SimpleNamespace) -> T
     return model.to(run.machine.device)
 
 
+def plans_until_now(run: Run, s: SimpleNamespace) -> list[tuple[int, dict]]:
+    """For Plan: the settings that a run to go on with has had, and until which step."""
+    if not run.resumed:
+        return []
+    saved = run.checkpoint
+    found = list(saved["data"].get("plans", []))
+    then = {name: saved["settings"][name] for name in Plan.SETTINGS}
+    if then != {name: getattr(s, name) for name in Plan.SETTINGS}:
+        found.append((saved["state"]["step"], then))
+    return found
+
+
 def fine_tune(run: Run, train: list[Row], val: list[Row], test: list[Row], given: dict,
               s: SimpleNamespace) -> dict:
     """Train on one split, test the best epoch, and write all of it to the run's folder.
@@ -565,9 +596,12 @@ def fine_tune(run: Run, train: list[Row], val: list[Row], test: list[Row], given
                         "context, or no prompt leaves room for a response in "
                         f"{task.head['max_length']} tokens")
     settled = task.settle(examples, s)
-    plan = Plan(examples, s)
-    origin = {"data": fingerprint(train + val), "steps": len(plan.steps)}
+    origin = {"data": fingerprint(train + val)}
+    machine.agree(f"data={s.data}", origin["data"].encode())
     run.check_data(origin)
+    earlier = plans_until_now(run, s)
+    plan = Plan(examples, s, earlier)
+    origin["plans"] = earlier
 
     # The objective, on its device, data-parallel; the optimizers; and where we are.
     taught = teacher_probs(s.teacher, task, train, machine) if s.teacher else None
@@ -588,6 +622,8 @@ def fine_tune(run: Run, train: list[Row], val: list[Row], test: list[Row], given
     run.begin(settings, defaults_of(globals()), model_args=asdict(model.body.config),
               tokenizer=task.tokenizer.to_dict(), data=origin, published=model.body.published)
 
+    if run.resumed and state.step >= len(plan.steps):
+        machine.say(f"finished after {state.step} steps: --epochs={s.epochs + 1} trains on")
     bad_steps = BadSteps(s.max_bad_steps, 1 if machine.looks_each_step() else s.log_interval, machine.main)
     pace = Pace(state, len(plan.steps))
     warmup_iters = int(s.warmup * len(plan.steps))
@@ -633,13 +669,17 @@ def fine_tune(run: Run, train: list[Row], val: list[Row], test: list[Row], given
             enough = s.patience is not None and state.since_best >= s.patience
             pace.restart(state)
 
-    if run.stop.signal and state.step < len(plan.steps) and not enough:
+    finished = enough or state.step >= len(plan.steps)
+    if run.stopped(unless_late=finished):  # also in the last evaluation: more would come, a test or folds
         save(run, "ckpt.pt", state, model, model.body.state_dict(), optimizers)
         run.close()
         machine.say(f"stopped after {state.step} steps, saved: --init_from=resume goes on")
-        machine.close()
+        machine.barrier()
         sys.exit(run.stop.status())
     run.close()
+    if not state.best:
+        raise UserError(f"{run.folder}: its best.pt is damaged, and it is trained to the end: "
+                        f"--epochs={s.epochs + 1} trains on, --overwrite starts anew")
     return report(run, train, test, test_examples, state.best, s) if machine.main else {}
 
 
@@ -902,7 +942,7 @@ def main(given: dict):
         found.append(fine_tune(run, train, val, test, given, s))
     if folds and machine.main:
         print(summary_of_folds(folder, found, s))
-    machine.close()
+    machine.barrier()
 
 
 def summary_of_folds(folder: Path, found: list[dict], s: SimpleNamespace) -> str:

@@ -347,7 +347,10 @@ def main(given: dict):
         raise UserError(f"{out_dir}: has no head for tokens, so it neither writes nor fills gaps: finetune.py "
                         "gives it another")
     if writes:
-        write(body, tokenizer, prompt, how, num_samples, max_new_tokens, stops, stream, seed, compile)
+        try:
+            write(body, tokenizer, prompt, how, num_samples, max_new_tokens, stops, stream, seed, compile)
+        except ValueError as error:  # the prompt or the weights
+            raise UserError(f"{out_dir}: {error}") from None
         return
     print(prompt)
     for n, candidates in enumerate(fill(body, tokenizer, prompt), start=1):

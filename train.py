@@ -33,7 +33,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 import prepare
 from config import SettingError, UserError, above, at_least, defaults_of, launch, place_of, values_of
 from lib.optim import Momentum, Muon, Pruning
-from lib.run import (BadSteps, Machine, Pace, Run, clock, in_words, load_body, memory_advice, model_of,
+from lib.run import (BadSteps, FileCheck, Machine, Pace, Run, clock, in_words, load_body, memory_advice, model_of,
                      step_line, stored_settings)
 from lib.tokenizer import HubTokenizer, Tokenizer
 from model import Config, TokenEmbedding, Transformer, block_matrices, tell_compile_failed
@@ -43,7 +43,7 @@ from model import Config, TokenEmbedding, Transformer, block_matrices, tell_comp
 # evaluated late (from __future__), so that these can name the tables that come below.
 out_dir: str = "out"  # where checkpoints and logs go
 overwrite: bool = False  # start over even if out_dir holds a run, which is removed
-init_from: str = "scratch"  # scratch; resume: go on in out_dir; else whose weights: a run's folder, a hub id
+init_from: str = "scratch"  # scratch; resume: go on in out_dir; a run's folder or hub id: its weights; auto
 eval_interval: at_least(1) = 2000  # steps between evaluations
 eval_iters: at_least(0) = 200  # windows of block_size tokens in an evaluation, evenly spaced; 0: all
 eval_only: bool = False  # evaluate once and exit
@@ -185,6 +185,7 @@ class Data(NamedTuple):
     val: np.ndarray
     tokenizer: Tokenizer | HubTokenizer
     many: bool  # many documents, not one text
+    sums: dict[Path, str]  # the SHA-256 of each file that has one
 
     def token_bytes(self, vocab_size: int) -> np.ndarray:
         """(V,): the length of each token's text."""
@@ -200,13 +201,13 @@ class Data(NamedTuple):
 
 
 def make_built_in(dataset: str, vocab_size: Optional[int], machine: Machine) -> None:
-    """Prepare a built-in data set that is not there yet, in the first process; the others wait."""
-    if dataset not in prepare.BUILT_IN or (Path("data") / dataset).exists():
-        return
-    if machine.main:
-        takes_size = prepare.BUILT_IN[dataset][1] == "bpe" and vocab_size is not None
-        prepare.prepare(dataset, **({"vocab_size": vocab_size} if takes_size else {}))
-    machine.barrier()
+    """Prepare a built-in data set that is not there yet: in the first process of all, and then, if no disk is
+    shared, in the first of each machine; the others wait."""
+    for its_turn in (machine.main, machine.first_here):
+        if its_turn and dataset in prepare.BUILT_IN and not (Path("data") / dataset).exists():
+            takes_size = prepare.BUILT_IN[dataset][1] == "bpe" and vocab_size is not None
+            prepare.prepare(dataset, **({"vocab_size": vocab_size} if takes_size else {}))
+        machine.barrier()
 
 
 def open_data(dataset: str, vocab_size: Optional[int], block_size: int) -> Data:
@@ -235,7 +236,9 @@ def open_data(dataset: str, vocab_size: Optional[int], block_size: int) -> Data:
         if len(ids) <= block_size:
             raise SettingError(f"block_size={block_size}: {folder}/{split}.bin has only {len(ids)} tokens, "
                                "and a window takes one more than block_size: lower it, or prepare more text")
-    return Data(dataset, train, val, tokenizer, meta["splits"]["train"]["documents"] > 1)
+    sums = {folder / f"{split}.bin": meta["splits"][split].get("sha256") for split in ("train", "val")}
+    sums = {path: expected for path, expected in sums.items() if expected}
+    return Data(dataset, train, val, tokenizer, meta["splits"]["train"]["documents"] > 1, sums)
 
 
 # -----------------------------------------------------------------------------
@@ -653,6 +656,8 @@ def fit(model: Optional[Transformer], tokenizer: Optional[dict], given: dict, da
         raise SettingError("head=none: an encoder scores no tokens, so it has nothing to learn here from")
     make_built_in(dataset, given.get("vocab_size"), machine)
     data = open_data(dataset, given.get("vocab_size"), config.block_size)
+    some = (str(len(ids)).encode() + ids[:2**20].tobytes() for ids in (data.train, data.val))
+    machine.agree(f"dataset={dataset}", b" ".join(some))
     if tokenizer and tokenizer != data.tokenizer.to_dict():
         raise SettingError(f"dataset={dataset}: its tokenizer is not the one that the checkpoint was trained "
                            "with: prepare the text with the same one, or start from scratch")
@@ -732,15 +737,20 @@ def main(given: dict):
         return
     run.begin(settings, defaults_of(globals()), model_args=asdict(config), tokenizer=tokenizer.to_dict(),
               compiled=is_compiled, published=model.published)
+    if machine.main and data.sums:
+        run.data_check = FileCheck(data.sums)
     machine.say(f"training  {max_iters:,} steps of {step_windows * config.block_size:,} tokens, "
                 f"{max_iters * step_windows / windows.n:.1f} epochs, into {run.folder}\n")
     if wandb_log:
         run.start_wandb(wandb_project, wandb_run_name)
 
+    enough = patience is not None and state.since_best >= patience  # it has run out
+    if run.resumed and (enough or state.step >= max_iters):
+        machine.say(f"finished after {state.step} steps: --max_iters={2 * state.step}"
+                    f"{' --patience=None' if enough else ''} trains on")
     batches = read_ahead(windows, machine, step_windows, state.seen)
     bad_steps = BadSteps(max_bad_steps, 1 if machine.looks_each_step() else log_interval, machine.main)
     pace = Pace(state, max_iters)
-    enough = False  # patience has run out
 
     while state.step < max_iters and not enough and not run.stopped():
         # the step's learning rate, its windows, its update
@@ -806,7 +816,7 @@ def main(given: dict):
             print(f"stopped after {state.step} steps: no better one in {patience} evaluations")
         print(f"\nA sample, after {clock(run.elapsed())}:\n\n{sample_text(model, data, 200, machine, mask)}")
         print(f"\nMore of it: python sample.py --out_dir={run.folder.as_posix()} --start=\"...\"")
-    machine.close()
+    machine.barrier()
     if interrupted:
         sys.exit(run.stop.status())
 
@@ -817,7 +827,7 @@ def introduce(model: Transformer, data: Data, machine: Machine, is_compiled: boo
                 f"wide, context {config.block_size}, vocabulary {config.vocab_size:,}")
     machine.say(f"machine   {machine}{', compiled' if is_compiled else ''}")
     machine.say(f"data      {data.name}: {len(data.train):,} tokens to train on, {len(data.val):,} to "
-                "validate")
+                f"validate{'' if data.sums else '; without a checksum'}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ Config. Whatever is wrong with a setting is one line on stderr, exit status 2.
 """
 import ast
 import difflib
+import errno
 import inspect
+import math
 import operator
 import os
 import re
@@ -70,6 +72,8 @@ def alternatives(kind: Any) -> list[tuple]:
 def is_a(value: Any, kind: Any, in_range: bool = True) -> bool:
     """Is it of one of these types, and in its range? A bool is no int, an int will do for a float."""
     for plain, bounds in alternatives(kind):
+        if type(value) is float and not math.isfinite(value):
+            return False
         literal = get_origin(plain) is Literal and value in get_args(plain)
         if literal or type(value) is plain or (plain is float and type(value) is int):
             if not in_range or all(HOLDS[words](value, bound) for words, bound in bounds):
@@ -122,19 +126,140 @@ class Setting(NamedTuple):
 def launch(main: Callable, script: dict, fields: type | None = None, stored: Callable | None = None) -> None:
     """Be a script: read the command line, then call main(), or main(the fields that were given).
 
-    script, fields, stored: see configure. A user's error becomes one line and an exit status.
+    script, fields, stored: see configure. What a user can mend becomes one line and an exit status: of each of torchrun's
+    processes, but printed once if it is the same for all.
     """
+    open_console()
     try:
-        given = configure(script, fields, sys.argv[1:], stored)
-        main() if fields is None else main(given)
+        try:
+            given = configure(script, fields, sys.argv[1:], stored)
+            main() if fields is None else main(given)
+        except (MemoryError, OSError, RuntimeError) as error:
+            raise in_one_line(error) or error
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # under torchrun all processes fail alike, and one says so
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.status)
+        say_error(str(error))
+        leave(error.status, failed=True)
     except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of our output has left: python sample.py | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        leave(130)
+    except SystemExit as done:
+        leave(done.code or 0)
+    except Exception as error:
+        if not several():
+            raise
+        fail_with(error)
+    else:
+        leave(0)
+
+
+def several() -> bool:
+    """Is this one of several processes, as torchrun starts them?"""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def say_error(reason: str) -> None:
+    if several():
+        from lib import group  # it imports torch, which python train.py --help does without
+        group.say_once(reason)
+    else:
+        print(f"error: {reason}", file=sys.stderr)
+
+
+def leave(status: int, failed: bool = False) -> None:
+    if several():
+        from lib import group
+        group.leave(status, failed)
+    if status:
+        sys.exit(status)
+
+
+def fail_with(error: Exception) -> None:
+    """One of several processes ends with an error that is no user's: another one may have died."""
+    from lib import group
+    if group.is_lost(error):
+        group.say_lost()
+    else:
+        traceback.print_exc()
+    group.leave(1, failed=True)
+
+
+REMEDIES = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EFBIG: "make room",
+            errno.ENAMETOOLONG: "give a shorter one",
+            errno.EACCES: "you may not: give another folder", errno.EPERM: "you may not: give another folder",
+            errno.EROFS: "give another folder", errno.ENOTDIR: "a file is where a folder is wanted"}
+
+
+def in_one_line(error: Exception) -> UserError | None:
+    """What the machine lacks, as what its user can mend; None for any other error."""
+    if isinstance(error, MemoryError) or re.search(NO_MEMORY, str(error).lower()):
+        return UserError("out of memory: take a smaller model, a shorter block_size, a smaller batch_size, or "
+                         "--device=cpu if there was a GPU")
+    if isinstance(error, OSError) and error.filename is not None:
+        return UserError(f"{error.filename}: {why(error)}")
+    return None
+
+
+NO_MEMORY = "out of memory|can't allocate|not enough memory"
+
+
+def why(error: Exception) -> str:
+    """The reason of a file's error, and what to do: No space left on device: make room."""
+    reason = getattr(error, "strerror", None) or str(error).strip().split("\n")[0]
+    remedy = REMEDIES.get(getattr(error, "errno", None))
+    return f"{reason}: {remedy}" if remedy else reason
+
+
+# -----------------------------------------------------------------------------
+# The console
+
+class Console:
+    """sys.stdout or sys.stderr, which a program may outlive: a closed pipe, a closed terminal, a full disk.
+
+    needed: what is written is what the program is for. Then it ends: silently with status 1 if the reader has
+    left, else with a line.
+    """
+
+    def __init__(self, stream):
+        self.stream, self.needed = stream, False
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # characters that it does not have
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        return self.safely(self.stream.write, text)
+
+    def flush(self) -> None:
+        self.safely(self.stream.flush)
+
+    def safely(self, do: Callable, *args):
+        try:
+            return do(*args)
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # for what its buffer still has
+            if not self.needed:
+                return 0
+            if isinstance(error, BrokenPipeError):
+                raise SystemExit(1) from None
+            raise UserError(f"the output cannot be written: {why(error)}") from None
+
+
+def open_console() -> None:
+    """From here on, output can be lost without harm."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:  # closed, and the next file to be opened would get its number
+            os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")
+        setattr(sys, name, Console(stream))
+
+
+def needs_console() -> None:
+    """From here on, output that cannot be written ends the program."""
+    if isinstance(sys.stdout, Console):
+        sys.stdout.needed = True
 
 
 def configure(script: dict, fields: type | None, argv: list[str], stored: Callable | None = None) -> dict:
@@ -142,11 +267,12 @@ def configure(script: dict, fields: type | None, argv: list[str], stored: Callab
 
     fields: a dataclass whose fields are settings too; those that were given, and only those, are returned.
     stored: folder -> (settings, defaults) of the run there. With --init_from=resume they come before all that
-    is given: a run remembers its settings. Raises SettingError for whatever is wrong with one.
+    is given: a run remembers its settings. See begins_from. Raises SettingError for whatever is wrong with
+    one.
     """
     own = settings_of(script)
     script["DEFAULTS"] = {name: setting.default for name, setting in own.items()}
-    settings, given = {**fields_of(fields), **own}, {}
+    settings, given, origins = {**fields_of(fields), **own}, {}, [script.get("init_from")]
     script["PLACES"] = places = {}
     for number, arg in enumerate(argv, start=1):
         if arg in ("-h", "--help"):
@@ -155,20 +281,48 @@ def configure(script: dict, fields: type | None, argv: list[str], stored: Callab
         flag = arg.startswith("-")
         new = from_flag(arg, settings) if flag else from_file(arg, settings)
         given.update(new)
+        origins += [new["init_from"]] if "init_from" in new else []
         places.update(dict.fromkeys(new, len(argv) if flag else number))
-    if stored and given.get("init_from", script["init_from"]) == "resume":
+    if stored:
         folder = given.get("out_dir", script["out_dir"])
-        given = {**remembered(*stored(folder), settings), **given}
+        given["init_from"] = begins_from(origins, folder, stored)
+        if given["init_from"] == "resume":
+            given = {**remembered(*stored(folder), settings), **given}
     script.update({name: value for name, value in given.items() if name in own})
     return {name: value for name, value in given.items() if name not in own}
+
+
+def begins_from(origins: list[str], folder: str, stored: Callable) -> str:
+    """What init_from means. origins: what it is in the script, and what it was given as, one after the other.
+
+    auto, or auto:ORIGIN, goes on with the run in the folder; if there is none, it begins from that ORIGIN, or
+    from what another place, such as a config file, says. A run that torchrun starts again always goes on.
+    """
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        from lib import group
+        if group.goes_on(folder) and stored(folder)[0]:
+            return "resume"
+    asked = [one for one in origins if one.partition(":")[0] == "auto"]
+    if not asked:
+        return origins[-1]
+    others = [one for one in origins if one not in (*asked, "resume")]
+    origin = "resume" if stored(folder)[0] else asked[-1].partition(":")[2] or others[-1]
+    if os.environ.get("RANK", "0") == "0":
+        print(f"init_from {asked[-1]} -> {origin}", flush=True)
+    return origin
 
 
 def remembered(earlier: dict, defaults: dict, settings: dict[str, Setting]) -> dict:
     """What a run to be resumed was made with. A default that was edited since counts as given anew."""
     found = {}
-    for name, (_, default, _) in settings.items():
-        if name in earlier and name not in OF_THE_COMMAND and defaults.get(name, default) == default:
+    for name, (kind, default, _) in settings.items():
+        if name not in earlier or name in OF_THE_COMMAND or defaults.get(name, default) != default:
+            continue
+        if is_a(earlier[name], kind):
             found[name] = earlier[name]
+        else:
+            print(f"warning: the run's {name}={earlier[name]!r} is not taken: wanted {wanted(kind)}",
+                  file=sys.stderr)
     return found
 
 

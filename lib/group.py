@@ -11,12 +11,14 @@ that wait for a GPU, and to those that never came to join.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import sys
 import threading
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Optional
 
 import torch.distributed as dist
@@ -25,6 +27,7 @@ BEAT = 5.0  # seconds from one heartbeat to the next
 SILENCE = 60.0  # seconds without one, after which a process counts as dead
 
 heart: Optional[Heartbeat] = None
+has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # else the first process makes it
 
 
 def rank() -> int:
@@ -41,25 +44,38 @@ def attempt() -> int:
 
 
 def run_id() -> Optional[str]:
-    """torchrun's name for the run, the same in all attempts."""
-    return os.environ.get("TORCHELASTIC_RUN_ID")
+    """torchrun's name for the run, the same in all attempts; some have none of their own."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    return f"of process {os.getppid()}" if name == "none" else name
+
+
+def holder_of(lock: Path) -> dict:
+    """What the last process to lock a run's folder wrote there."""
+    try:
+        return dict(json.loads(lock.read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError):
+        return {}
+
+
+def goes_on(folder: str | Path) -> bool:
+    """Is this another attempt of torchrun's at the run in a folder, which an earlier one was let begin?"""
+    return attempt() > 0 and holder_of(Path(folder) / "run.lock").get("torchrun") == run_id() is not None
 
 
 def join(backend: str) -> None:
     """Become part of the group. A process that waits for another one waits as long as that one is alive."""
-    global heart
-    store = next(dist.rendezvous("env://"))[0]
+    global heart, has_store
+    shared, has_store = next(dist.rendezvous("env://"))[0], True
     heart = Heartbeat()
     heart.start()
     # a prefix, for the addresses of an attempt's processes stay in the store
-    dist.init_process_group(backend, store=dist.PrefixStore(f"group{attempt()}", store), rank=rank(),
+    dist.init_process_group(backend, store=dist.PrefixStore(f"group{attempt()}", shared), rank=rank(),
                             world_size=world(), timeout=timedelta(days=1))
 
 
 def store(patience: float = 10.0) -> dist.Store:
     """A connection of one's own to the store. Raises an error of torch.distributed if it does not answer."""
-    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if rank() == 0 and not agents and not dist.is_initialized():
+    if rank() == 0 and not has_store:
         raise dist.DistNetworkError("there is none before this process has joined")
     found = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
                           wait_for_workers=False, timeout=timedelta(seconds=patience))
@@ -140,8 +156,8 @@ def say_lost() -> None:
                  "what was saved")
 
 
-def leave(status: int) -> None:
-    """The end of this process.
+def leave(status: int, failed: bool = False) -> None:
+    """The end of this process; failed: the others must end as well.
 
     The group is not taken down. Its destructor waits for its threads with Python's lock in its hands, and a
     thread that still has a tensor to release waits for that lock.
@@ -149,7 +165,7 @@ def leave(status: int) -> None:
     if heart:
         heart.stop.set()
         heart.join(BEAT)
-    if status:
+    if failed:
         tell_failure()
     elif heart:
         try:

@@ -186,12 +186,31 @@ def optimizer_state(optimizers, model) -> dict:
 
 
 def load_optimizer_state(optimizers, model, saved: dict) -> None:
+    """What optimizer_state found. Raises ValueError, naming the parameter, if it is not of this model."""
     names = {p: name for name, p in model.named_parameters()}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             for p in group["params"]:
                 state = saved.get(names[p], {})
+                check_state(names[p], p, state, optimizer, fused=group.get("fused", False))
                 optimizer.state[p] = {key: on_device(value, p.device) for key, value in state.items()}
+
+
+def check_state(name: str, p, state: dict, optimizer, fused: bool) -> None:
+    """Kernels trust the shape of what they are given: another one corrupts the memory."""
+    fresh = optimizer.state.get(p)
+    if fused and state:
+        fresh = {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p}
+    if not fresh:
+        return  # another one's own business
+    if state.keys() != fresh.keys():
+        raise ValueError(f"{name}: the optimizer's state has {', '.join(state) or 'nothing'}, wanted "
+                         f"{', '.join(fresh)}")
+    for key, like in fresh.items():
+        value = state[key]
+        if (value.shape, value.dtype) != (like.shape, like.dtype):
+            raise ValueError(f"{name}: the optimizer's {key} is {tuple(value.shape)} {value.dtype}, wanted "
+                             f"{tuple(like.shape)} {like.dtype}")
 
 
 def on_device(value, device):

@@ -11,14 +11,18 @@ whole one is on the disk, and a damaged one is detected when it is read.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
+import platform
 import re
 import signal
 import sys
+import threading
 import time
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -27,7 +31,8 @@ from typing import Optional
 import torch
 import torch.distributed as dist
 
-from config import OF_THE_COMMAND, SettingError, UserError
+from config import NO_MEMORY, OF_THE_COMMAND, SettingError, UserError, why
+from lib import group
 from lib.hub import folder_of_tokenizer, is_published
 from lib.optim import load_optimizer_state, optimizer_state
 from lib.text import try_lock
@@ -50,9 +55,9 @@ class Machine:
 
     def __init__(self, device: str = "auto", dtype: str = "auto", seed: int = 1337,
                  deterministic: bool = False, backend: str = "auto"):
-        self.rank = int(os.environ.get("RANK", 0))
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.world = group.rank(), group.world()
         self.main = self.rank == 0
+        self.first_here = os.environ.get("LOCAL_RANK", "0") == "0"  # of this machine's processes
         self.device = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
         self.dtype = pick_dtype(dtype, self.device)
         self.scaler = None
@@ -63,7 +68,7 @@ class Machine:
         if self.world > 1 and not dist.is_initialized():
             # gloo beside nccl: to agree on stopping, the processes need not wait for the GPUs
             both = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(both if backend in ("auto", "nccl") else backend)
+            group.join(both if backend in ("auto", "nccl") else backend)
         torch.set_float32_matmul_precision("high")  # tf32 where a GPU has it
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -79,6 +84,12 @@ class Machine:
         """Print, in the first process only."""
         if self.main:
             print(text, flush=True)
+
+    def agree(self, what: str, content: bytes) -> None:
+        """Raises UserError in a process whose content differs from the first one's."""
+        if self.world > 1 and self.broadcast([zlib.crc32(content)]) != [zlib.crc32(content)]:
+            raise UserError(f"{what}: process {self.rank}, on {platform.node()}, has another than the first "
+                            "process: copy it to all machines, or share it")
 
     def amp(self):
         """A context in which matrix products are done in `dtype`."""
@@ -124,14 +135,7 @@ class Machine:
 
     def barrier(self) -> None:
         """Wait until all processes are here."""
-        if self.world > 1:
-            dist.barrier()
-
-    def close(self) -> None:
-        """The last thing that a process does with the others."""
-        if self.world > 1:
-            dist.barrier()  # the first to leave ends the others
-            dist.destroy_process_group()
+        self.sum(torch.zeros(1))
 
     def random_states(self) -> dict[str, list[torch.Tensor]]:
         """The random state of every process: {"cpu": [...], "cuda": [...]}."""
@@ -161,9 +165,12 @@ def pick_device(device: str, local_rank: int = 0) -> torch.device:
     if kind != "cuda":
         return torch.device(kind)
     chosen, count = torch.device("cuda", int(index or local_rank)), torch.cuda.device_count()
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
+    if not index and here > count:
+        raise SettingError(f"device=cuda: {here} processes on this machine, which has {count} GPUs: "
+                           f"--nproc_per_node={count}, or --device=cpu")
     if chosen.index >= count:
-        raise SettingError(f"device={chosen}: there are {count} GPUs, from cuda:0 on: run at most as many "
-                           "processes, or --device=cpu")
+        raise SettingError(f"device={chosen}: there are {count} GPUs, from cuda:0 on")
     torch.cuda.set_device(chosen)
     return chosen
 
@@ -203,7 +210,7 @@ def peak_memory() -> float:
 
 
 def main_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
+    return group.rank() == 0
 
 
 @contextlib.contextmanager
@@ -215,7 +222,7 @@ def memory_advice(batch_size: int, steps: int, more: str = "") -> Iterator[None]
     try:
         yield
     except RuntimeError as error:
-        if not re.search("out of memory|can't allocate|not enough memory", str(error).lower()):
+        if not re.search(NO_MEMORY, str(error).lower()):
             raise
         told = f"batch_size={batch_size}: out of memory: "
         half = max((n for n in range(1, batch_size) if batch_size % n == 0), default=None)
@@ -223,8 +230,6 @@ def memory_advice(batch_size: int, steps: int, more: str = "") -> Iterator[None]
             told += (f"--batch_size={half} --gradient_accumulation_steps={steps * batch_size // half} "
                      "is the same run in less; ")
         told += more or "take shorter inputs, or a smaller model"
-        if not main_process():  # only the first reports an error of all, and this may be here alone
-            print(f"error: {told}", file=sys.stderr, flush=True)
         raise UserError(told) from None
 
 
@@ -253,9 +258,9 @@ def replacing(path: Path, keep: Optional[Path] = None) -> Iterator:
 
 
 def cannot_write(path: Path, error: Exception) -> UserError:
-    reason = str(error).strip().split("\n")[0]
-    return UserError(f"{path}: cannot be written ({reason}): make room, then --init_from=resume goes on with "
-                     "what was saved before, which is unharmed")
+    full = isinstance(error, RuntimeError)  # torch does not say why: hardly ever another reason
+    return UserError(f"{path}: cannot be written ({'make room' if full else why(error)}): --init_from=resume "
+                     "goes on with what was saved before, which is unharmed")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -276,6 +281,46 @@ def strict(x):
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
+class FileCheck(threading.Thread):
+    """Are files still what their SHA-256 says? Found out beside the first steps; result() raises UserError.
+
+    Once for each file as it is: the user's cache remembers its size, time and inode.
+    """
+
+    def __init__(self, sums: dict[Path, str]):
+        super().__init__(daemon=True)
+        self.sums, self.wrong = sums, None
+        self.start()
+
+    def run(self) -> None:
+        place = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or Path.home() / ".cache"
+        memory = Path(place) / "transformer" / "sums.json"
+        try:
+            known = dict(json.loads(memory.read_text(encoding="utf-8")))
+        except (OSError, TypeError, ValueError):
+            known = {}
+        for path, expected in self.sums.items():
+            about = path.stat()
+            key = f"{path.resolve()} {about.st_size} {about.st_mtime_ns} {about.st_ino}"
+            if known.get(key) != expected:
+                found = hashlib.sha256()
+                with open(path, "rb") as f:
+                    while block := f.read(2**20):
+                        found.update(block)
+                known[key] = found.hexdigest()
+            if known[key] != expected:
+                self.wrong = path
+        with contextlib.suppress(OSError, UserError):
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            write_json(memory, known)
+
+    def result(self) -> None:
+        self.join()
+        if self.wrong:
+            raise UserError(f"{self.wrong}: has other content than its meta.json says (SHA-256): make the "
+                            "data set again, with --overwrite")
+
+
 # -----------------------------------------------------------------------------
 # Checkpoints
 
@@ -284,6 +329,9 @@ RESUME = ("ckpt.pt", "ckpt.prev.pt")  # what a run goes on from, the newest firs
 USE = ("best.pt", *RESUME)  # what sample.py and others load, the best first
 REPORTS = ("metrics.json", "predictions.csv", "curves.json", "report.txt", "loss.png", "roc.png",
            "precision_recall.png", "calibration.png", "confusion.png", "explain.html")
+
+
+REPLACED = "replaced"  # in a folder whose files --overwrite is removing: none of them counts any more
 
 
 def left_by_runs(folder: Path) -> list[Path]:
@@ -353,7 +401,7 @@ def find_checkpoint(folder: str | Path, names=USE) -> tuple[Path, dict]:
     """
     damaged = []
     for path in (Path(folder) / name for name in names):
-        if not path.is_file():
+        if not path.is_file() or path.with_name(REPLACED).exists():
             continue
         try:
             return path, read_checkpoint(path)
@@ -362,7 +410,7 @@ def find_checkpoint(folder: str | Path, names=USE) -> tuple[Path, dict]:
             if main_process():
                 print(f"warning: {damaged[-1]}: trying the one before", file=sys.stderr)
     if damaged:
-        raise UserError("; ".join(damaged))
+        raise UserError(f"{'; '.join(damaged)}: --overwrite starts anew")
     raise UserError(f"{folder}: no checkpoint here, none of {', '.join(names)}: train one first, "
                     "python train.py config/small.py")
 
@@ -372,6 +420,8 @@ def stored_settings(folder: str | Path) -> tuple[dict, dict]:
 
     Only these are read. Whether the checkpoint is intact is checked when its weights are loaded.
     """
+    if (Path(folder) / REPLACED).exists():
+        return {}, {}
     for path in (Path(folder) / name for name in RESUME):
         try:
             found = upgraded(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
@@ -379,8 +429,8 @@ def stored_settings(folder: str | Path) -> tuple[dict, dict]:
         except Exception:  # a damaged file can fail in any way
             continue
     try:  # it ended before its first checkpoint
-        return json.loads((Path(folder) / "settings.json").read_text(encoding="utf-8")), {}
-    except (OSError, ValueError):
+        return dict(json.loads((Path(folder) / "settings.json").read_text(encoding="utf-8"))), {}
+    except (OSError, TypeError, ValueError):  # there is none, or it is damaged
         return {}, {}
 
 
@@ -406,6 +456,9 @@ def model_of(checkpoint: dict, **changes) -> Transformer:
         reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"the checkpoint does not fit this version of model.py ({type(error).__name__}: "
                         f"{reason})") from None
+    bad = [name for name, weight in weights.items() if not weight.isfinite().all()]
+    if bad:
+        raise UserError(f"{bad[0]}: the checkpoint's weights are not finite: its training failed before")
     return model
 
 
@@ -496,15 +549,36 @@ class Run:
             self.init_from = stored_settings(folder)[0].get("init_from", origin)
             if self.init_from is None or any((self.folder / name).exists() for name in RESUME):
                 self.source, self.checkpoint = find_checkpoint(self.folder, RESUME)
+                if not self.checkpoint["optimizer"]:
+                    raise UserError(f"{self.source}: has no state of an optimizer, so it is no run to go on "
+                                    f"with (a best.pt?): --init_from={self.folder} --out_dir=FOLDER begins "
+                                    "one with its weights")
                 self.compiled = self.checkpoint.get("compiled")
             else:
                 self.resumed = False  # it ended before its first checkpoint: it begins anew
         elif not overwrite:
             refuse_to_replace(self.folder)
+        if init_from != "resume" and Path(init_from).exists() and self.replaces and (
+                Path(init_from).resolve() == self.folder.resolve()):
+            raise SettingError(f"init_from={init_from}: --overwrite would remove it: give another out_dir")
         self.stop = Stop(max_minutes)
-        self.forget = False  # the best so far, which no longer compares
+        self.forget = self.best_is_gone()  # the best so far, which no longer compares
+        self.data_check = None  # a FileCheck
         self.before = 0.0  # seconds that earlier processes took
         self.watcher = None  # is told each row of the log, too
+
+    def best_is_gone(self) -> bool:
+        """Was there a best.pt that cannot be loaded any more? The next best is written anew."""
+        best = self.folder / "best.pt"
+        if not (self.checkpoint and self.checkpoint["state"]["best"]):
+            return False
+        try:
+            read_checkpoint(best)
+        except Exception as error:  # a damaged file can fail in any way
+            self.machine.say(f"warning: {best}: missing or damaged ({type(error).__name__}): the best so far "
+                             "is forgotten, the next evaluation writes another")
+            return True
+        return False
 
     def same(self, settings: dict, fixed: tuple[str, ...], compared_on: tuple[str, ...] = ()) -> None:
         """A resumed run stays what it was: a setting that changes is reported, or refused if it is `fixed`.
@@ -531,7 +605,7 @@ class Run:
     def check_data(self, data: dict) -> None:
         """Raises UserError if the run was begun with other data."""
         for name, value in data.items():
-            if self.resumed and self.checkpoint["data"][name] != value:
+            if self.resumed and self.checkpoint["data"].get(name) != value:
                 raise UserError(f"{self.folder}: was begun with other {name}: give the same data, seed and "
                                 "settings, or --overwrite")
 
@@ -548,34 +622,51 @@ class Run:
         except OSError as error:
             raise SettingError(f"out_dir={self.folder}: cannot be made ({error.strerror})") from None
         self.lock = locked(self.folder / "run.lock")
+        holder = {"process": os.getpid(), "on": platform.node(), "torchrun": group.run_id()}
+        self.lock.truncate(0)
+        self.lock.write(json.dumps(holder))
+        self.lock.flush()
         damaged = self.folder / "ckpt.pt"
         if self.source and self.source.name == "ckpt.prev.pt" and damaged.exists():
             os.replace(damaged, self.folder / "ckpt.damaged.pt")  # it must not replace the good one
         best = self.folder / "best.pt"
         if self.forget and best.exists():
             os.replace(best, self.folder / "best.before.pt")  # which nothing loads by itself
-        for file in self.replaces if self.overwrite else ():
-            file.unlink(missing_ok=True)  # else it would be taken for this run's
-        write_text(self.folder / "settings.json", json.dumps(settings, indent=1))
+        if self.replaces and self.overwrite:  # else they would be taken for this run's
+            write_text(self.folder / REPLACED, "")  # if this process is killed now, they all are gone
+            for file in self.replaces:
+                file.unlink(missing_ok=True)
+        (self.folder / REPLACED).unlink(missing_ok=True)
+        write_json(self.folder / "settings.json", settings)
         write_text(self.log_file, self.rows_so_far())
 
     def rows_so_far(self) -> str:
         """The log up to the checkpoint: the steps after it will be repeated."""
-        kept = []
+        kept, damaged = [], 0
         if self.resumed and self.log_file.exists():
-            for row in self.log_file.read_text(encoding="utf-8").splitlines(keepends=True):
-                if row.endswith("\n") and json.loads(row)["iter"] <= self.checkpoint["state"]["step"]:
-                    kept.append(row)
+            lines = self.log_file.read_text(encoding="utf-8", errors="replace").split("\n")
+            for line in lines[:-1]:  # the last one ends the file, or was not finished
+                try:
+                    if json.loads(line)["iter"] <= self.checkpoint["state"]["step"]:
+                        kept.append(line + "\n")
+                except (KeyError, TypeError, ValueError):
+                    damaged += 1
+        if damaged:
+            print(f"warning: {self.log_file}: {damaged} damaged lines dropped", file=sys.stderr)
         return "".join(kept)
 
     def restore(self, model, optimizers) -> State:
         """The state of the run, 0 for a new one; optimizers and random states are set as they were then."""
         state, saved = State(), self.checkpoint
         if self.resumed:
-            load_optimizer_state(optimizers, model, saved["optimizer"])
-            if self.machine.scaler and saved["scaler"]:
-                self.machine.scaler.load_state_dict(saved["scaler"])
-            self.machine.set_random_states(saved["rng"])
+            try:
+                load_optimizer_state(optimizers, model, saved["optimizer"])
+                if self.machine.scaler and saved["scaler"]:
+                    self.machine.scaler.load_state_dict(saved["scaler"])
+                self.machine.set_random_states(saved["rng"])
+            except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                raise UserError(f"{self.source}: does not fit its own model ({error}): --init_from="
+                                f"{self.folder} --out_dir=FOLDER begins a run with its weights") from None
             known = {one.name for one in fields(State)}
             state = State(**{name: value for name, value in saved["state"].items() if name in known})
             self.before = state.elapsed
@@ -593,8 +684,8 @@ class Run:
         if not self.machine.main:
             return
         try:
-            with open(self.log_file, "a", encoding="utf-8") as f:
-                f.write(json.dumps(row) + "\n")
+            with open(self.log_file, "a", encoding="utf-8") as f:  # on the disk when `save` has been called
+                f.write(json.dumps(strict(row)) + "\n")
         except OSError as error:
             raise cannot_write(self.log_file, error) from None
         if self.watcher:
@@ -625,12 +716,17 @@ class Run:
             extra = {"optimizer": optimizer_state(optimizers, module), "rng": self.machine.random_states(),
                      "scaler": scaler.state_dict() if scaler else {}}
         if self.machine.main:
+            if self.data_check:
+                self.data_check.result()
+            with open(self.log_file, "a", encoding="utf-8") as f:
+                os.fsync(f.fileno())
             save_checkpoint(self.folder / name, {"model": module.state_dict(), "state": dict(vars(state)),
                                                  **extra, **self.made_of, **entries})
 
-    def stopped(self) -> bool:
-        """Was any process asked to stop, or is the time over?"""
-        return bool(self.stop.agreed())
+    def stopped(self, unless_late: bool = False) -> bool:
+        """Was any process asked to stop, or is the time over? unless_late: then the time does not matter."""
+        signal = self.stop.agreed()
+        return bool(signal) and not (unless_late and signal == OUT_OF_TIME)
 
     def close(self) -> None:
         """The end of the run, but not of the process."""
@@ -638,6 +734,8 @@ class Run:
         if self.machine.main:
             plot(self.log_file, self.folder / "loss.png")
             self.lock.close()
+        if self.watcher:
+            self.watcher.finish()
 
 
 def locked(path: Path):
@@ -646,18 +744,21 @@ def locked(path: Path):
     try:
         try_lock(file)
     except (BlockingIOError, PermissionError):  # POSIX, Windows
-        raise SettingError(f"{path.parent}: another process is writing here: wait for it, or "
+        holder = ", ".join(f"{key} {value}" for key, value in group.holder_of(path).items() if value)
+        raise SettingError(f"{path.parent}: another process is writing here ({holder}): wait for it, or "
                            "--out_dir=FOLDER writes elsewhere") from None
     except OSError as error:
         print(f"({path}: no lock here ({error.strerror}): let no other process write into this folder)")
     return file
 
 
-OUT_OF_TIME = 1  # in place of a signal's number
+OUT_OF_TIME = 1000  # in place of a signal's number
 
 
 class Stop:
-    """When to leave the loop: at SIGINT or SIGTERM to any process, or after max_minutes.
+    """When to leave the loop: at SIGINT, SIGTERM or SIGHUP to any process, or after max_minutes.
+
+    A signal that is ignored at the start stays ignored: that is what nohup does.
 
     The first signal asks to stop after the step under way. Another one stops at once, but only a second later
     or more, since torchrun passes on what the terminal has sent to all processes already.
@@ -666,7 +767,11 @@ class Stop:
     def __init__(self, max_minutes: Optional[float] = None):
         self.signal, self.asked = 0, math.inf
         self.deadline = STARTED + 60 * (max_minutes or math.inf)
-        self.before = {one: signal.signal(one, self.ask) for one in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {}
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+            one = getattr(signal, name, None)
+            if one and signal.getsignal(one) != signal.SIG_IGN:
+                self.before[one] = signal.signal(one, self.ask)
 
     def release(self) -> None:
         """Put back the signal handlers that were there before."""
@@ -737,7 +842,7 @@ class Pace:
 
     def measure(self, state: State) -> tuple[float, str]:
         """Seconds a step since the last measurement, and the time left."""
-        now = time.time()
+        now = max(time.time(), self.since + 1e-6)  # a coarse clock may stand still, or be put back
         each = (now - self.since) / (state.step - self.since_step)
         left = (self.last_step - state.step) * (now - self.started) / (state.step - self.first)
         self.since, self.since_step = now, state.step
@@ -775,7 +880,7 @@ def plot(log: Path, picture: Path) -> None:
     rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     figure, axes = plt.subplots(figsize=(7, 4))
     for key, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
-        points = [(row["iter"], row[key]) for row in rows if key in row]
+        points = [(row["iter"], row[key]) for row in rows if row.get(key) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, ms=4, lw=1)
     axes.set(xlabel="step", ylabel="loss, nats a token")

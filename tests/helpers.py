@@ -20,6 +20,7 @@ import finetune
 import prepare
 import sample
 import train
+from lib import group
 from lib.run import Machine, stored_settings
 from model import Config, Transformer
 
@@ -109,8 +110,6 @@ def run_here(module, *args, cwd=".") -> str:
     before = {name: getattr(module, name) for name in module.__annotations__}
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     here, said = os.getcwd(), io.StringIO()
-    if "MASTER_PORT" in os.environ:  # one of several processes: the group before may not have let go of it
-        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
     os.chdir(cwd)
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
@@ -162,6 +161,7 @@ def as_rank(rank, world, port, job, args):
     os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port))
     job(*args)
+    group.leave(0)
 
 
 def together(world: int, job, *args) -> None:

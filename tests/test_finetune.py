@@ -249,6 +249,38 @@ def test_batches_have_each_example_once_and_grow():
     assert all(map(np.array_equal, found, finetune.batches(lengths, size_at, 7, 2, 3)))
 
 
+def test_a_plan_that_changes_on_the_way_takes_each_example_once_an_epoch():
+    examples = [SimpleNamespace(parts=[([0] * n, None)]) for n in np.random.default_rng(0).integers(5, 60, 50)]
+    first = dict(epochs=2, batch_size=8, batch_size_end=None, gradient_accumulation_steps=1)
+    then = {**first, "batch_size": 3, "gradient_accumulation_steps": 2}
+    now = SimpleNamespace(**{**then, "epochs": 4}, seed=7)
+    old = finetune.Plan(examples, SimpleNamespace(**first, seed=7))
+    for until in (0, 3, 7, 9, 14):  # in the first epoch, at its end, in the second, at the end
+        changed = finetune.Plan(examples, now, [(until, first), (until + 2, then)])
+        assert all(map(np.array_equal, changed.steps[:until], old.steps))
+        for start, end in zip([0, *changed.epoch_ends], changed.epoch_ends):
+            assert sorted(np.concatenate(changed.steps[start:end]).tolist()) == list(range(50))
+        assert len(changed.epoch_ends) == 4 and max(map(len, changed.steps[until:])) == 6
+    fewer = finetune.Plan(examples, SimpleNamespace(**{**first, "epochs": 1}, seed=7), [(9, first)])
+    assert all(map(np.array_equal, fewer.steps, old.steps)) and len(fewer.steps) == 9
+
+
+def test_a_run_goes_on_with_other_epochs_and_batches_which_it_says(tmp_path):
+    out, args = tmp_path / "out", (f"--data={class_rows(tmp_path, 60)}", *QUICK, "--log_interval=1")
+    run_here(finetune, f"--out_dir={out}", *args, "--epochs=1", "--eval_interval=2")
+    said = resume(out, "--epochs=3", "--batch_size=8", "--gradient_accumulation_steps=2")
+    for change in ("epochs 1 -> 3", "batch_size 16 -> 8", "gradient_accumulation_steps 1 -> 2"):
+        assert f"{change}\n" in said
+    rows = [row for row in log_of(out) if "lr" in row]
+    assert sum(row["batch_size"] for row in rows) == 3 * 48
+    assert " -> " not in resume(out) and "finished after" in resume(out)
+    (out / "best.pt").write_bytes(b"")
+    with pytest.raises(UserError, match="best.pt is damaged.*--epochs=4 trains on"):
+        resume(out)
+    resume(out, "--epochs=4")
+    assert checkpoint(out, "best.pt")["state"]["step"] > 9
+
+
 def test_a_run_stops_in_time_and_is_gone_on_with_as_it_was_begun(tmp_path):
     args = (f"--data={class_rows(tmp_path, 60)}", "--epochs=2", *QUICK)
     cut = tmp_path / "cut"

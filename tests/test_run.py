@@ -13,12 +13,14 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 import finetune
 import sample
 import train
 from config import SettingError, UserError
-from lib.run import REPORTS, RESUME, find_checkpoint, locked
+from lib import group
+from lib.run import REPORTS, RESUME, Machine, Pace, Run, State, Stop, find_checkpoint
 from tests.helpers import (ROOT, TOY, checkpoint, full_disk, log_of, posix, run_here, same, script, slow,
                            start, together)
 
@@ -59,7 +61,7 @@ def test_a_run_does_max_iters_updates_and_leaves_what_it_promised(home):
     mean = np.mean([row["loss"] for row in steps[:4]])
     assert evaluations[0]["mean_loss"] == pytest.approx(mean, rel=1e-5) != evaluations[0]["train_loss"]
     assert json.loads((home / "out/whole/settings.json").read_text())["n_layer"] == 2
-    entries = "version model model_args optimizer scaler rng state settings defaults tokenizer compiled"
+    entries = "version model model_args optimizer scaler rng state settings defaults tokenizer compiled published"
     assert set(state) == set(entries.split())
     assert state["state"]["step"] == 8 and state["state"]["seen"] == 8 * 4
     assert checkpoint(home / "out/whole", "ckpt.prev.pt")["state"]["step"] == 4
@@ -133,6 +135,107 @@ def test_torchrun_is_how_they_are_started(home):
     done = script(*torchrun, str(ROOT / "train.py"), *TOY, "--out_dir=out/torchrun", cwd=home)
     assert done.returncode == 0 and "2 processes" in done.stdout, done.stderr
     assert done.stdout.count("iter 8/8") == 1
+
+
+# -----------------------------------------------------------------------------
+# Several processes
+
+def on_two_machines(home):
+    """Each with a disk of its own, and the second one comes late."""
+    rank = int(os.environ["RANK"])
+    os.makedirs(home / f"disk{rank}", exist_ok=True)
+    os.chdir(home / f"disk{rank}")
+    time.sleep(0.3 * rank)
+    train.prepare.prepare = lambda dataset: os.makedirs(f"data/{dataset}")
+    machine = Machine("cpu", "float32")
+    train.make_built_in("python", None, machine)
+    assert os.path.exists("data/python")
+    if rank == 0:
+        machine.agree("dataset=python", b"the same")
+        return machine.barrier()
+    with pytest.raises(UserError, match="dataset=python: process 1, on .* another"):
+        machine.agree("dataset=python", b"another")
+    machine.barrier()
+
+
+@posix
+def test_each_machine_has_the_data_and_it_is_the_same(tmp_path):
+    together(2, on_two_machines, tmp_path)
+
+
+@pytest.fixture
+def a_group(monkeypatch):
+    """The store of two processes; this one can be either."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", store.port), ("WORLD_SIZE", 2)):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(group, "has_store", True)
+    return store
+
+
+def test_a_reason_is_printed_once_whoever_has_it(a_group, monkeypatch, capsys):
+    said = [(1, "only here"), (0, "of all"), (1, "of all"), (0, "only there")]
+    for rank, reason in said:
+        monkeypatch.setenv("RANK", str(rank))
+        group.say_once(reason)
+    assert capsys.readouterr().err.split("\n")[:-1] == ["error: only here", "error: of all",
+                                                        "error: only there"]
+    group.tell_failure()  # then it is no news that a process has gone
+    group.say_lost()
+    assert not capsys.readouterr().err
+    monkeypatch.setenv("MASTER_PORT", "1")  # nobody to ask
+    group.say_once("of all")
+    assert capsys.readouterr().err == "error: of all\n"
+    assert group.is_lost(RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer"))
+    assert not group.is_lost(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+def stands_still(home):
+    group.BEAT, group.SILENCE = 0.05, 0.5
+    with open(home / f"said{os.environ['RANK']}", "w", encoding="utf-8") as sys.stderr:
+        group.join("gloo")
+        time.sleep(0.3)
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        dist.barrier()
+
+
+@posix
+def test_a_process_that_stands_still_is_named_and_ends_the_others(tmp_path):
+    first, second = start(2, stands_still, tmp_path).processes
+    assert ended([first]) == [1]
+    assert (tmp_path / "said0").read_text() == ("error: process 1 of 2 has not answered for 0 s: "
+                                                "--init_from=resume goes on with what was saved\n")
+    second.kill()
+
+
+@slow
+@posix
+def test_torchrun_starts_a_run_again_and_it_goes_on(home):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    once = home / "once.py"  # its second process dies once, in the sixth step
+    once.write_text(f"""
+import os, runpy, sys, train
+take, steps = train.lr_factor, []
+def lr_factor(*args):
+    steps.append(1)
+    if len(steps) == 6 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), 9)
+    return take(*args)
+train.lr_factor = lr_factor
+sys.argv[0] = {str(ROOT / 'train.py')!r}
+train.launch(train.main, vars(train), train.Config, train.stored_settings)
+""")
+    together(2, run, home, "not_killed", *TOY)
+    for name, more in (("again", []), ("over", ["--overwrite"])):
+        done = script(*torchrun, "--max-restarts=2", str(once), *TOY, f"--out_dir=out/{name}", *more, cwd=home)
+        assert done.returncode == 0 and done.stdout.count("A sample") == 1, done.stderr
+        assert done.stderr.count("error: another process of the run has died") == 1
+        assert is_same_run(home, "not_killed", name) and rows_of(home, "not_killed") == rows_of(home, name)
+    # a start that is refused does not resume what is there, however often it is tried
+    done = script(*torchrun, "--max-restarts=2", str(once), *TOY, "--out_dir=out/over", cwd=home)
+    assert done.returncode and done.stderr.count("error: out/over: a run is here already") == 3
+    assert is_same_run(home, "not_killed", "over")
 
 
 # -----------------------------------------------------------------------------
@@ -210,6 +313,23 @@ def stopped_and_gone_on_with(home, world):
     assert rank or "stopped after 3 steps, saved: --init_from=resume" in stopped.value.said
     resume(home, f"stopped{world}")
     run(home, f"straight{world}", *TOY)
+
+
+@posix
+def test_a_terminal_that_closes_ends_a_run_unless_that_is_ignored():
+    hang_up, before = signal.SIGHUP, signal.getsignal(signal.SIGHUP)
+    stop = Stop()
+    os.kill(os.getpid(), hang_up)
+    assert stop.agreed() == hang_up and stop.status() == 129
+    stop.release()
+    assert signal.getsignal(hang_up) == before
+    signal.signal(hang_up, signal.SIG_IGN)  # as nohup does
+    stop = Stop()
+    os.kill(os.getpid(), hang_up)
+    assert stop.agreed() == 0
+    stop.release()
+    assert signal.getsignal(hang_up) == signal.SIG_IGN
+    signal.signal(hang_up, before)
 
 
 @posix
@@ -354,13 +474,131 @@ def test_a_run_is_replaced_only_if_asked(home):
     assert is_same_run(home, "whole", "old") and rows_of(home, "whole") == rows_of(home, "old")
 
 
-def test_a_folder_in_use_is_locked(home):
-    (home / "out/used").mkdir()
-    lock = locked(home / "out/used/run.lock")
-    with pytest.raises(SettingError, match="out/used: another process is writing here"):
-        run(home, "used", *TOY)
-    lock.close()
+def test_a_folder_in_use_is_locked(home, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "validate", lambda *_: run(home, "used", *TOY))  # in the same process, even
+        with pytest.raises(SettingError, match=f"out/used: another process is writing here .process {os.getpid()}, "
+                                               f"on .*: wait"):
+            run(home, "used", *TOY)
     run(home, "used", *TOY, "--max_iters=1")
+
+
+def test_an_overwrite_that_is_killed_leaves_nothing_of_the_old_run(home, monkeypatch):
+    folder, unlink, count = home / "out/half_gone", type(home).unlink, []
+
+    def killed(path, missing_ok=False):
+        if path.parent.name == folder.name and path.suffix == ".pt":
+            count.append(path)
+            if len(count) == kept:
+                raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    for kept in range(1, 4):  # before that many files are gone
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(home / "out/whole", folder)
+        count.clear()
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(type(home), "unlink", killed)
+            run(home, "half_gone", *TOY, "--overwrite")
+        assert list(folder.glob("*.pt"))
+        with pytest.raises(UserError, match="no checkpoint here"):
+            sample.load(folder)
+        with pytest.raises(UserError, match="no checkpoint here"):
+            resume(home, "half_gone")
+    run(home, "half_gone", *TOY, "--overwrite")
+    assert is_same_run(home, "whole", "half_gone") and not (folder / "replaced").exists()
+    with pytest.raises(SettingError, match="init_from=out/whole: --overwrite would remove it"):
+        run(home, "whole", *TOY, "--init_from=out/whole", "--overwrite")
+
+
+def test_auto_goes_on_or_begins_from_what_else_is_said(home):
+    recipe = home / "recipe.py"
+    recipe.write_text("init_from = 'out/whole'\n")
+    short = [*TOY, "--max_iters=2"]
+    for name, how, said in (("scratch", ["--init_from=auto"], "auto -> scratch"),
+                            ("recipe", [str(recipe), "--init_from=auto"], "auto -> out/whole"),
+                            ("other", ["--init_from=auto:out/whole"], "auto:out/whole -> out/whole")):
+        assert f"init_from {said}" in run(home, f"auto_{name}", *short, *how)
+        assert json.loads((home / f"out/auto_{name}/settings.json").read_text())["init_from"] == said.split()[-1]
+        assert "-> resume" in run(home, f"auto_{name}", *short, *how, "--max_iters=3")
+        again = run(home, f"auto_{name}", *short, *how, "--max_iters=3")
+        assert "finished after 3 steps: --max_iters=6 trains on" in again
+        assert checkpoint(home / f"out/auto_{name}")["state"]["step"] == 3
+
+
+def test_torchrun_s_later_attempts_go_on_with_what_the_first_began(home, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
+    run(home, "attempt", *TOY, "--max_iters=5", "--lr_decay_iters=8")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    run(home, "attempt", *TOY, "--overwrite")
+    assert is_same_run(home, "whole", "attempt", EARLIER)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
+    with pytest.raises(SettingError, match="a run is here already"):
+        run(home, "attempt", *TOY)
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda saved: saved.update(optimizer={}, rng={}), "no state of an optimizer.*--init_from"),
+    (lambda saved: saved["optimizer"].popitem(), "the optimizer's state has nothing, wanted"),
+    (lambda saved: saved["optimizer"]["wte.weight"].pop("exp_avg"), "wte.weight: .* wanted .*exp_avg"),
+    (lambda saved: saved["optimizer"]["wte.weight"].update(exp_avg=torch.zeros(7)),
+     r"wte.weight: .*exp_avg is \(7,\).*wanted \(300, 32\)"),
+    (lambda saved: saved["optimizer"]["wte.weight"].update(step=torch.zeros((), dtype=torch.int64)), "int64"),
+    (lambda saved: saved["optimizer"]["blocks.0.attn.q.weight"].update(momentum=torch.zeros(32, 31)), "32, 31"),
+    (lambda saved: saved["rng"].update(cpu=[torch.zeros(3, dtype=torch.uint8)]), "does not fit"),
+    (lambda saved: saved["model"]["wte.weight"].fill_(math.nan), "wte.weight: .*not finite"),
+])
+def test_a_checkpoint_that_is_none_of_a_run_is_one_line(home, damage, words):
+    folder = shutil.copytree(home / "out/whole", home / "out/odd", dirs_exist_ok=True)
+    saved = checkpoint(folder)
+    damage(saved)
+    torch.save(saved, folder / "ckpt.pt")
+    with pytest.raises(UserError, match=words) as found:
+        resume(home, "odd", "--max_iters=12")
+    assert "\n" not in str(found.value)
+
+
+def test_what_is_damaged_beside_the_checkpoint_is_dropped_with_a_line(home):
+    folder = shutil.copytree(home / "out/whole", home / "out/beside")
+    (folder / "settings.json").write_bytes(b"\xff[")
+    lines = (folder / "log.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "log.jsonl").write_bytes(b"".join([lines[0], b"\xff{}\n", b"[1]\n", b'{"iter": null}\n', *lines[1:],
+                                                b'{"iter": 7']))
+    (folder / "best.pt").write_bytes(b"")
+    said = resume(home, "beside", "--max_iters=12")
+    assert "log.jsonl: 3 damaged lines dropped" in said and said.count("best.pt: missing or damaged") == 1
+    assert [row["iter"] for row in log_of(folder) if "loss" in row] == list(range(1, 13))
+    assert checkpoint(folder, "best.pt")["state"]["best"]["iter"] == 12
+
+
+def test_a_file_of_the_data_that_was_altered_stops_the_run_before_it_saves(home, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+    shutil.copytree(home / "data/toy", home / "data/altered")
+    args = [*TOY, "--dataset=altered"]
+    run(home, "unaltered", *args)
+    seen = (home / "cache/transformer/sums.json").read_text()
+    assert seen.count("altered/train.bin") == seen.count("altered/val.bin") == 1
+    monkeypatch.setattr("hashlib.sha256", lambda: 1 / 0)  # it remembers
+    resume(home, "unaltered", "--max_iters=9")
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "toy.txt"))  # where nothing can be remembered
+    data = bytearray((home / "data/altered/train.bin").read_bytes())
+    data[100] ^= 1
+    (home / "data/altered/train.bin").write_bytes(data)
+    with pytest.raises(UserError, match="altered/train.bin: has other content"):
+        run(home, "altered", *args)
+    assert not list((home / "out/altered").glob("*.pt"))
+
+
+def test_a_log_is_strict_json_whatever_is_in_it(home):
+    run_ = Run(Machine("cpu", "float32"), home / "out/strict", "scratch")
+    run_.begin({}, {})
+    run_.log(iter=1, loss=math.nan, grad_norm=math.inf, lr=0.5)
+    assert log_of(home / "out/strict") == [{"iter": 1, "loss": None, "grad_norm": None, "lr": 0.5}]
+    run_.close()  # and can be drawn
+    pace = Pace(State(step=1), 10)
+    pace.since = time.time() + 100  # a clock that was put back, or stands still
+    assert pace.measure(State(step=2))[0] > 0
 
 
 @pytest.mark.parametrize("error, given, words", [

@@ -38,7 +38,7 @@ start: str = "the cat sat on the mat, and the dog sat on the"  # the text; FILE:
 pair: str = ""  # the second text of a classifier of two, the context of a question
 target: str = ""  # what to explain: a token behind the text or in its gap, or a class; empty: the likeliest
 samples: at_least(1) = 1000  # masked copies of the text that LIME is fitted to
-seed: int = 1337  # of their masks
+seed: at_least(0, below=2**63) = 1337  # of their masks
 device: str = "auto"  # auto: cuda, else mps, else cpu
 # -----------------------------------------------------------------------------
 
