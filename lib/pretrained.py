@@ -393,10 +393,11 @@ def read_as_trained(folder: str | Path, head: dict, tokenizer, pad: int) -> None
         used = [part["SpecialToken"]["id"] for part in forms[1] if "SpecialToken" in part]
         stored["post_processor"] = {
             "type": "TemplateProcessing", "single": forms[0], "pair": forms[1],
-            "special_tokens": {one: {"id": one, "ids": [tokenizer.specials[one]], "tokens": [one]} for one in used}}
+            "special_tokens": {one: {"id": one, "ids": [tokenizer.specials[one]], "tokens": [one]}
+                               for one in used}}
     write_text(Path(folder) / "tokenizer.json", json.dumps(stored, ensure_ascii=False))
     said = read_json(Path(folder) / "tokenizer_config.json")
-    said["pad_token"] = next((name for name, i in tokenizer.specials.items() if i == pad), said.get("pad_token"))
+    said |= {"pad_token": name for name, i in tokenizer.specials.items() if i == pad}
     write_text(Path(folder) / "tokenizer_config.json", json.dumps(said, ensure_ascii=False, indent=1))
 
 

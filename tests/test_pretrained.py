@@ -3,7 +3,6 @@ import json
 import math
 import os
 import re
-import sys
 from dataclasses import asdict
 
 import pytest
@@ -12,12 +11,13 @@ import torch
 import finetune
 import sample
 from config import UserError
+from lib.hub import OWNERS
 from lib.run import save_checkpoint
 from lib.tokenizer import make_tokenizer
 from model import Config, Transformer
 from test_model import MODERN, TINY
-from tests.helpers import (FAMILIES, QUICK, posix, run_here, same, says, script, slow, synthetic, theirs,
-                           tiny, tokens, write_rows)
+from tests.helpers import (FAMILIES, QUICK, ROOT, posix, run_here, same, says, script, slow, synthetic,
+                           theirs, tiny, tokens, write_rows)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -522,26 +522,6 @@ def test_a_fine_tuned_run_and_its_export_pool_as_the_encoder_did(tmp_path):
         run_here(finetune, f"--data={data}", f"--init_from={tmp_path / 'max'}", f"--out_dir={tmp_path / 'x'}")
 
 
-def test_ids_of_the_hub_are_found_in_its_cache_old_names_too(tmp_path):
-    place = tmp_path / "hub/models--openai-community--gpt2"
-    (place / "refs").mkdir(parents=True)
-    (place / "refs/main").write_text("a" * 40)
-    theirs("gpt2").save_pretrained(place / "snapshots" / ("a" * 40))
-    write_tokenizer(place / "snapshots" / ("a" * 40), causal=True)
-    code = """import sample
-for name in ("gpt2", "openai-community/gpt2"):
-    print(sample.load(name)[0].config.n_embd)
-try:
-    sample.Transformer.from_pretrained("no/where")
-except FileNotFoundError as error:
-    print(error, error.__suppress_context__)"""
-    done = script(sys.executable, "-c", code, cwd=tmp_path, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
-    lines = done.stdout.splitlines()
-    assert lines[:2] == ["32", "32"], done.stderr
-    assert lines[2].startswith("no/where: neither a folder here nor a model") and lines[2].endswith("True")
-    assert len(lines) == 3
-
-
 def test_a_tokenizer_with_more_tokens_than_the_embedding_is_refused(tmp_path):
     theirs("encoder").save_pretrained(tmp_path)
     made = write_tokenizer(tmp_path)
@@ -659,7 +639,7 @@ def test_a_classifier_from_scratch_is_read_by_others_as_it_was_trained(tmp_path)
 
 @slow
 def test_an_export_keeps_generation_settings_and_ids_through_training(tmp_path):
-    their, wanted = theirs("llama"), {"eos_token_id": [3, 5], "bos_token_id": 2, "temperature": 0.7, "top_p": 0.9}
+    their, wanted = theirs("llama"), {"eos_token_id": [3, 5], "bos_token_id": 2, "top_p": 0.9}
     their.save_pretrained(tmp_path / "in")
     (tmp_path / "in/generation_config.json").write_text(json.dumps(wanted))
     rewrite(tmp_path / "in", "config.json", lambda config: config.update(eos_token_id=[3, 5], bos_token_id=2))
@@ -675,7 +655,8 @@ def test_an_export_keeps_generation_settings_and_ids_through_training(tmp_path):
 
 
 @pytest.mark.parametrize("file, content", [
-    ("modules.json", [{"type": "x.Pooling", "path": "../1_Pooling"}]), ("modules.json", [3]), ("modules.json", {}),
+    ("modules.json", [{"type": "x.Pooling", "path": "../1_Pooling"}]), ("modules.json", [3]),
+    ("modules.json", {}),
     ("1_Pooling/config.json", {"pooling_mode": 3}), ("sentence_bert_config.json", {"max_seq_length": "many"}),
     ("sentence_bert_config.json", []), ("config_sentence_transformers.json", {"prompts": [1]})])
 def test_hostile_files_of_an_encoder_are_one_line(file, content, tmp_path):
@@ -687,8 +668,9 @@ def test_hostile_files_of_an_encoder_are_one_line(file, content, tmp_path):
 
 
 @pytest.mark.parametrize("change", [
-    {"peft_type": "IA3"}, {"use_dora": True}, {"lora_alpha": "x"}, {"alpha_pattern": {"(": 3}}, {"task_type": []},
-    {"base_model_name_or_path": None}, {"base_model_name_or_path": ""}, {"alpha_pattern": 3}])
+    {"peft_type": "IA3"}, {"use_dora": True}, {"lora_alpha": "x"}, {"alpha_pattern": {"(": 3}},
+    {"alpha_pattern": 3}, {"task_type": []}, {"base_model_name_or_path": None},
+    {"base_model_name_or_path": ""}])
 def test_hostile_adapters_are_one_line(change, tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     theirs("llama").save_pretrained(tmp_path / "base")
@@ -704,3 +686,122 @@ def test_hostile_adapters_are_one_line(change, tmp_path):
     with pytest.raises(UserError) as error:
         sample.load(tmp_path / "adapter")
     says(error, str(tmp_path))
+
+
+# -----------------------------------------------------------------------------
+# Published models: small ones of the same kind, under their ids in an offline cache
+
+PRETRAINING = {"cls.seq_relationship.weight": (2, 32), "cls.seq_relationship.bias": (2,),
+               "bert.pooler.dense.weight": (32, 32), "bert.pooler.dense.bias": (32,)}
+PUBLISHED = {  # id -> the family; then what its files are like
+    "openai-community/gpt2": ("gpt2", dict(prefix="", extra={"h.0.attn.bias": (1, 1, 96, 96)})),
+    "distilbert/distilgpt2": ("gpt2", {}),
+    "uer/gpt2-chinese-cluecorpussmall": ("gpt2", dict(bin=True, lost=["bos_token_id", "eos_token_id"])),
+    "google-bert/bert-base-uncased": ("bert", dict(old=True, extra=PRETRAINING)),
+    "google-bert/bert-base-chinese": ("bert", dict(old=True, extra=PRETRAINING)),
+    "hfl/chinese-roberta-wwm-ext": ("bert", dict(old=True, bin=True, extra=PRETRAINING)),
+    "prajjwal1/bert-tiny": ("encoder", dict(bin=True, lost=["model_type", "architectures"])),
+    "FacebookAI/roberta-base": ("roberta", dict(extra={"roberta.embeddings.position_ids": None})),
+    "FacebookAI/xlm-roberta-base": ("xlm-roberta", {}),
+    "distilbert/distilbert-base-uncased": ("distilbert", {}),
+    "HuggingFaceTB/SmolLM2-135M": ("llama grouped, tied", dict(rope=100000)),
+    "jingyaogong/MiniMind2-Small": ("llama", dict(rope=1e6)),
+    "meta-llama/Llama-3.2-1B": ("llama 3", {}),
+    "mistralai/Mistral-7B-v0.1": ("mistral's window", dict(rope=10000.0, shards=2)),
+    "Qwen/Qwen2.5-0.5B": ("qwen2", dict(rope=1e6)),
+    "Qwen/Qwen3-0.6B": ("qwen3", dict(rope=1000000, shards=3)),
+    "karpathy/nanochat-d32": ("nanochat", {}),
+    "sentence-transformers/all-MiniLM-L6-v2": ("encoder", dict(pooling=("mean", True))),
+    "BAAI/bge-small-en-v1.5": ("encoder", dict(pooling=("first", True))),
+    "shibing624/text2vec-base-chinese": ("encoder", dict(pooling=("mean", False))),
+}
+
+
+def publish(folder, name):
+    """Returns transformers' model of the same weights."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    family, how = PUBLISHED[name]
+    their = theirs(family)
+    if "pooling" in how:
+        pool, normalize = how["pooling"]
+        key = {"mean": "mean_tokens", "first": "cls_token"}[pool]
+        sentence_encoder(folder, {f"pooling_mode_{key}": True}, normalize)
+    else:
+        their.save_pretrained(folder, **{"max_shard_size": "20KB"} if "shards" in how else {})
+        write_tokenizer(folder, causal=not family.endswith(("bert", "roberta", "encoder")))
+    config = json.loads((folder / "config.json").read_text())
+    for field in how.get("lost", ()):
+        config.pop(field, None)
+    if "rope" in how:  # as before transformers 5
+        config |= {"rope_theta": how["rope"], "rope_scaling": None}
+        del config["rope_parameters"]
+        their.config.rope_parameters["rope_theta"] = how["rope"]
+        their = type(their)(their.config).eval()
+        their.load_state_dict(theirs(family).state_dict())
+    (folder / "config.json").write_text(json.dumps(config))
+    if "shards" in how:
+        assert len(list(folder.glob("*.safetensors"))) > how["shards"]
+        return their
+    state = safetensors.load_file(folder / "model.safetensors")
+    if "prefix" in how:
+        state = {name.removeprefix("transformer."): value for name, value in state.items()}
+    for extra, shape in how.get("extra", {}).items():
+        state[extra] = torch.arange(98).unsqueeze(0) if shape is None else torch.ones(shape)
+    if how.get("old"):
+        state = {old_name(name): value for name, value in state.items()}
+    (folder / "model.safetensors").unlink()
+    if how.get("bin"):
+        torch.save(state, folder / "pytorch_model.bin")
+    else:
+        safetensors.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return their
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """Hugging Face's cache, empty and offline."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path
+
+
+def in_cache(cache, name):
+    place = cache / f"models--{name.replace('/', '--')}"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs/main").write_text("a" * 40)
+    (place / "snapshots" / ("a" * 40)).mkdir(parents=True)
+    return place / "snapshots" / ("a" * 40)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@torch.no_grad()
+def test_published_models_load_by_their_ids(name, cache, monkeypatch):
+    monkeypatch.chdir(cache)
+    folder = in_cache(cache, name)
+    their, idx = publish(folder, name), tokens(2, 20, vocab_size=77).clamp(min=2)
+    model, tokenizer = sample.load(name)
+    found = model.hidden(idx) if model.head is None else model(idx)[0]
+    torch.testing.assert_close(found, their(idx)[0], atol=1e-4, rtol=1e-4)
+    assert Transformer.from_pretrained(folder).config == model.config
+    owner, short = name.split("/")
+    if OWNERS.get(short) == owner:
+        assert sample.load(short)[0].config == model.config
+    if "pooling" in PUBLISHED[name][1]:
+        assert (model.published["encoder"]["pool"], model.published["encoder"]["normalize"]) == \
+            PUBLISHED[name][1]["pooling"]
+
+
+def test_ids_that_the_page_and_the_recipes_name_are_in_the_table():
+    named, owners = set(), "|".join({name.split("/")[0] for name in PUBLISHED})
+    for file in (ROOT / "README.md", *ROOT.glob("*.py"), *ROOT.glob("config/*.py"), *ROOT.glob("tools/*.py")):
+        named |= set(re.findall(rf"\b(?:{owners})/[\w.-]*\w", file.read_text(encoding="utf-8")))
+    assert named and named <= set(PUBLISHED)
+
+
+def test_an_id_that_cannot_be_had_is_one_clear_exception(cache, monkeypatch):
+    monkeypatch.chdir(cache)
+    with pytest.raises(FileNotFoundError, match="no/where: neither a folder here nor a model") as error:
+        Transformer.from_pretrained("no/where")
+    assert error.value.__suppress_context__
+    says(error)
