@@ -23,6 +23,7 @@ import os
 import re
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +34,7 @@ import numpy as np
 from config import SettingError, UserError, above, at_least, checked, launch, settings_of, values_of
 from lib.clean import RULES, Progress, collect, near_groups
 from lib.text import BLOCK, BUILT_IN, UNPACK, documents, local_files, locked, note, source_parts
-from lib.tokenizer import Tokenizer, encode_stream, make_tokenizer, read_texts, sample
+from lib.tokenizer import SAFE, Tokenizer, encode_stream, make_tokenizer, read_texts, sample, with_prefix
 
 # -----------------------------------------------------------------------------
 # Settings
@@ -56,6 +57,8 @@ near_duplicates: at_least(0.0, at_most=1.0) = 0.0  # drop those that share so mu
 
 tokenizer: str = ""  # bytes, bpe (of the text), gpt2, a .tiktoken file, a Hugging Face folder; empty: bpe
 vocab_size: at_least(258) = 4096  # tokens of a bpe, specials included
+lossy: bool = False  # go on if the tokenizer has no ids for more than 1% of the characters
+prefix: bool = False  # before each document, what the tokenizer's model reads before a text (as Llama's BOS)
 sample_mb: at_least(1) = 100  # text that a bpe is trained on, at most, evenly from all of the training text
 val_fraction: above(0.0, below=1.0) = 0.1  # share of the text for validation
 test_fraction: at_least(0.0, below=1.0) = 0.1  # share kept for the very end
@@ -195,7 +198,8 @@ def complete(dataset: str, given: dict) -> SimpleNamespace:
 
 def of_the_data(s: SimpleNamespace) -> dict:
     """The settings that the result depends on."""
-    other = ("dataset", "threads", "overwrite", "report", "show", "seed")
+    other = ("dataset", "threads", "overwrite", "report", "show", "seed", "lossy")
+    other += () if s.prefix else ("prefix",)  # data sets of before it was a setting
     found = {name: value for name, value in vars(s).items() if name not in other}
     return {**found, "source": s.source.removeprefix("builtin:")}
 
@@ -211,24 +215,32 @@ def build(folder: Path, s: SimpleNamespace, downloads: Path) -> str:
     """Both passes, into an empty folder: the .bin files and meta.json. Returns a summary."""
     began = time.monotonic()
     spool, found = folder / "spool.tmp", {}
+    # a tokenizer that cannot be had is said before the first byte is read
+    codec = None if s.tokenizer == "bpe" else open_tokenizer(s)
     index = read(spool, s, downloads, found)
     spans = split(spool, index, s.val_fraction, s.test_fraction)
     size = {name: int((rows[:, 1] - rows[:, 0]).sum()) for name, rows in spans.items()}
     print_shares(size, spool, index, s)
-    codec = tokenizer_for(s, spool, spans["train"], size["train"])
+    codec = codec or train_tokenizer(s, spool, spans["train"], size["train"])
+    if not codec.safe and index["size"].max() > 2**24:
+        print(f"the tokenizer reads a document at once, with 100 times its size in memory; the longest has "
+              f"{index['size'].max() / 1e6:.0f} MB")
     tick = Progress("tokenizing", sum(size.values()))
-    splits = {}
+    splits, lost = {}, Counter()
     for name, rows in spans.items():
-        texts = read_texts(spool, rows, not isinstance(codec, Tokenizer), tick)
+        texts = read_texts(spool, rows, codec.safe, tick)
         if len(index) == 1:  # no ends inside
             texts = ((text, False) for text, _ in texts)
-        ids = encode_stream(codec, texts, s.threads or os.cpu_count() or 1)
+        ids = encode_stream(codec, texts, s.threads or os.cpu_count() or 1, lost)
+        if s.prefix:
+            ids = with_prefix(ids, codec)
         its = write_split(folder / f"{name}.bin", ids, codec.vocab_size)
         splits[name] = {**its, "bytes": size[name], "documents": len(rows)}
         if its["tokens"] < 32 and (name != "test" or s.test_fraction):
             raise UserError(f"{s.source}: only {its['tokens']} tokens for {name}.bin, too few to be of use: "
                             "give more text, or larger fractions")
         print(f"{name:>6} {len(rows):8,} documents {size[name]:14,} bytes {its['tokens']:14,} tokens")
+    say_lost(lost, int(index["chars"].sum()), s)
     spool.unlink()
     meta = {"format": FORMAT, "dtype": bin_dtype(codec.vocab_size).name, "vocab_size": codec.vocab_size,
             "splits": splits, "settings": of_the_data(s), "report": found, "tokenizer": codec.to_dict()}
@@ -390,17 +402,38 @@ def print_shares(size: dict[str, int], spool: Path, index: np.ndarray, s: Simple
 # -----------------------------------------------------------------------------
 # Second pass: tokens
 
-def tokenizer_for(s: SimpleNamespace, spool: Path, spans: np.ndarray, size: int):
-    """The one that the settings name. A bpe is trained on the training text only: what the model is tested on
-    stays unseen by the tokenizer too."""
-    texts, share = [], min(s.sample_mb * 1e6 / max(size, 1), 1)
-    if s.tokenizer == "bpe":
-        print(f"training a tokenizer of {s.vocab_size:,} tokens on {share * size / 1e6:.1f} MB")
-        texts = sample(read_texts(spool, spans, False, lambda n: None), share)
-    codec = make_tokenizer(s.tokenizer, texts, s.vocab_size)
-    if s.tokenizer == "bpe" and codec.vocab_size < s.vocab_size:
+def open_tokenizer(s: SimpleNamespace) -> Tokenizer:
+    """The one that the settings name, which is there already."""
+    codec = make_tokenizer(s.tokenizer, [], s.vocab_size)
+    if codec.changes():
+        print("the tokenizer does not give back all that it reads:", ", ".join(codec.changes()))
+    if s.prefix and not codec.prefix:
+        raise SettingError("--prefix=True: this tokenizer puts nothing before a text: leave it out")
+    return codec
+
+
+def train_tokenizer(s: SimpleNamespace, spool: Path, spans: np.ndarray, size: int) -> Tokenizer:
+    """A bpe of the training text only: what the model is tested on stays unseen by the tokenizer too."""
+    if s.prefix:
+        raise SettingError("--prefix=True: for a tokenizer with a template, not for a bpe")
+    share = min(s.sample_mb * 1e6 / max(size, 1), 1)
+    print(f"training a tokenizer of {s.vocab_size:,} tokens on {share * size / 1e6:.1f} MB")
+    codec = make_tokenizer("bpe", sample(read_texts(spool, spans, SAFE, lambda n: None), share), s.vocab_size)
+    if codec.vocab_size < s.vocab_size:
         print(f"the text has pairs for {codec.vocab_size:,} tokens only")
     return codec
+
+
+def say_lost(lost: Counter, chars: int, s: SimpleNamespace) -> None:
+    """Print what the tokenizer has no ids for. Raises UserError if it is much."""
+    share = sum(lost.values()) / max(chars, 1)
+    if lost:
+        most = sorted(lost, key=lambda c: (-lost[c], c))[:3]
+        examples = ", ".join(f"{c!r} {lost[c]:,} times" for c in most)
+        print(f"the tokenizer has no ids for {share:.2%} of the characters: {examples}")
+    if share > 0.01 and not s.lossy:
+        raise UserError(f"--tokenizer={s.tokenizer}: loses {share:.1%} of the characters: take another one, "
+                        "or add --lossy=True")
 
 
 def write_split(path: Path, arrays: Iterator[np.ndarray], vocab_size: int) -> dict:

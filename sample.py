@@ -37,7 +37,7 @@ from lib.pretrained import HeadError, read_as_trained, save
 from lib.rows import as_csv, some
 from lib.run import USE, Machine, find_checkpoint, load_whole, model_of, newest_run
 from lib.text import kind_of, read_text
-from lib.tokenizer import HubTokenizer, Tokenizer
+from lib.tokenizer import Tokenizer
 from model import Sampling, Transformer
 
 # -----------------------------------------------------------------------------
@@ -79,7 +79,7 @@ ONLY = [  # a setting, and what it is of use with; see check_used
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu",
-         dtype: torch.dtype = torch.float32) -> tuple[Transformer | Tuned, Tokenizer | HubTokenizer]:
+         dtype: torch.dtype = torch.float32) -> tuple[Transformer | Tuned, Tokenizer]:
     """A model, ready to use, and its tokenizer.
 
     folder: where train.py or finetune.py saved (the best model of the run, else its latest; data/ is not
@@ -116,33 +116,39 @@ def read_prompt(start: str) -> str:
 # -----------------------------------------------------------------------------
 # Write, and fill gaps
 
-def as_text(ids: Iterable[int], tokenizer: Tokenizer | HubTokenizer,
-            stops: Iterable[str] = ()) -> Iterator[str]:
+def as_text(ids: Iterable[int], tokenizer: Tokenizer, stops: Iterable[str] = (),
+            prompt: str = "") -> Iterator[str]:
     """Token ids to text, piece by piece: never half a character, and never part of a stop string.
 
-    Ends before the first stop string, and at <|endoftext|>.
+    Ends before the first stop string, which may begin in the prompt, and at a token that ends a text. prompt:
+    what the ids go on from.
     """
     stops = [stop for stop in stops if stop]
-    held = ""  # may be the beginning of a stop string
-    for piece in tokenizer.pieces(itertools.takewhile(lambda i: i != tokenizer.eot, ids)):
-        held += piece
-        found = [held.index(stop) for stop in stops if stop in held]
+    tail = max(map(len, stops), default=1) - 1  # characters that may begin a stop string
+    text = prompt[max(0, len(prompt) - tail):]
+    given = len(text)  # so many of them are out
+    ids = itertools.takewhile(lambda i: i not in tokenizer.ends, ids)
+    for piece in tokenizer.pieces(ids, begun=prompt != ""):
+        old, text = len(text), text + piece
+        found = [text.find(stop, max(0, old - len(stop) + 1)) for stop in stops]
+        found = [at for at in found if at >= 0]
         if found:
-            yield held[:min(found)]
+            yield text[given:min(found)]
             return
         keep = 0  # characters at the end that could begin a stop string
         for stop in stops:
-            keep = max(keep, *(n for n in range(len(stop)) if held.endswith(stop[:n])))
-        yield held[:len(held) - keep]
-        held = held[len(held) - keep:]
-    yield held
+            keep = max(keep, *(n for n in range(len(stop)) if text.endswith(stop[:n])))
+        end = max(given, len(text) - keep)
+        yield text[given:end]
+        text, given = text[max(0, len(text) - tail):], end - max(0, len(text) - tail)
+    yield text[given:]
 
 
-def write(model: Transformer, tokenizer: Tokenizer | HubTokenizer, prompt: str, how: Sampling,
+def write(model: Transformer, tokenizer: Tokenizer, prompt: str, how: Sampling,
           num_samples: int, max_new_tokens: int, stops: list[str], stream: bool, seed: int,
           compile: bool) -> None:
     """Print num_samples continuations of the prompt, one after the other as they come, or all at once."""
-    ids = tokenizer.encode(prompt, specials=True) or [tokenizer.eot]
+    ids = tokenizer.prompt(prompt)
     block_size = model.config.block_size
     if len(ids) > block_size:
         print(f"(the model reads {block_size} tokens: the last {block_size // 2} of the prompt's {len(ids)})")
@@ -157,13 +163,13 @@ def write(model: Transformer, tokenizer: Tokenizer | HubTokenizer, prompt: str, 
             written = torch.stack(list(tokens), dim=1).tolist()
         for row in written:
             print(prompt, end="", flush=True)
-            for piece in as_text(row, tokenizer, stops):
+            for piece in as_text(row, tokenizer, stops, prompt):
                 print(piece, end="", flush=True)
             print("\n---------------")
 
 
 @torch.no_grad()
-def fill(model: Transformer, tokenizer: Tokenizer | HubTokenizer, text: str,
+def fill(model: Transformer, tokenizer: Tokenizer, text: str,
          best: int = 5) -> list[list[tuple[str, float]]]:
     """For each mask token in a text, the likeliest tokens there with their probabilities, by a masked model.
 
@@ -198,7 +204,7 @@ def answer(model: Tuned, text: str, machine: Machine) -> None:
     print(model.task.shown(row, predict(model, [row], machine=machine)[0]))
 
 
-def compare(model: Transformer, tokenizer: HubTokenizer, texts: list[str]) -> None:
+def compare(model: Transformer, tokenizer: Tokenizer, texts: list[str]) -> None:
     """Print each text's cosine with the first, by a sentence encoder; of one text alone, its vector."""
     found = vectors(model, tokenizer, texts)
     if len(texts) == 1:
@@ -270,7 +276,7 @@ def to_int8(model: torch.nn.Module) -> torch.nn.Module:
                         "leave it out") from None
 
 
-def write_pretrained(model: Transformer | Tuned, tokenizer: Tokenizer | HubTokenizer, folder: str) -> None:
+def write_pretrained(model: Transformer | Tuned, tokenizer: Tokenizer, folder: str) -> None:
     """Model and tokenizer for transformers' from_pretrained. Raises UserError if it has no such model."""
     body, head = getattr(model, "body", model), None
     if body is not model and not model.task.writes:

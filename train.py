@@ -35,7 +35,7 @@ from config import SettingError, UserError, above, at_least, defaults_of, launch
 from lib.optim import Momentum, Muon, Pruning
 from lib.run import (BadSteps, FileCheck, Machine, Pace, Run, clock, in_words, load_body, memory_advice, model_of,
                      step_line, stored_settings)
-from lib.tokenizer import HubTokenizer, Tokenizer
+from lib.tokenizer import Tokenizer, same_tokenizer
 from model import Config, TokenEmbedding, Transformer, block_matrices, tell_compile_failed
 
 # -----------------------------------------------------------------------------
@@ -183,15 +183,10 @@ class Data(NamedTuple):
     name: str
     train: np.ndarray  # token ids
     val: np.ndarray
-    tokenizer: Tokenizer | HubTokenizer
+    tokenizer: Tokenizer
     many: bool  # many documents, not one text
     sums: dict[Path, str]  # the SHA-256 of each file that has one
-
-    def token_bytes(self, vocab_size: int) -> np.ndarray:
-        """(V,): the length of each token's text."""
-        lengths = np.zeros(vocab_size, dtype=np.int64)
-        lengths[:self.tokenizer.vocab_size] = [len(token) for token in self.tokenizer.token_bytes]
-        return lengths
+    token_bytes: Optional[np.ndarray]  # (V,): bytes of text that each stands for; None: they do not add up
 
     def prompt(self) -> int:
         """The token that a sample begins with: documents begin after <|endoftext|>."""
@@ -238,7 +233,9 @@ def open_data(dataset: str, vocab_size: Optional[int], block_size: int) -> Data:
                                "and a window takes one more than block_size: lower it, or prepare more text")
     sums = {folder / f"{split}.bin": meta["splits"][split].get("sha256") for split in ("train", "val")}
     sums = {path: expected for path, expected in sums.items() if expected}
-    return Data(dataset, train, val, tokenizer, meta["splits"]["train"]["documents"] > 1, sums)
+    token_bytes = tokenizer.byte_lengths(val, meta["splits"]["val"].get("bytes"))
+    return Data(dataset, train, val, tokenizer, meta["splits"]["train"]["documents"] > 1, sums,
+                token_bytes)
 
 
 # -----------------------------------------------------------------------------
@@ -356,7 +353,7 @@ def recompute_blocks(model: Transformer) -> None:
 def load_teacher(path: str, config: Config, tokenizer: dict) -> Transformer:
     """The model that --teacher names. Raises SettingError if it cannot teach one with this config."""
     teacher, its_tokenizer = load_body(path, dropout=0.0)
-    if its_tokenizer.to_dict() != tokenizer:
+    if not same_tokenizer(its_tokenizer.to_dict(), tokenizer):
         raise SettingError(f"teacher={path}: has another tokenizer than the data set")
     if teacher.head is None:
         raise SettingError(f"teacher={path}: an encoder without a head for tokens has nothing to teach")
@@ -583,7 +580,7 @@ def evaluate(objective, data: np.ndarray, eval_iters: int, batch_size: int, bloc
 def validate(objective, data: Data, eval_iters: int, batch_size: int, config: Config, machine: Machine,
              mask: Optional[Callable]) -> dict[str, float]:
     """What `evaluate` finds on the validation text, as val_...; and train_loss: on as much training text."""
-    token_bytes = None if mask else data.token_bytes(config.vocab_size)
+    token_bytes = None if mask else data.token_bytes
     windows = eval_iters or (len(data.val) - 1) // config.block_size
     how = {"batch_size": batch_size, "block_size": config.block_size, "machine": machine, "mask": mask}
     found = {"train_loss": evaluate(objective, data.train, windows, **how)["loss"]}
@@ -658,7 +655,7 @@ def fit(model: Optional[Transformer], tokenizer: Optional[dict], given: dict, da
     data = open_data(dataset, given.get("vocab_size"), config.block_size)
     some = (str(len(ids)).encode() + ids[:2**20].tobytes() for ids in (data.train, data.val))
     machine.agree(f"dataset={dataset}", b" ".join(some))
-    if tokenizer and tokenizer != data.tokenizer.to_dict():
+    if tokenizer and not same_tokenizer(tokenizer, data.tokenizer.to_dict()):
         raise SettingError(f"dataset={dataset}: its tokenizer is not the one that the checkpoint was trained "
                            "with: prepare the text with the same one, or start from scratch")
     if not model and "vocab_size" not in given:
@@ -828,6 +825,8 @@ def introduce(model: Transformer, data: Data, machine: Machine, is_compiled: boo
     machine.say(f"machine   {machine}{', compiled' if is_compiled else ''}")
     machine.say(f"data      {data.name}: {len(data.train):,} tokens to train on, {len(data.val):,} to "
                 f"validate{'' if data.sums else '; without a checksum'}")
+    if data.token_bytes is None and config.causal:
+        machine.say("          no bits per byte: the bytes of the tokens do not add up to those of the text")
 
 
 if __name__ == "__main__":

@@ -336,7 +336,9 @@ TOKEN_METRICS = {  # of sums over texts: nats, tokens that were likeliest, token
 
 def split_words(text: str) -> list[str]:
     """The words of a text, of which a Chinese character is one, and each two neighbours."""
-    words = re.findall(rf"[{CJK}]|[^\W{CJK}]+|[^\w\s]", text.lower())
+    import regex  # comes with tiktoken; the marks of Hindi's letters are no \w to Python's own
+    letter = r"\p{L}\p{M}\p{N}_"
+    words = regex.findall(rf"[{CJK}]|(?:(?![{CJK}])[{letter}])+|[^{letter}\s]", text.lower())
     return words + [f"{a} {b}" for a, b in zip(words, words[1:])]
 
 

@@ -36,7 +36,7 @@ from lib import group
 from lib.hub import folder_of_tokenizer, is_published
 from lib.optim import load_optimizer_state, optimizer_state
 from lib.text import try_lock
-from lib.tokenizer import HubTokenizer, Tokenizer
+from lib.tokenizer import Tokenizer
 from model import Config, Transformer
 
 # about when the process began: `elapsed` includes the imports, for which its user waits too
@@ -463,7 +463,7 @@ def model_of(checkpoint: dict, **changes) -> Transformer:
 
 
 def load_body(path: str | Path, dtype: torch.dtype = torch.float32,
-              **changes) -> tuple[Transformer, Tokenizer | HubTokenizer]:
+              **changes) -> tuple[Transformer, Tokenizer]:
     """A run's model, the best one, or Hugging Face's (a folder, or an id on the hub), and its tokenizer.
 
     dtype: of the weights. changes: another dropout or block_size. Raises UserError.
@@ -472,7 +472,7 @@ def load_body(path: str | Path, dtype: torch.dtype = torch.float32,
 
 
 def load_whole(path: str | Path, dtype: torch.dtype = torch.float32, whole: bool = True,
-               **changes) -> tuple[Transformer, Tokenizer | HubTokenizer, dict]:
+               **changes) -> tuple[Transformer, Tokenizer, dict]:
     """The same, and the head of a published classifier and the like, as a checkpoint of ours keeps it."""
     name = Path(path).as_posix()
     try:

@@ -145,6 +145,11 @@ def test_answers_match_as_the_official_scripts_say(pairs):
     assert found["exact_match"] == close(np.mean([exact for *_, exact, _ in pairs]))
 
 
+def test_words_keep_the_marks_on_their_letters():
+    assert metrics.split_words("हिन्दी में, 中国")[:5] == ["हिन्दी", "में", ",", "中", "国"]
+    assert metrics.split_words("Don't a_b ½")[:5] == ["don", "'", "t", "a_b", "½"]
+
+
 def test_the_bag_of_words_baseline_is_scikit_learn_s():
     text = pytest.importorskip("sklearn.feature_extraction.text")
     from sklearn.linear_model import LogisticRegression

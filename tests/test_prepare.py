@@ -3,6 +3,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from config import SettingError, UserError
 from lib import text as text_file
 from lib.tokenizer import Tokenizer
 from tests.helpers import CHINESE, MIXED, PAGES, ROOT, full_disk, posix, slow, start, words
+from tests.test_tokenizer import HUB, bert, of_the_hub
 
 def write_jsonl(path, texts) -> str:
     path.write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
@@ -388,3 +390,45 @@ def test_a_name_that_is_two_things_is_refused(tmp_path, monkeypatch):
     assert all_of(folder) and "def " not in "".join(all_of(folder))
     assert [next(iter(text_file.documents(one)))[0] for one in ("builtin:python", "./python")] == [
         "__future__.py", "a.txt"]
+
+
+@pytest.mark.parametrize("lossy", [False, True])
+def test_a_tokenizer_that_loses_text_is_refused(lossy, tmp_path, capsys):
+    pytest.importorskip("tokenizers")
+    of_the_hub(tmp_path / "bert", **bert([chr(i) for i in range(33, 127)], True))
+    texts = [*PAGES, CHINESE * 20]
+    if lossy:
+        prepared(tmp_path, texts, tokenizer=str(tmp_path / "bert"), lossy=True)
+    else:
+        with pytest.raises(UserError, match="loses .*--lossy=True"):
+            prepared(tmp_path, texts, tokenizer=str(tmp_path / "bert"))
+        assert not (tmp_path / "data" / "a").exists()
+    said = capsys.readouterr().out
+    assert "'A' -> 'a'" in said and re.search(r"no ids for [\d.]+% of the characters: '名' \d+ times", said)
+
+
+def test_a_tokenizer_that_cannot_be_had_is_said_before_the_text_is_read(tmp_path, capsys):
+    with pytest.raises(UserError, match="has no tokenizer.json"):
+        prepared(tmp_path, PAGES, tokenizer=str(tmp_path))
+    assert "reading" not in capsys.readouterr().out
+
+
+def test_each_document_may_begin_as_its_model_reads_one(tmp_path):
+    pytest.importorskip("tokenizers")
+    of_the_hub(tmp_path / "llama", **HUB["llama"](), post_processor={
+        "type": "TemplateProcessing", "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}]})
+    folder = prepared(tmp_path, PAGES, tokenizer=str(tmp_path / "llama"), prefix=True)
+    meta, found = prepare.read_meta(folder), []
+    tokenizer = Tokenizer.from_dict(meta["tokenizer"])
+    assert tokenizer.prompt("a") == [1, *tokenizer.encode("a")] and tokenizer.prompt("<s> a")[:2] != [1, 1]
+    for split in prepare.SPLITS:
+        ids = prepare.read_split(folder, split, meta)
+        for one in np.split(ids, np.flatnonzero(ids == tokenizer.eot) + 1)[:-1]:
+            assert (one[0], one[-1]) == (1, tokenizer.eot)
+            found.append(tokenizer.decode(one[1:-1].tolist()))
+        assert tokenizer.byte_lengths(ids, meta["splits"][split]["bytes"]) is not None
+    assert sorted(found) == sorted(PAGES)
+    with pytest.raises(SettingError, match="prefix"):
+        prepared(tmp_path, PAGES, tokenizer="bytes", prefix=True, overwrite=True)

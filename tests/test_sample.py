@@ -83,3 +83,15 @@ def test_text_comes_in_whole_characters_and_ends_at_a_stop():
         shown = "".join(sample.as_text(ids[:at], tokenizer, [" two"]))
         assert "é漢🙂 one. two. three".startswith(shown.rstrip("\ufffd"))
     assert list(sample.as_text([0xFF, 0xE6], tokenizer))[0] == "\ufffd"
+
+
+def test_a_stop_string_may_begin_in_the_prompt():
+    tokenizer = make_tokenizer("bytes", [], 258)
+
+    def written(text, prompt, *stops):
+        return "".join(sample.as_text(tokenizer.encode(text), tokenizer, stops, prompt))
+
+    assert written("\nb\n\nc", "a\n", "\n\n") == ""  # as transformers has it: it ends in what is new
+    assert written("b\n\nc", "a\n\n", "\n\n") == "b"  # one that the prompt has is none
+    assert written(" red", "The cat", "cat re") == ""
+    assert written(" rude", "The cat", "cat re", "zz") == " rude"

@@ -1,6 +1,9 @@
 """Text to ids and back: no character is lost, whatever the kind of tokenizer."""
+import base64
 import itertools
 import json
+import random
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ import regex
 
 from config import UserError
 from lib import tokenizer as tokenizer_file
-from lib.tokenizer import EOT, MASK, PIECES, Tokenizer, make_tokenizer, train_bpe
+from lib.tokenizer import EOT, HARD, MASK, PIECES, Tokenizer, make_tokenizer, train_bpe
 from tests.helpers import MIXED, ROOT
 
 UNSEEN = "\0 unseen: żółć 漢字 🚀\r\n\t "
@@ -55,6 +58,249 @@ def test_every_text_comes_back(kind):
     assert tokenizer.decode([tokenizer.vocab_size + 5]) == ""  # a padded vocabulary's ids
 
 
+# -----------------------------------------------------------------------------
+# Other people's tokenizers
+
+SOURCE = (ROOT / "model.py").read_text(encoding="utf-8")[:20000] + MIXED
+
+
+def made_ranks(size: int, ids=lambda i: i) -> dict[bytes, int]:
+    """A small rank table of the text above, whose ids may have holes."""
+    return {token: ids(i) for i, token in enumerate(train_bpe([SOURCE], size))}
+
+
+def openai(name: str, ranks: dict[bytes, int]):
+    """tiktoken's own encoding with its published pattern and special tokens, on a small rank table."""
+    import tiktoken
+    known = tokenizer_file.published(name)
+    known = {key: known[key] for key in ("name", "pat_str", "special_tokens")}
+    return tiktoken.Encoding(**known, mergeable_ranks=ranks)
+
+
+def of_the_hub(folder, model: dict, normalizer=None, pre_tokenizer=None, decoder=None, post_processor=None,
+               special=("<s>", "</s>", "<unk>"), **roles):
+    """A folder with a tokenizer.json. Returns it as `tokenizers` reads it."""
+    import tokenizers
+    content = {"version": "1.0", "truncation": None, "padding": None, "normalizer": normalizer,
+               "pre_tokenizer": pre_tokenizer, "post_processor": post_processor, "decoder": decoder,
+               "model": model, "added_tokens": []}
+    fast = tokenizers.Tokenizer.from_str(json.dumps(content))
+    fast.add_special_tokens(list(special))
+    folder.mkdir(exist_ok=True)
+    fast.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": special[1], **roles}))
+    return fast
+
+
+def letters(*more: str) -> list[str]:
+    return sorted({c for c in SOURCE + "".join(HARD) if not c.isspace()} - {"\u2581"}) + list(more)
+
+
+METASPACE = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True}
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+LLAMA_DECODER = {"type": "Sequence", "decoders": [
+    {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}, {"type": "ByteFallback"},
+    {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]}
+LLAMA_NORMALIZER = {"type": "Sequence", "normalizers": [
+    {"type": "Prepend", "prepend": "\u2581"},
+    {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]}
+
+
+def bytes_vocab(extra: list[str] = ()) -> dict:
+    """A BPE of bytes, as signs, and two merges."""
+    signs = [*tokenizer_file.byte_symbols().values()]
+    merges = [["a", "b"], ["\u0120", "a"]]
+    tokens = signs + ["".join(pair) for pair in merges] + list(extra)
+    return {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges}
+
+
+def llama() -> dict:
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    tokens += ["\u2581", *letters()[:120], "th", "\u2581th"]
+    return {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "unk_token": "<unk>",
+            "merges": [["t", "h"], ["\u2581", "th"]], "byte_fallback": True, "fuse_unk": True}
+
+
+def bert(pieces: list[str], lowercase: bool) -> dict:
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *pieces, *(f"##{piece}" for piece in pieces)]
+    return {"model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
+                      "max_input_chars_per_word": 100, "vocab": {token: i for i, token in enumerate(tokens)}},
+            "normalizer": {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True,
+                           "strip_accents": None, "lowercase": lowercase},
+            "pre_tokenizer": {"type": "BertPreTokenizer"},
+            "special": ("[CLS]", "[SEP]", "[UNK]", "[PAD]", "[MASK]"),
+            "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}}
+
+
+def unigram(pieces: list[str]) -> dict:
+    tokens = ["<s>", "</s>", "<unk>", "\u2581", "\u2581th", *pieces]
+    scores = [[token, -1.0 - 0.01 * i] for i, token in enumerate(tokens)]
+    return {"type": "Unigram", "unk_id": 2, "vocab": scores}
+
+
+HUB = {
+    "bert": lambda: bert(letters(), True),
+    "bert-cased": lambda: bert(letters(), False),
+    "llama": lambda: {"model": llama(), "normalizer": LLAMA_NORMALIZER, "decoder": LLAMA_DECODER},
+    "llama-metaspace": lambda: {"model": llama(), "pre_tokenizer": {**METASPACE, "prepend_scheme": "first"},
+                                "decoder": LLAMA_DECODER},
+    "qwen": lambda: {"model": bytes_vocab(), "normalizer": {"type": "NFC"}, "decoder": BYTE_LEVEL,
+                     "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+                         {"type": "Digits", "individual_digits": True}, BYTE_LEVEL]}},
+    "gpt2-prefix": lambda: {"model": bytes_vocab(), "decoder": BYTE_LEVEL,
+                            "pre_tokenizer": {**BYTE_LEVEL, "add_prefix_space": True}},
+    "unigram": lambda: {"model": unigram(letters()), "pre_tokenizer": METASPACE, "decoder": METASPACE},
+    "unigram-nfkc": lambda: {"model": unigram(letters()), "pre_tokenizer": METASPACE, "decoder": METASPACE,
+                             "normalizer": {"type": "Sequence", "normalizers": [
+                                 {"type": "NFKC"}, {"type": "StripAccents"}, {"type": "Lowercase"}]}},
+    "wordlevel": lambda: {"model": {"type": "WordLevel", "unk_token": "<unk>", "vocab": {
+        token: i for i, token in enumerate(["<unk>", "a", "b", "x", "\u4f60", "return"])}},
+        "pre_tokenizer": {"type": "Whitespace"}},
+    "holes": lambda: {"model": {**bytes_vocab(), "vocab": {
+        token: 3 * i for token, i in bytes_vocab(["<s>", "</s>", "<unk>"])["vocab"].items()}},
+        "pre_tokenizer": BYTE_LEVEL, "decoder": BYTE_LEVEL},
+}
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_a_foreign_tokenizer_gives_its_own_ids_and_text(name, tmp_path):
+    """40 hard strings: read, stored, written again, token by token."""
+    fast = of_the_hub(tmp_path / "in", **HUB[name]())
+    tokenizer = Tokenizer.from_pretrained(tmp_path / "in")
+    stored = Tokenizer.from_dict(json.loads(json.dumps(tokenizer.to_dict())))
+    (tmp_path / "out").mkdir()
+    tokenizer.save_pretrained(tmp_path / "out", 64)
+    fast.encode_special_tokens = True
+    for one in (tokenizer, stored, Tokenizer.from_pretrained(tmp_path / "out")):
+        for text in HARD:
+            ids = fast.encode(text, add_special_tokens=False).ids
+            assert one.encode(text) == ids and all(i < one.vocab_size for i in ids)
+            pieces, theirs = [*one.pieces(ids)], fast.decode(ids, skip_special_tokens=False)
+            assert "".join(pieces) == one.decode(ids) == theirs
+        for name in ("vocab_size", "eot", "ends", "specials", "prefix"):
+            assert getattr(one, name) == getattr(tokenizer, name)
+        assert [ids.tolist() for ids in one.encode_batch(HARD)] == [one.encode(text) for text in HARD]
+        assert same_when_cut(one)
+
+
+def same_when_cut(tokenizer) -> bool:
+    """Whether a text that is cut where the tokenizer says so has the same ids."""
+    text = " ".join(random.Random(0).sample(HARD, len(HARD))) + SOURCE[:3000]
+    places = [place.end() for place in tokenizer.safe.finditer(text)] if tokenizer.safe else []
+    parts = [tokenizer.encode(text[a:b]) for a, b in itertools.pairwise([0, *places, len(text)])]
+    return sum(parts, []) == tokenizer.encode(text)
+
+
+HOLES = {"r50k_base": None, "p50k_base": 50256, "cl100k_base": None, "o200k_base": None}
+
+
+@pytest.mark.parametrize("name", HOLES)
+def test_openai_tokenizers_keep_ids_and_patterns(name, tmp_path, monkeypatch):
+    """By name, as a file of ranks, stored, exported: a hole among the ids, and ends far behind them."""
+    pytest.importorskip("transformers")
+    ranks = made_ranks(500, lambda i: i if i < 400 else i + 49_900)  # 49_899 and more are far away
+    ranks = {token: i + (HOLES[name] is not None and i >= HOLES[name]) for token, i in ranks.items()}
+    known = openai(name, ranks)
+    monkeypatch.setattr("tiktoken.get_encoding", {name: known}.get)
+    lines = [base64.b64encode(token) + b" %d\n" % i for token, i in ranks.items()]
+    (tmp_path / f"{name}.tiktoken").write_bytes(b"".join(lines))
+    ours = make_tokenizer(name, [], 0)
+    made = [ours, make_tokenizer(str(tmp_path / f"{name}.tiktoken"), [], 0),
+            Tokenizer.from_dict(json.loads(json.dumps(ours.to_dict())))]
+    ours.save_pretrained(tmp_path, 64)
+    made.append(Tokenizer.from_pretrained(tmp_path))
+    from transformers import AutoTokenizer
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for text in (*HARD, SOURCE):
+        ids = known.encode_ordinary(text)
+        for one in made:
+            assert one.encode(text) == ids and one.decode(ids) == text
+            assert b"".join(one.token_bytes[i] for i in ids).decode() == text
+        if EOT not in text:
+            assert theirs(text)["input_ids"] == ids and theirs.decode(ids) == text
+    for one in made:
+        assert one.eot == known.eot_token == theirs.eos_token_id
+        assert one.encode(f"a{EOT}", specials=True)[-1] == known.eot_token
+        assert one.mask == ours.mask == one.vocab_size - 1 and ours.mask >= known.n_vocab
+
+
+LANGUAGES = ("the quick brown Fox, 12 (it's) ", "ein schöner Tag für Äpfel ", "привет мир ё ", "你好，世界。中文 ",
+             "日本語です ", "한국어 ", "हिन्दी में ", "שלום ", "🙂👩‍👧 ",
+             "é\u0301 \u212b ﬁ ½ ", "\n\n  x\ty\r\n", "\u2581 ")
+RIGHT = {"llama": LANGUAGES[:-1], "llama-metaspace": LANGUAGES[:-1], "gpt2-prefix": LANGUAGES,
+         "qwen": LANGUAGES[:9], "holes": LANGUAGES, "bert-cased": (), "unigram": ("thequick",)}
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_the_bytes_of_ids_are_those_of_the_text_or_are_not_given(name, tmp_path):
+    """Random texts in several languages, as documents of a data set; RIGHT: where they must be given."""
+    of_the_hub(tmp_path / "in", **HUB[name]())
+    tokenizer, draw = Tokenizer.from_pretrained(tmp_path / "in"), random.Random(1)
+    for round in range(30):
+        alphabet = draw.choice(LANGUAGES) if round % 2 else "".join(draw.sample(LANGUAGES, 3))
+        texts = ["x" + "".join(draw.choices(alphabet, k=draw.randrange(1, 60))) for _ in range(4)]
+        ids = tokenizer.encode_documents(texts, [True] * 4)
+        size = sum(len(text.encode()) for text in texts)
+        lengths = tokenizer.byte_lengths(ids, size)
+        if lengths is None:
+            assert not {*alphabet} <= {*"".join(RIGHT.get(name, ()))}, alphabet
+        else:
+            assert lengths[ids].sum() == size
+            if name in ("bert", "bert-cased", "wordlevel"):
+                assert not any(c.isspace() for text in texts for c in text)
+    if name.startswith("llama"):  # a Chinese character in three bytes is three bytes, not eighteen
+        ids = tokenizer.encode_documents(["\u9f98\u9750"], [True])
+        assert len(ids) > 6 and tokenizer.byte_lengths(ids, 6)[ids[-7:-1]].tolist() == [1] * 6
+
+
+def test_lost_characters_are_counted(tmp_path):
+    """Those that end in no id, or in the unknown one alone; not what the normalizer takes out, nor spaces."""
+    latin = [chr(i) for i in range(33, 127)]
+    cases = {
+        "bert": (bert(latin, True), "Caf\u00e9 \x07 abc 中文 x中y", {"中": 2, "文": 1}),
+        "no unknown token": ({"model": {"type": "BPE", "merges": [],
+                                        "vocab": {c: i for i, c in enumerate(latin)}}},
+                             "ab 中文 中", {"中": 2, "文": 1}),
+        "unigram": ({"model": unigram(latin), "pre_tokenizer": METASPACE, "decoder": METASPACE}, "ab 中文 ，c",
+                    {"中": 1, "文": 1, "，": 1}),
+        "some bytes": ({"model": {"type": "BPE", "merges": [], "vocab": {
+            sign: i for i, sign in tokenizer_file.byte_symbols().items() if i < 200}},
+            "pre_tokenizer": BYTE_LEVEL, "decoder": BYTE_LEVEL}, "ab é中 中", {"中": 2}),
+        "all bytes": ({"model": bytes_vocab(), "pre_tokenizer": BYTE_LEVEL, "decoder": BYTE_LEVEL}, "é中", {}),
+        "byte fallback": (HUB["llama"](), "é龘", {}),
+    }
+    for name, (made, text, expected) in cases.items():
+        of_the_hub(tmp_path / name, **made)
+        tokenizer, lost = Tokenizer.from_pretrained(tmp_path / name), Counter()
+        tokenizer.encode_documents([text, "a"], [True, True], lost)
+        assert lost == expected == tokenizer.lost(text), name
+    assert make_tokenizer("bytes", [], 300).changes() == []
+    changes = Tokenizer.from_pretrained(tmp_path / "bert").changes()
+    assert {"'A' -> 'a'", "'é' -> 'e'", "'a\\na' -> 'a a'", "'a  a' -> 'a a'"} <= {*changes}
+
+
+def test_a_stream_drops_nothing_and_never_fails(tmp_path):
+    """Bytes that are no character, half of one at the end, ids that no token has; the first token's space."""
+    of_the_hub(tmp_path / "in", **HUB["llama"]())
+    tokenizer = Tokenizer.from_pretrained(tmp_path / "in")
+    byte = [tokenizer.fast.token_to_id(f"<0x{i:02X}>") for i in range(256)]
+    whole = [byte[i] for i in "龘".encode()]
+    for ids, text in (([*whole, byte[0xE9]], "龘\ufffd"), ([byte[0xE9], *whole], "\ufffd龘"),
+                      ([byte[0xFF]], "\ufffd"), ([10**6, *whole, -5], "龘")):
+        assert "".join(tokenizer.pieces(ids)) == tokenizer.decode(ids) == text
+    th = tokenizer.fast.token_to_id("\u2581th")
+    assert tokenizer.decode([th]) == "th" and "".join(tokenizer.pieces([th], begun=True)) == " th"
+
+
+def test_a_long_gap_is_no_panic():
+    tokenizer = make_tokenizer("bpe", [SOURCE], 400)
+    for text in (" " * 1_000_000, "a" + "\n" * 700_000 + "b", "x" + " " * 60_000 + "y"):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.encode_documents([text, "a"], [True, True]).tolist() == [
+            *ids, tokenizer.eot, *tokenizer.encode("a"), tokenizer.eot]
+
+
 END = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 PATTERNS = {
@@ -78,7 +324,7 @@ def test_a_long_text_in_pieces_gives_the_same_tokens(tmp_path, monkeypatch, patt
         expected += [*tokenizer.encode(data[start:end].decode("utf-8", "ignore")), tokenizer.eot]
     for unit, threads in ((40, 1), (100, 2), (10**6, 3)):
         monkeypatch.setattr(tokenizer_file, "UNIT", unit)
-        pieces = list(tokenizer_file.read_texts(tmp_path / "spool", spans, False, lambda n: None))
+        pieces = list(tokenizer_file.read_texts(tmp_path / "spool", spans, tokenizer.safe, lambda n: None))
         assert unit == 10**6 or len(pieces) > 20
         ids = np.concatenate(list(tokenizer_file.encode_stream(tokenizer, pieces, threads)))
         assert ids.tolist() == expected
@@ -117,8 +363,8 @@ def test_a_text_is_wrapped_as_its_model_reads_it(tmp_path):
     fast.enable_padding(length=16)
     fast.enable_truncation(4)  # what a file says of lengths is no concern of ours
     fast.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match="sep_token"):
-        Tokenizer.from_pretrained(tmp_path)
+    named_by_none = Tokenizer.from_pretrained(tmp_path)  # but the vocabulary is BERT's
+    assert (named_by_none.eot, named_by_none.pad, named_by_none.mask) == (3, 0, 4)
     roles = {"sep_token": "[SEP]", "pad_token": {"content": "[PAD]"}, "mask_token": "[MASK]"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(roles))
     tokenizer = Tokenizer.from_pretrained(tmp_path)

@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from config import SettingError, UserError, at_least, launch
 from finetune import Tuned, collate, predict, warn
 from lib.run import newest_run, pick_device, write_text
-from lib.tokenizer import HubTokenizer, Tokenizer
+from lib.tokenizer import Tokenizer
 from model import Transformer
 from sample import load, read_prompt
 
@@ -61,12 +61,12 @@ class Case(NamedTuple):
 @torch.no_grad()
 def of_a_token(model: Transformer, tokenizer, text: str, target: str) -> Case:
     """A language model's logit of a token behind the text, or in its gap: of target, else the likeliest."""
-    ids = tokenizer.encode(text, specials=True)
+    ids = tokenizer.prompt(text) if model.config.causal else tokenizer.encode(text, specials=True)
     most = min(LONGEST, model.config.block_size)
     if model.config.causal:
         if len(ids) > most:
             print(f"(the last {most} of the text's {len(ids)} tokens)")
-        ids = ids[-most:] or [tokenizer.eot]
+        ids = ids[-most:]
         at, neutral = -1, tokenizer.eot
     else:
         ids, _ = tokenizer.wrap(ids)
@@ -241,7 +241,7 @@ def habit(weights: torch.Tensor, ids: torch.Tensor) -> str:
     return best
 
 
-def shown(tokenizer: Tokenizer | HubTokenizer, token: int) -> str:
+def shown(tokenizer: Tokenizer, token: int) -> str:
     """A token's text, in which line breaks and parts of characters can be seen."""
     special = {i: name for name, i in tokenizer.specials.items()}.get(token)
     pieces = tokenizer.token_bytes[token:token + 1]  # none for the rest of a padded vocabulary
