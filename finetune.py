@@ -851,7 +851,7 @@ def read_files(s: SimpleNamespace, say) -> list[list[Row] | None]:
             spelling = spelling or one_spelling(rows, say)
             respell(rows, spelling)
         found.append(rows)
-    train = {text_key(row) for row in found[0]}
+    train = {text_key(row) for row in found[0]} if found[1] or found[2] else set()
     for name, rows in zip(("data_val", "data_test"), found[1:]):
         if rows and {text_key(row) for row in rows} == train:
             raise UserError(f"{name}={getattr(s, name)}: the very texts of data={s.data}: leave it out, and "

@@ -34,7 +34,7 @@ import torch
 from config import SettingError, UserError, at_least, check_used, launch
 from finetune import Tuned, predict, tuned_of, vectors, with_head
 from lib.pretrained import HeadError, read_as_trained, save
-from lib.rows import as_csv, some
+from lib.rows import as_csv, described, some
 from lib.run import USE, Machine, find_checkpoint, load_whole, model_of, newest_run
 from lib.text import kind_of, read_text
 from lib.tokenizer import Tokenizer
@@ -223,7 +223,10 @@ def answer_file(model: Tuned, path: str, machine: Machine) -> None:
     task = model.task
     asked = {"text": text_column, "pair": pair_column, "label": label_column}
     columns = {**task.head["columns"], **{role: name for role, name in asked.items() if name != ""}}
+    known = "unused" in columns  # a checkpoint of before, or of others, keeps none
     columns, rows = task.to_answer(path, columns, encoding)
+    if not known:
+        print(f"columns  {described(columns)}", file=sys.stderr)
     rows = some(path, list(rows))
     labels = [row.label for row in rows]
     scored = [i for i, row in enumerate(rows) if task.knows_label(row)]

@@ -273,6 +273,10 @@ def open_rows(path: str, columns: dict, usual: Names, labelled: bool = True,
     may_lack = {"group", "split", "start", "id", *optional}
     if tagged or "json" in kind_of(path):
         names = list(dict.fromkeys(itertools.chain(*first)))
+        if "unused" not in columns:
+            if columns.get("header") is not None:
+                raise SettingError(f"header={columns['header']}: {path} names the columns in each row: leave it out")
+            found = without_new_names(path, found, names, usual)
         columns = of_names(path, names, columns, usual, needed)
         keys = {role: columns.get(role) for role in (*ROLES, "id")}
         may_lack.add("label")
@@ -290,6 +294,21 @@ def open_rows(path: str, columns: dict, usual: Names, labelled: bool = True,
             may_lack.add("label")
     nested = {**(nested or {}), **({} if labelled else {"label": (list, dict)})}
     return columns, make_rows(path, itertools.chain(peeked, found), keys, columns, may_lack, nested, bad)
+
+
+def without_new_names(path: str, found: Iterable[tuple[int, dict]], names: list[str],
+                      usual: Names) -> Iterator[tuple[int, dict]]:
+    """The records of JSON. Raises UserError if a column that would have been used comes too late to be."""
+    seen = set(names)
+    for line, record in found:
+        if not record.keys() <= seen:
+            late = [name for name in record if name not in seen and plain(name) in usual.all().difference(IDS)]
+            if late:
+                raise UserError(f"{path}:{line}: has {late[0]!r}, which the first {PEEK:,} rows have not: name all "
+                                f"columns, --text_column=... --label_column=..., and --pair_column={late[0]} if it "
+                                "is of use")
+            seen |= record.keys()
+        yield line, record
 
 
 def of_names(path: str, names: list[str], columns: dict, usual: Names, needed: Collection[str],
@@ -376,18 +395,20 @@ def make_rows(path: str, found: Iterable[tuple[int, dict]], keys: dict, columns:
     undecided = {"-"} if columns.get("pair") else set()  # annotators did not agree
     if plain(columns["text"]) == "premise":
         undecided.add("-1")
+    used = [(role, key) for role, key in keys.items() if key is not None]
     for line, record in found:
-        where, cells = f"{path}:{line}", {}
-        for role, key in keys.items():
-            cell = None if key is None else record.get(key)
-            fault = ""
-            if isinstance(cell, (list, dict)):
+        where, cells = f"{path}:{line}", dict.fromkeys(keys)
+        for role, key in used:
+            cell, fault = record.get(key), ""
+            if isinstance(cell, str):
+                pass
+            elif isinstance(cell, (list, dict)):
                 if not isinstance(cell, nested.get(role, ())):
                     fault = f"is no text: {str(cell)[:60]}"
                 elif isinstance(cell, list):
                     cell = [one if isinstance(one, (list, dict)) else as_text(one) for one in cell]
             else:
-                if cell is None and key is not None and role not in may_lack:
+                if cell is None and role not in may_lack:
                     fault = f"is missing: the row reads {str(record)[:60]}"
                 cell = as_text(cell)
             if fault:
@@ -627,7 +648,8 @@ def place_answer(answer: dict, context: str) -> tuple[str, int]:
 def text_key(row: Row) -> tuple[str, ...]:
     """Equal for texts that differ by case and spaces, or by which of two comes first."""
     texts = [row.text] if row.pair is None else [row.text, row.pair]
-    return tuple(sorted(" ".join(unicodedata.normalize("NFKC", text).casefold().split()) for text in texts))
+    plain_texts = [" ".join(unicodedata.normalize("NFKC", text).casefold().split()) for text in texts]
+    return tuple(sorted(plain_texts))
 
 
 def split_rows(keys: Sequence, labels: Sequence | None, k: int, seed: int) -> np.ndarray:

@@ -73,6 +73,9 @@ def encoding_of(path: str | Path) -> str:
     with contextlib.suppress(OSError, EOFError, zlib.error, lzma.LZMAError):  # blocks() will tell
         with UNPACK.get(Path(path).suffix.lower(), open)(path, "rb") as f:
             data = f.read(BLOCK)
+            for begin, kind in NO_TEXT.items():
+                if data.startswith(begin):
+                    raise NotText(f"{path}: {kind}: save it as .csv or .jsonl")
             found = "utf-8"
             if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
                 found = "utf-16"
@@ -90,6 +93,9 @@ def encoding_of(path: str | Path) -> str:
             print(f"{path}: read as {'GBK' if found == 'gb18030' else 'UTF-16'}", file=sys.stderr)
         return found
     return "utf-8"
+
+
+NO_TEXT = {b"PK\3\4": "a zip or Excel file", b"\xd0\xcf\x11\xe0": "an Excel file", b"PAR1": "a Parquet file"}
 
 
 def is_gbk(data: bytes) -> bool:
@@ -223,7 +229,7 @@ def table(path: str | Path, text: Iterable[str], kind: str, names: Collection[st
           bad: Callable[[UserError], None] | None) -> Iterator[tuple[int, dict]]:
     """CSV, or TSV, where quotes are plain characters. What ends a cell is seen from the first lines."""
     text = lines(text, "")
-    first = list(itertools.islice(text, 50))
+    first = list(itertools.islice(text, FIRST))
     delimiter = delimiter_of(first, kind)
     header, source = None, Lines(itertools.chain(first, text))
     if first and SEP.fullmatch(first[0]):
@@ -242,9 +248,12 @@ def table(path: str | Path, text: Iterable[str], kind: str, names: Collection[st
             refuse(f"{path}:{line}: {len(cells)} cells, but the columns are {', '.join(header)}: {remedy}, "
                    "or --skip_bad_rows=True", bad)
             continue
-        yield line, dict(itertools.zip_longest(header, cells[:len(header)]))
+        pairs = zip(header, cells) if len(cells) >= len(header) else itertools.zip_longest(header, cells)
+        yield line, dict(pairs)
 
 
+FIRST = 50  # lines that tell what ends a cell
+csv.field_size_limit(2**31 - 1)
 SEP = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)  # Excel's first line
 
 
@@ -256,7 +265,9 @@ def delimiter_of(first: list[str], kind: str) -> str:
     if kind == ".tsv" or (kind != ".csv" and first and "\t" in first[0]):
         return "\t"
     for delimiter in ",;\t|":
-        rows = csv.reader(first[:-1] or first, delimiter=delimiter)  # the last may be half a row
+        rows = list(csv.reader(first, delimiter=delimiter))
+        if len(first) == FIRST:
+            del rows[-1]  # it may be half a row
         widths = {len(cells) for cells in rows if cells}
         if len(widths) == 1 and widths.pop() > 1:
             return delimiter
@@ -277,7 +288,6 @@ def cells_of(path: str | Path, source: Lines, delimiter: str,
     """(line, cells) of each row. One with a quote that is not closed, or too late, is a bad one."""
     tabs = delimiter == "\t"
     dialect = {"delimiter": delimiter, **({"quoting": csv.QUOTE_NONE} if tabs else {"strict": True})}
-    csv.field_size_limit(2**31 - 1)
     reader, width = csv.reader(source, **dialect), None
     source.next_row()
     while True:

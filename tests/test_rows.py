@@ -64,6 +64,9 @@ def test_records_are_found_however_they_are_kept(tmp_path, name, content):
 
 
 def test_texts_with_lines_and_other_delimiters_stay_whole(tmp_path):
+    rows = "".join(f'"a, {i}\nb\nc";x\n' for i in range(40))  # the first lines end within a row
+    (tmp_path / "c.csv").write_text(f"text;label\n{rows}", encoding="utf-8")
+    assert [record["text"] for _, record in read(tmp_path / "c.csv")] == [f"a, {i}\nb\nc" for i in range(40)]
     (tmp_path / "a.csv").write_text('text\n"a; b\nc, d\n\ne"\nno; yes\nplain\n', encoding="utf-8")
     assert [(line, record["text"]) for line, record in read(tmp_path / "a.csv")] == [
         (2, "a; b\nc, d\n\ne"), (6, "no; yes"), (7, "plain")]
@@ -226,6 +229,9 @@ def squad(asked: dict) -> str:
      ["pos", "neg", "pos"]),
     ("classify", "a.csv", "Who?,question\nGo!,order\nWhy?,question\n", "no header: text is column 0, label is column 1",
      ["question", "order", "question"]),
+    ("classify", "a.xlsx", "PK\3\4...", ["a.xlsx", "Excel", ".csv"], None),
+    ("lm", "a.jsonl", lines_of(*[{"instruction": "a", "output": "b"}] * 1001, ALPACA),
+     ["a.jsonl:1002", "'input'", "--pair_column=input"], None),
     ("classify", "a.csv", "Text,text,label\na,b,c\n", ["Text, text", "--text_column=0", "--text_column=1"], None),
     ("classify", "a.csv", "0,1\ngood,pos\nbad,neg\n", ["0, 1", "--text_column"], None),
 ])
