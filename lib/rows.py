@@ -275,7 +275,8 @@ def open_rows(path: str, columns: dict, usual: Names, labelled: bool = True,
         names = list(dict.fromkeys(itertools.chain(*first)))
         if "unused" not in columns:
             if columns.get("header") is not None:
-                raise SettingError(f"header={columns['header']}: {path} names the columns in each row: leave it out")
+                raise SettingError(f"header={columns['header']}: {path} names the columns in each row: leave "
+                                   "it out")
             found = without_new_names(path, found, names, usual)
         columns = of_names(path, names, columns, usual, needed)
         keys = {role: columns.get(role) for role in (*ROLES, "id")}
@@ -299,14 +300,14 @@ def open_rows(path: str, columns: dict, usual: Names, labelled: bool = True,
 def without_new_names(path: str, found: Iterable[tuple[int, dict]], names: list[str],
                       usual: Names) -> Iterator[tuple[int, dict]]:
     """The records of JSON. Raises UserError if a column that would have been used comes too late to be."""
-    seen = set(names)
+    seen, known = set(names), usual.all().difference(IDS)
     for line, record in found:
         if not record.keys() <= seen:
-            late = [name for name in record if name not in seen and plain(name) in usual.all().difference(IDS)]
+            late = [name for name in record if name not in seen and plain(name) in known]
             if late:
-                raise UserError(f"{path}:{line}: has {late[0]!r}, which the first {PEEK:,} rows have not: name all "
-                                f"columns, --text_column=... --label_column=..., and --pair_column={late[0]} if it "
-                                "is of use")
+                raise UserError(f"{path}:{line}: has {late[0]!r}, which the first {PEEK:,} rows have not: "
+                                "name all columns, --text_column=... --label_column=..., and --pair_column="
+                                f"{late[0]} if it is of use")
             seen |= record.keys()
         yield line, record
 

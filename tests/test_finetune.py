@@ -89,12 +89,12 @@ def paragraphs(folder):
     return folder / "text.txt"
 
 
-MORE = {"csv": "w1 fine,good\n", "jsonl": '\n{"text": "fine", "label": ["good"]}', "conll": "\n\nRome\tB-place\n",
-        "txt": "\n\nw1 fine"}
+MORE = {"csv": "w1 fine,good\n", "jsonl": '\n{"text": "fine", "label": ["good"]}', "txt": "\n\nw1 fine",
+        "conll": "\n\nRome\tB-place\n"}
 
 
 def and_one_more(data) -> Path:
-    """The same examples and one more, to be tested on: the very file that is learned from would be refused."""
+    """The same examples and one more, to be tested on: the very file to learn from would be refused."""
     path = Path(data).with_stem("more")
     if path.suffix == ".json":
         found = json.loads(Path(data).read_text(encoding="utf-8"))
@@ -184,7 +184,8 @@ def test_a_classifier_leaves_what_it_promised(tuned):
 def test_a_model_learns_to_follow_instructions(tmp_path):
     pairs = [{"instruction": f"say {a}", "input": "", "output": a} for a in ("yes", "no", "maybe") * 20]
     (tmp_path / "data.json").write_text(json.dumps(pairs), encoding="utf-8")
-    (tmp_path / "more.json").write_text(json.dumps([*pairs, {"instruction": "say", "output": "yes"}]), encoding="utf-8")
+    pairs.append({"instruction": "say", "output": "yes"})
+    (tmp_path / "more.json").write_text(json.dumps(pairs), encoding="utf-8")
     rows = [f"--data{split}={tmp_path / name}.json" for split, name in
             (("", "data"), ("_val", "more"), ("_test", "more"))]
     metrics = tune(tmp_path / "out", *rows, *QUICK, "--task=lm", *CAUSAL, "--init=zero_out", "--norm_embd",

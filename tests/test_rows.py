@@ -54,7 +54,8 @@ JSON_LINES = "\n".join(map(json.dumps, OBJECTS))
     ("a.json", json.dumps(OBJECTS)), ("a.json", json.dumps(OBJECTS, indent=1)), ("a.json", JSON_LINES),
     ("a.json.gz", JSON_LINES), ("a.jsonl", JSON_LINES), ("a.jsonl", json.dumps(OBJECTS)),
     ("a.json", json.dumps({"version": 1, "data": OBJECTS}) + "\n"), ("a.csv", "text;url\nt0;u\nt1;u\nt2;u\n"),
-    ("a.csv", "sep=;\ntext;url\nt0;u\nt1;u\nt2;u\n"), ("a.csv", '"sep=|"\r\ntext|url\r\nt0|u\r\nt1|u\r\nt2|u\r\n'),
+    ("a.csv", "sep=;\ntext;url\nt0;u\nt1;u\nt2;u\n"),
+    ("a.csv", '"sep=|"\r\ntext|url\r\nt0|u\r\nt1|u\r\nt2|u\r\n'),
     ("a.csv", "text\turl\nt0\tu\nt1\tu\nt2\tu\n"), ("a.csv", "text,url\nt0,u\nt1,u\nt2,u"),
 ])
 def test_records_are_found_however_they_are_kept(tmp_path, name, content):
@@ -89,21 +90,25 @@ def lines_of(*rows: dict) -> str:
     return "\n".join(map(json.dumps, rows))
 
 
-NEWS = '"3","Wall St. Claws","Reuters - Short"\n"4","Carlyle","Reuters"\n"3","Oil","Soaring"\n"4","Iraq","Halts it"\n'
+NEWS = ('"3","Wall St. Claws","Reuters - Short"\n"4","Carlyle","Reuters"\n'
+        '"3","Oil","Soaring"\n"4","Iraq","Halts it"\n')
 LCQMC = "喜欢打篮球\t爱打篮球\t1\n手机丢了\t我想换手机\t1\n大家觉得\t大家说\t0\n求秋色\t求秋天\t0\n"
 STSB = "index\tgenre\tyear\tsource1\tsource2\tsentence1\tsentence2\tscore\n0\tm\t2012\tn\tn\tA\tB\t5.0\n"
-SNLI = [{"annotator_labels": ["neutral"], "gold_label": label, "pairID": "p", "sentence1": "A", "sentence2": "B"}
+SNLI = [{"annotator_labels": ["neutral"], "gold_label": label, "pairID": "p", "sentence1": "A",
+         "sentence2": "B"}
         for label in ("neutral", "-")]
 SICK = "pair_ID\tsentence_A\tsentence_B\trelatedness_score\tentailment_judgment\n1\tA\tB\t4.5\tNEUTRAL\n"
 ALPACA = {"instruction": "a", "input": "i", "output": "b"}
 TURN = {"role": "user", "content": "x"}
 CONLL = "-DOCSTART- -X- -X- O\n\nEU NNP B-NP B-ORG\nrejects VBZ B-VP O\n\nPeter NNP B-NP B-PER\n"
-EWT = ("# sent_id = 1\n# text = The don't\n1\tThe\tthe\tDET\tDT\t_\t2\tdet\t_\t_\n2-3\tdon't\t_\t_\t_\t_\t_\t_\t_\t_\n"
-       "2\tdo\tdo\tAUX\tVBP\t_\t0\troot\t_\t_\n3\tn't\tnot\tPART\tRB\t_\t2\tadvmod\t_\t_\n3.1\tx\t_\t_\t_\t_\t_\t_\t_\t_\n")
+EWT = ("# sent_id = 1\n# text = The don't\n1\tThe\tthe\tDET\tDT\t_\t2\tdet\t_\t_\n"
+       "2-3\tdon't\t_\t_\t_\t_\t_\t_\t_\t_\n2\tdo\tdo\tAUX\tVBP\t_\t0\troot\t_\t_\n"
+       "3\tn't\tnot\tPART\tRB\t_\t2\tadvmod\t_\t_\n3.1\tx\t_\t_\t_\t_\t_\t_\t_\t_\n")
 CLUENER = {"text": "浙商银行叶老桂", "label": {"name": {"叶老桂": [[4, 6]]}, "company": {"浙商银行": [[0, 3]]}}}
 ORG, PER = ["B-company", *["I-company"] * 3], ["B-name", "I-name", "I-name"]
 SQUAD = {"id": "1", "question": "q", "answers": [{"text": "b", "answer_start": 2}]}
-HF_SQUAD = {"id": "1", "title": "t", "context": "a b b", "question": "q", "answers": {"text": ["b"], "answer_start": [4]}}
+HF_SQUAD = {"id": "1", "title": "t", "context": "a b b", "question": "q",
+            "answers": {"text": ["b"], "answer_start": [4]}}
 
 
 def squad(asked: dict) -> str:
@@ -112,7 +117,8 @@ def squad(asked: dict) -> str:
 
 @pytest.mark.parametrize("task, name, content, columns, labels", [
     # sentiment
-    ("classify", "sst2.tsv", 'sentence\tlabel\nhide "new \t0\ngood\t1\n', "text: sentence, label: label", ["0", "1"]),
+    ("classify", "sst2.tsv", 'sentence\tlabel\nhide "new \t0\ngood\t1\n', "text: sentence, label: label",
+     ["0", "1"]),
     ("classify", "imdb.csv", 'review,sentiment\n"One, <br /> ""best""",positive\nBad,negative\n',
      "text: review, label: sentiment", ["positive", "negative"]),
     ("classify", "yelp.csv", '"1","Unfortunately, the"\n"2","Been going"\n"1","I don\'t"\n"2","great"\n',
@@ -121,16 +127,19 @@ def squad(asked: dict) -> str:
      "text: text, label: stars; not used: review_id, date", ["4.0", "4.0"]),
     ("classify", "Reviews.csv", "Id,UserId,Score,Time,Summary,Text\n1,A3,5,130,Good,I have\n",
      "text: Text, label: Score; not used: Id, UserId, Time, Summary", ["5"]),
-    ("classify", "amazon.jsonl", lines_of({"asin": "B", "reviewText": "nice", "overall": 5.0, "summary": "s"}),
+    ("classify", "amazon.jsonl", lines_of({"asin": "B", "reviewText": "nice", "overall": 5.0,
+                                           "summary": "s"}),
      "text: reviewText, label: overall; not used: asin, summary", ["5.0"]),
-    ("classify", "train.ft.txt", "__label__2 Stuning even: for\n__label__1 Beware\n", "text: text, label: __label__",
+    ("classify", "train.ft.txt", "__label__2 Stuning even: for\n__label__1 Beware\n",
+     "text: text, label: __label__",
      ["2", "1"]),
     ("classify", "chn.tsv", "label\ttext_a\n1\t选择珠江花园\n0\t笔记本\n", "text: text_a, label: label", ["1", "0"]),
     ("classify", "waimai_10k.csv", "label,review\n1,很快，好吃\n", "text: review, label: label", ["1"]),
     ("classify", "tweet_eval.jsonl", lines_of({"text": "QT", "label": 2}), "text: text, label: label", ["2"]),
     ("classify", "emotions.txt", "i didnt feel;sadness\ni can go;sadness\nim grabbing;anger\nok;anger\n",
      "no header: text is column 0, label is column 1", ["sadness", "sadness", "anger", "anger"]),
-    ("classify", "de.csv", "text;label\nGut, sehr gut;pos\nSchlecht;neg\n", "text: text, label: label", ["pos", "neg"]),
+    ("classify", "de.csv", "text;label\nGut, sehr gut;pos\nSchlecht;neg\n", "text: text, label: label",
+     ["pos", "neg"]),
     ("classify", "setfit.jsonl", lines_of({"text": "a", "label": 1, "label_text": "positive"}),
      "text: text, label: label; not used: label_text", ["1"]),
     ("classify", "spam.csv", 'v1,v2,,\nham,"Go until, jurong",,\n',
@@ -148,7 +157,8 @@ def squad(asked: dict) -> str:
      "no header: text is column 0, label is column 1", ["8", "5", "8", "5"]),
     ("classify", "cnews.txt", "体育\t马晓旭受伤\n财经\t股市大涨\n体育\t朱婷夺冠\n财经\t基金发行\n",
      "no header: text is column 1, label is column 0", ["体育", "财经", "体育", "财经"]),
-    ("classify", "tnews.json", lines_of({"label": "108", "label_desc": "news_edu", "sentence": "上课", "keywords": ""}),
+    ("classify", "tnews.json", lines_of({"label": "108", "label_desc": "news_edu", "sentence": "上课",
+                                         "keywords": ""}),
      "text: sentence, label: label; not used: label_desc, keywords", ["108"]),
     # pairs
     ("classify", "qnli.tsv", "index\tquestion\tsentence\tlabel\n0\tWhen\tUnlike\tentailment\n",
@@ -158,11 +168,13 @@ def squad(asked: dict) -> str:
     ("classify", "qqp.tsv", "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n1\t1\t2\tHow\tWhy\t0\n",
      "text: question1, pair: question2, label: is_duplicate; not used: id, qid1, qid2", ["0"]),
     ("regress", "stsb.tsv", STSB,
-     "text: sentence1, pair: sentence2, label: score; not used: index, genre, year, source1, source2", ["5.0"]),
+     "text: sentence1, pair: sentence2, label: score; not used: index, genre, year, source1, source2",
+     ["5.0"]),
     ("regress", "stsb.csv", "A plane,An air plane,5.0\nA man,A man is,3.8\n",
      ["--text_column=0 --pair_column=1 --label_column=2"], None),
     ("classify", "snli.jsonl", lines_of(*SNLI),
-     "text: sentence1, pair: sentence2, label: gold_label; not used: annotator_labels, pairID", ["neutral", None]),
+     "text: sentence1, pair: sentence2, label: gold_label; not used: annotator_labels, pairID",
+     ["neutral", None]),
     ("classify", "snli.jsonl", lines_of(*({"premise": "a", "hypothesis": "b", "label": n} for n in (1, -1))),
      "text: premise, pair: hypothesis, label: label", ["1", None]),
     ("classify", "lcqmc.tsv", LCQMC, ["--text_column=0 --pair_column=1 --label_column=2"], None),
@@ -181,32 +193,39 @@ def squad(asked: dict) -> str:
     ("lm", "dolly.jsonl", lines_of({"instruction": "a", "context": "", "response": "b", "category": "c"}),
      "text: instruction, pair: context, label: response; not used: category", ["b"]),
     ("lm", "gsm8k.jsonl", lines_of({"question": "a", "answer": "b"}), "text: question, label: answer", ["b"]),
-    ("lm", "scored.csv", "prompt,completion,score\na,b,5\n", "text: prompt, label: completion; not used: score", ["b"]),
+    ("lm", "scored.csv", "prompt,completion,score\na,b,5\n",
+     "text: prompt, label: completion; not used: score", ["b"]),
     ("lm", "firefly.jsonl", lines_of({"kind": "NLI", "input": "a", "target": "b"}),
      "text: input, label: target; not used: kind", ["b"]),
-    ("lm", "wiki.jsonl", lines_of({"url": "u", "title": "t", "text": "long"}), "text: text; not used: url, title",
+    ("lm", "wiki.jsonl", lines_of({"url": "u", "title": "t", "text": "long"}),
+     "text: text; not used: url, title",
      [None]),
     ("lm", "oasst.jsonl", lines_of({"message_id": "6", "parent_id": None, "text": "hi", "role": "prompter"}),
      ["'parent_id'", "several turns"], None),
     ("lm", "sharegpt.json", json.dumps([{"id": "x", "conversations": [{"from": "human", "value": "hi"}]}]),
      ["'conversations'", "--text_column"], None),
-    ("lm", "ultra.jsonl", lines_of({"prompt": "p", "messages": [TURN]}), ["'messages'", "several turns"], None),
-    ("lm", "dpo.jsonl", lines_of({"prompt": "p", "chosen": "a", "rejected": "b"}), ["'chosen'", "choose"], None),
+    ("lm", "ultra.jsonl", lines_of({"prompt": "p", "messages": [TURN]}), ["'messages'", "several turns"],
+     None),
+    ("lm", "dpo.jsonl", lines_of({"prompt": "p", "chosen": "a", "rejected": "b"}), ["'chosen'", "choose"],
+     None),
     # tags
     ("tag", "conll2003.txt", CONLL, "no header: text is column 0, label is column 3; not used: 1, 2",
      [["B-ORG", "O"], ["B-PER"]]),
     ("tag", "wnut.conll", "# x\n@paul\tO\n#nba\tO\nEmpire\tB-location\n\t\nFrom\tO\n",
      "no header: text is column 0, label is column 1", [["O", "O", "B-location"], ["O"]]),
-    ("tag", "msra.txt", "当 O\n\u3000 O\n10\u00a0000 O\n国 I-LOC\n", "no header: text is column 0, label is column 1",
+    ("tag", "msra.txt", "当 O\n\u3000 O\n10\u00a0000 O\n国 I-LOC\n",
+     "no header: text is column 0, label is column 1",
      [["O", "O", "O", "I-LOC"]]),
     ("tag", "multiconer.conll", "# id 5239 domain=en\nit _ _ O\nzeeland _ _ B-LOC\n",
      "no header: text is column 0, label is column 3; not used: 1, 2", [["O", "B-LOC"]]),
-    ("tag", "ewt.conllu", EWT, "text: form, label: upos; not used: id, lemma, xpos, feats, head, deprel, deps, misc",
+    ("tag", "ewt.conllu", EWT, "text: form, label: upos; "
+     "not used: id, lemma, xpos, feats, head, deprel, deps, misc",
      [["DET", "AUX", "PART"]]),
     ("tag", "cluener.json", lines_of(CLUENER), "text: text, label: label", [[*ORG, *PER]]),
     ("tag", "hf.jsonl", lines_of({"tokens": ["EU", "rejects"], "pos_tags": [22, 42], "ner_tags": [3, 0]}),
      "text: tokens, label: ner_tags; not used: pos_tags", [["3", "0"]]),
-    ("tag", "doccano.jsonl", lines_of({"text": "In Rome, nice", "label": [[3, 7, "LOC"]]}), "text: text, label: label",
+    ("tag", "doccano.jsonl", lines_of({"text": "In Rome, nice", "label": [[3, 7, "LOC"]]}),
+     "text: text, label: label",
      [["O", "B-LOC", "O", "O"]]),
     ("tag", "kaggle.csv", "Sentence #,Word,POS,Tag\nSentence: 1,Thousands,NNS,O\n", ["Word", "CoNLL"], None),
     # questions
@@ -214,7 +233,8 @@ def squad(asked: dict) -> str:
     ("qa", "squad.json", squad({**SQUAD, "is_impossible": True, "answers": []}),
      "text: question, pair: context, label: answers", [[]]),
     ("qa", "squad.json", squad({"id": "7", "question": "q"}), ["question 7", "answers"], None),
-    ("qa", "hf.jsonl", lines_of(HF_SQUAD), "text: question, pair: context, label: answers, split: title; not used: id",
+    ("qa", "hf.jsonl", lines_of(HF_SQUAD),
+     "text: question, pair: context, label: answers, split: title; not used: id",
      [[("b", 4)]]),
     ("qa", "run_qa.json", json.dumps({"version": "1", "data": [HF_SQUAD]}),
      "text: question, pair: context, label: answers, split: title; not used: id", [[("b", 4)]]),
@@ -225,14 +245,17 @@ def squad(asked: dict) -> str:
     ("classify", "a.csv", "comment,type\ngood,pos\nbad,neg\nok,pos\n",
      ["comment, type", "--header=True --text_column=comment --label_column=type",
       "--header=False --text_column=0 --label_column=1"], None),
-    ("classify", "a.csv", "good film,pos\nbad film,neg\nok,pos\n", "no header: text is column 0, label is column 1",
+    ("classify", "a.csv", "good film,pos\nbad film,neg\nok,pos\n",
+     "no header: text is column 0, label is column 1",
      ["pos", "neg", "pos"]),
-    ("classify", "a.csv", "Who?,question\nGo!,order\nWhy?,question\n", "no header: text is column 0, label is column 1",
+    ("classify", "a.csv", "Who?,question\nGo!,order\nWhy?,question\n",
+     "no header: text is column 0, label is column 1",
      ["question", "order", "question"]),
     ("classify", "a.xlsx", "PK\3\4...", ["a.xlsx", "Excel", ".csv"], None),
     ("lm", "a.jsonl", lines_of(*[{"instruction": "a", "output": "b"}] * 1001, ALPACA),
      ["a.jsonl:1002", "'input'", "--pair_column=input"], None),
-    ("classify", "a.csv", "Text,text,label\na,b,c\n", ["Text, text", "--text_column=0", "--text_column=1"], None),
+    ("classify", "a.csv", "Text,text,label\na,b,c\n", ["Text, text", "--text_column=0", "--text_column=1"],
+     None),
     ("classify", "a.csv", "0,1\ngood,pos\nbad,neg\n", ["0, 1", "--text_column"], None),
 ])
 def test_columns_are_those_that_a_person_would_choose(tmp_path, task, name, content, columns, labels):
@@ -245,7 +268,8 @@ def test_columns_are_those_that_a_person_would_choose(tmp_path, task, name, cont
     found, rows = opened(task, tmp_path / name)
     assert described(found) == columns and [row.label for row in rows] == labels
     again = TASKS[task].read(str(tmp_path / name), found, False)  # in use, by the names that were found
-    assert [(row.text, row.pair, row.label) for row in again] == [(row.text, row.pair, row.label) for row in rows]
+    assert [(row.text, row.pair, row.label) for row in again] == [(row.text, row.pair,
+                                                                   row.label) for row in rows]
 
 
 def test_later_files_are_read_by_the_columns_of_the_training_file(tmp_path):
@@ -360,7 +384,8 @@ def test_groups_of_0_and_false_have_names(tmp_path):
 
 
 def test_bad_rows_are_counted_and_windows_line_ends_divide_texts(tmp_path):
-    (tmp_path / "a.csv").write_text("text,label\n" + "".join(f"a{i},x\nb{i},y\n" for i in range(30)) + "a, b,x\n",
+    rows = "".join(f"a{i},x\nb{i},y\n" for i in range(30))
+    (tmp_path / "a.csv").write_text(f"text,label\n{rows}a, b,x\n",
                                     encoding="utf-8")
     splits, said = splits_of(tmp_path / "a.csv", skip_bad_rows=True)
     assert "1 rows left out that cannot be read, " in said and "a.csv:62: 3 cells" in said
@@ -377,11 +402,13 @@ def test_bad_rows_are_counted_and_windows_line_ends_divide_texts(tmp_path):
      "accuracy 1.0000, of 1 rows; 2 have labels that training did not know"),
     ("a.csv", "id,body,kind\n7,w1 fine,good\n", ["--text_column=body", "--label_column=kind"],
      ["id,text,label,prediction", "7,w1 fine,good,good"], "accuracy 1.0000"),
-    ("a.jsonl", '{"review": "w1 fine", "label": null}', [], ["text,label,prediction", "w1 fine,,good"], "MB of weights"),
+    ("a.jsonl", '{"review": "w1 fine", "label": null}', [], ["text,label,prediction", "w1 fine,,good"],
+     "MB of weights"),
     ("a.txt", "w1 fine\nw2 dull\n", [], ["text,label,prediction", "w1 fine,,good", "w2 dull,,bad"], "2 rows"),
     ("a.txt", "这家酒店的服务很好，下次还来。 fine\n".encode("gbk"), [], ["text,label,prediction",
      "这家酒店的服务很好，下次还来。 fine,,good"], "read as GBK"),
-    ("a.txt", "été fine\n".encode("latin-1"), ["--encoding=latin-1"], ["text,label,prediction", "été fine,,good"], ""),
+    ("a.txt", "été fine\n".encode("latin-1"), ["--encoding=latin-1"],
+     ["text,label,prediction", "été fine,,good"], ""),
 ])
 def test_a_file_is_answered_by_the_columns_of_training(tuned, tmp_path, name, content, args, out, told):
     path = tmp_path / name

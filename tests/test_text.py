@@ -17,8 +17,8 @@ import pytest
 
 from config import UserError
 from lib import text as text_file
-from lib.rows import (CLASS_NAMES, as_csv, open_conll, open_rows, python_packages, read_paragraphs, read_squad,
-                      some, split_rows)
+from lib.rows import (CLASS_NAMES, as_csv, open_conll, open_rows, python_packages, read_paragraphs,
+                      read_squad, some, split_rows)
 from lib.text import documents, locked
 from tests.helpers import CHINESE, MIXED, PAGES, ROOT, says, write_rows
 
@@ -26,8 +26,8 @@ COLUMNS = {"text": "", "pair": "", "label": "", "group": "", "header": None}
 
 
 def rows_of(path, labelled=True, lists=(), optional=(), **columns):
-    nested = {role: (list,) for role in lists}
-    return some(path, list(open_rows(str(path), {**COLUMNS, **columns}, CLASS_NAMES, labelled, nested, optional)[1]))
+    columns, nested = {**COLUMNS, **columns}, {role: (list,) for role in lists}
+    return some(path, list(open_rows(str(path), columns, CLASS_NAMES, labelled, nested, optional)[1]))
 
 
 def read_conll(path, labelled=True):
@@ -154,7 +154,7 @@ def test_rows_to_be_answered_need_no_label_and_are_all_kept(tmp_path):
     (tmp_path / "a.csv").write_text('text,label\na,x\n"",\nb\n', encoding="utf-8")
     rows = rows_of(tmp_path / "a.csv", labelled=False)
     assert [(row.text, row.label) for row in rows] == [("a", "x"), ("", ""), ("b", None)]
-    (tmp_path / "a.jsonl").write_text('{"text": "a", "text_pair": "b"}\n{"text": "c", "id": 7}', encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "text_pair": "b"}\n{"text": "c", "id": 7}')
     rows = rows_of(tmp_path / "a.jsonl", optional=("label", "pair"))
     assert [(row.text, row.pair, row.label, row.id) for row in rows] == [("a", "b", None, "1"),
                                                                          ("c", None, None, "7")]
