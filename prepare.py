@@ -31,7 +31,8 @@ from typing import Literal
 
 import numpy as np
 
-from config import SettingError, UserError, above, at_least, checked, launch, settings_of, values_of
+from config import (SettingError, UserError, above, at_least, checked, launch, needs_console, settings_of,
+                    values_of)
 from lib.clean import RULES, Progress, collect, near_groups
 from lib.text import BLOCK, BUILT_IN, UNPACK, documents, local_files, locked, note, source_parts
 from lib.tokenizer import SAFE, Tokenizer, encode_stream, make_tokenizer, read_texts, sample, with_prefix
@@ -538,6 +539,7 @@ def main():
     if report:
         print_report(folder)
     if show:
+        needs_console()
         show_documents(folder, show, seed)
 
 

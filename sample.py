@@ -31,7 +31,7 @@ from typing import Literal, Optional, Union
 import numpy as np
 import torch
 
-from config import SettingError, UserError, at_least, check_used, launch
+from config import SettingError, UserError, at_least, check_used, launch, needs_console
 from finetune import Tuned, predict, tuned_of, vectors, with_head
 from lib.pretrained import HeadError, read_as_trained, save
 from lib.rows import as_csv, described, some
@@ -367,4 +367,5 @@ def main(given: dict):
 
 
 if __name__ == "__main__":
+    needs_console()
     launch(main, globals(), Choice)

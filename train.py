@@ -33,8 +33,8 @@ from torch.utils.checkpoint import checkpoint as recomputed
 import prepare
 from config import SettingError, UserError, above, at_least, defaults_of, launch, place_of, values_of
 from lib.optim import Momentum, Muon, Pruning
-from lib.run import (BadSteps, FileCheck, Machine, Pace, Run, clock, in_words, load_body, memory_advice, model_of,
-                     step_line, stored_settings)
+from lib.run import (BadSteps, FileCheck, Machine, Pace, Run, clock, in_words, load_body, memory_advice,
+                     model_of, step_line, stored_settings)
 from lib.tokenizer import Tokenizer, same_tokenizer
 from model import Config, TokenEmbedding, Transformer, block_matrices, tell_compile_failed
 

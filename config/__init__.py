@@ -126,8 +126,8 @@ class Setting(NamedTuple):
 def launch(main: Callable, script: dict, fields: type | None = None, stored: Callable | None = None) -> None:
     """Be a script: read the command line, then call main(), or main(the fields that were given).
 
-    script, fields, stored: see configure. What a user can mend becomes one line and an exit status: of each of torchrun's
-    processes, but printed once if it is the same for all.
+    script, fields, stored: see configure. What a user can mend becomes one line and an exit status: of each
+    of torchrun's processes, but printed once if it is the same for all.
     """
     open_console()
     try:
@@ -191,7 +191,7 @@ REMEDIES = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EFBIG: "
 def in_one_line(error: Exception) -> UserError | None:
     """What the machine lacks, as what its user can mend; None for any other error."""
     if isinstance(error, MemoryError) or re.search(NO_MEMORY, str(error).lower()):
-        return UserError("out of memory: take a smaller model, a shorter block_size, a smaller batch_size, or "
+        return UserError("out of memory: take a smaller model, a shorter context, a smaller batch_size, or "
                          "--device=cpu if there was a GPU")
     if isinstance(error, OSError) and error.filename is not None:
         return UserError(f"{error.filename}: {why(error)}")
@@ -217,9 +217,10 @@ class Console:
     needed: what is written is what the program is for. Then it ends: silently with status 1 if the reader has
     left, else with a line.
     """
+    needed = False
 
     def __init__(self, stream):
-        self.stream, self.needed = stream, False
+        self.stream = stream
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # characters that it does not have
 
@@ -237,7 +238,7 @@ class Console:
             return do(*args)
         except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # for what its buffer still has
-            if not self.needed:
+            if not self.needed or self is sys.stderr:
                 return 0
             if isinstance(error, BrokenPipeError):
                 raise SystemExit(1) from None
@@ -252,14 +253,15 @@ def open_console() -> None:
         except OSError:  # closed, and the next file to be opened would get its number
             os.open(os.devnull, os.O_RDWR)
     for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")
-        setattr(sys, name, Console(stream))
+        stream = getattr(sys, name)
+        if stream is None and name == "stdout" and Console.needed:
+            sys.exit(1)
+        setattr(sys, name, Console(stream or open(os.devnull, "w", encoding="utf-8")))
 
 
 def needs_console() -> None:
-    """From here on, output that cannot be written ends the program."""
-    if isinstance(sys.stdout, Console):
-        sys.stdout.needed = True
+    """Output that cannot be written ends this program."""
+    Console.needed = True
 
 
 def configure(script: dict, fields: type | None, argv: list[str], stored: Callable | None = None) -> dict:

@@ -1,6 +1,11 @@
 """Settings: flags, config files, types and ranges, help, and what a run remembers."""
 import ast
+import errno
+import io
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -11,7 +16,7 @@ import sample
 import train
 from config import SettingError
 from model import Config
-from tests.helpers import ROOT, one_line, script
+from tests.helpers import ROOT, TOY, checkpoint, one_line, posix, script, slow
 from tools import bench, explain, search
 
 SCRIPT = '''
@@ -153,6 +158,80 @@ def test_help_lists_every_setting_with_type_default_and_comment(module, capsys):
     assert len(declared) > 5
     for name in declared + inherited:
         assert re.search(rf"^  --{name}=\S.*? {{1,}}\S+.*; .+$", said, re.MULTILINE), name
+
+
+class Lost(io.StringIO):
+    """A stream to a place that is gone."""
+
+    def __init__(self, error: OSError, fileno: int):
+        super().__init__()
+        self.error, self.fileno = error, lambda: fileno
+
+    def flush(self):
+        if not os.path.samestat(os.fstat(self.fileno()), os.stat(os.devnull)):
+            raise self.error
+
+
+@pytest.mark.parametrize("error, ends, words", [
+    (BrokenPipeError(errno.EPIPE, "Broken pipe"), SystemExit, "1"),
+    (OSError(errno.ENOSPC, "No space left on device"), settings.UserError, "on device: make room"),
+])
+def test_a_console_that_is_lost_ends_only_those_that_need_it(tmp_path, monkeypatch, error, ends, words):
+    with open(tmp_path / "there", "w") as file:
+        console = settings.Console(Lost(error, file.fileno()))
+        monkeypatch.setattr(sys, "stdout", console)
+        print("lost", flush=True)
+        print("nor does this harm", flush=True)
+    with open(tmp_path / "there", "w") as file:
+        console.stream.fileno = file.fileno
+        monkeypatch.setattr(settings.Console, "needed", True)
+        with pytest.raises(ends, match=words):
+            print("lost", flush=True)
+
+
+def test_characters_that_a_console_lacks_are_replaced(tmp_path):
+    with open(tmp_path / "ascii", "w", encoding="ascii") as file:
+        print("a 中 z", file=settings.Console(file))
+    assert (tmp_path / "ascii").read_text() == "a ? z\n"
+
+
+@pytest.mark.parametrize("error, words", [
+    (PermissionError(errno.EACCES, "Permission denied", "out/x"), "out/x: Permission denied: you may not"),
+    (OSError(errno.ENAMETOOLONG, "File name too long", "n" * 300), "nnn: File name too long: give a shorter"),
+    (NotADirectoryError(errno.ENOTDIR, "Not a directory", "data/x"), "Not a directory: a file is where"),
+    (RuntimeError("CUDA out of memory. Tried"), "out of memory: take a smaller model"),
+    (MemoryError(), "out of memory: take a smaller model"),
+])
+def test_what_the_machine_lacks_is_one_line_wherever_it_shows(monkeypatch, capsys, a_script, error, words):
+    def main():
+        raise error
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    monkeypatch.setattr(settings, "open_console", lambda: None)
+    with pytest.raises(SystemExit, match="1"):
+        settings.launch(main, a_script)
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and words in told and told.count("\n") == 1
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        error = RuntimeError("a fault of ours")
+        settings.launch(main, a_script)
+
+
+@posix
+@pytest.mark.parametrize("how", ["pipe", pytest.param("full", marks=slow), pytest.param("none", marks=slow)])
+def test_training_goes_on_without_a_console_and_writing_does_not(home, how):
+    for name, args, status in (("train.py", [*TOY, "--out_dir=out/unseen", "--overwrite"], 0),
+                               ("sample.py", ["--out_dir=out/whole"], 1)):
+        stdout = {"pipe": subprocess.PIPE, "full": open("/dev/full", "w"), "none": None}[how]
+        command = [sys.executable, str(ROOT / name), *args]
+        if how == "none":
+            command = ["sh", "-c", '"$@" >&-', "sh", *command]
+        process = subprocess.Popen(command, cwd=home, stdout=stdout, stderr=subprocess.PIPE, text=True)
+        if process.stdout:
+            process.stdout.close()
+        said = process.communicate()[1]
+        assert process.returncode == status and "Traceback" not in said, said
+        assert ("cannot be written" in said) == (how == "full" and status == 1)
+    assert checkpoint(home / "out/unseen")["state"]["step"] == 8
 
 
 def test_scripts_end_with_2_on_a_bad_setting_and_1_on_what_is_missing(tmp_path):

@@ -251,7 +251,8 @@ def test_batches_have_each_example_once_and_grow():
 
 
 def test_a_plan_that_changes_on_the_way_takes_each_example_once_an_epoch():
-    examples = [SimpleNamespace(parts=[([0] * n, None)]) for n in np.random.default_rng(0).integers(5, 60, 50)]
+    lengths = np.random.default_rng(0).integers(5, 60, 50)
+    examples = [SimpleNamespace(parts=[([0] * n, None)]) for n in lengths]
     first = dict(epochs=2, batch_size=8, batch_size_end=None, gradient_accumulation_steps=1)
     then = {**first, "batch_size": 3, "gradient_accumulation_steps": 2}
     now = SimpleNamespace(**{**then, "epochs": 4}, seed=7)

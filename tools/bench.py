@@ -25,7 +25,7 @@ from torch import nn
 
 import sample
 import train
-from config import SettingError, at_least, launch, values_of
+from config import SettingError, at_least, launch, needs_console, values_of
 from lib.run import STARTED, Machine, memory_advice, peak_memory, stored_settings
 from model import Config, Transformer
 
@@ -258,6 +258,7 @@ def bench_writing(given: dict) -> None:
 # -----------------------------------------------------------------------------
 
 def main() -> None:
+    needs_console()
     words = sys.argv[1:]
     if words[:1] == ["growth"]:
         from tools import growth

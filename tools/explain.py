@@ -24,7 +24,7 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from config import SettingError, UserError, at_least, launch
+from config import SettingError, UserError, at_least, launch, needs_console
 from finetune import Tuned, collate, predict, warn
 from lib.run import newest_run, pick_device, write_text
 from lib.tokenizer import Tokenizer
@@ -459,4 +459,5 @@ if (!places.length) at('guesses').remove()  // of a model that does not speak
 """
 
 if __name__ == "__main__":
+    needs_console()
     launch(main, globals())
