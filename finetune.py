@@ -714,8 +714,13 @@ def save_best(run: Run, state: State, model: Tuned, s: SimpleNamespace) -> None:
 
 
 def fingerprint(rows: list[Row]) -> str:
-    content = repr([(row.text, row.pair, row.label) for row in rows])
-    return hashlib.sha256(content.encode("utf-8", "replace")).hexdigest()
+    """Of repr([(text, pair, label), ...]), a row at a time: there may be a million."""
+    sha = hashlib.sha256(b"[")
+    for n, row in enumerate(rows):
+        content = (", " if n else "") + repr((row.text, row.pair, row.label))
+        sha.update(content.encode("utf-8", "replace"))
+    sha.update(b"]")
+    return sha.hexdigest()
 
 
 def introduce(model: Tuned, plan: Plan, train: list[Row], val: list[Row], test: list[Row], run: Run,

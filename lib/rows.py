@@ -446,6 +446,14 @@ def tell(message: str) -> None:
 # -----------------------------------------------------------------------------
 # Files of other kinds
 
+def without_columns(path: str, columns: dict, but: Collection[str] = ()) -> None:
+    """Raises SettingError if there is a column asked for in a file that has none to choose from."""
+    for role in (*ROLES, "header"):
+        if "unused" not in columns and role not in but and columns.get(role, "") not in ("", None):
+            name = role if role == "header" else f"{role}_column"
+            raise SettingError(f"{name}={columns[role]}: {path} has no such columns: leave it out")
+
+
 def text_blocks(path: str, encoding: str) -> Iterator[str]:
     """A labelled file's text."""
     try:
@@ -491,6 +499,7 @@ def open_conll(path: str, columns: dict, labelled: bool = True, encoding: str = 
     is_u = width == 10 and all(cells[0][:1].isdigit() for cells in sample)
     names = list(CONLL_U) if is_u else [str(i) for i in range(width)]
     if "unused" not in columns:
+        without_columns(path, columns, ("text", "label"))
         usual = {"text": "form", "label": "upos"} if is_u else {"text": "0", "label": str(max(1, width - 1))}
         for role in usual:
             if columns.get(role, "") not in ("", None):
@@ -580,6 +589,7 @@ def open_questions(path: str, columns: dict, labelled: bool = True, encoding: st
                    bad: Callable[[UserError], None] | None = None) -> tuple[dict, Iterable[Row]]:
     """SQuAD's JSON, or a table or JSON lines of contexts, questions and answers, as Hugging Face has them."""
     if kind_of(path) == ".json" and '"paragraphs"' in next(text_blocks(path, encoding))[:10**6]:
+        without_columns(path, columns, ("group",))  # the group is the article's title
         columns = {"text": "question", "pair": "context", "label": "answers", "header": True, "unused": []}
         return columns, read_squad(path, labelled, encoding)
     nested = {"label": (list, dict), "start": (list,)}

@@ -25,7 +25,7 @@ from config import SettingError, UserError
 from lib import intervals, metrics
 from lib.rows import (ANSWER_NAMES, CLASS_NAMES, LM_NAMES, NUMBER_NAMES, TAG_NAMES, WORDS, Row, kind_of_words,
                       label_key, open_conll, open_questions, open_rows, read_lines, read_paragraphs, some,
-                      split_rows, tags_of_spans, text_key, to_number)
+                      split_rows, tags_of_spans, text_key, to_number, without_columns)
 from lib.text import kind_of
 
 
@@ -717,7 +717,8 @@ class LM(Task):
     @classmethod
     def open(cls, path, columns, labelled=True, encoding="", bad=None):
         if kind_of(path) == ".txt":
-            return {"text": "0", "header": False, "unused": []}, read_paragraphs(path, encoding)
+            without_columns(path, columns)
+            return {"text": "each paragraph", "header": True, "unused": []}, read_paragraphs(path, encoding)
         return super().open(path, columns, labelled, encoding, bad)
 
     @classmethod

@@ -8,7 +8,7 @@ import pytest
 
 import finetune
 import sample
-from config import UserError
+from config import SettingError, UserError
 from lib.rows import Row, described, split_rows
 from lib.tasks import TASKS, Tag
 from lib.text import blocks, records
@@ -228,6 +228,7 @@ def squad(asked: dict) -> str:
      "text: text, label: label",
      [["O", "B-LOC", "O", "O"]]),
     ("tag", "kaggle.csv", "Sentence #,Word,POS,Tag\nSentence: 1,Thousands,NNS,O\n", ["Word", "CoNLL"], None),
+    ("lm", "songs.txt", "one\n\ntwo\n", "text: each paragraph", [None, None]),
     # questions
     ("qa", "squad.json", squad(SQUAD), "text: question, pair: context, label: answers", [[("b", 2)]]),
     ("qa", "squad.json", squad({**SQUAD, "is_impossible": True, "answers": []}),
@@ -454,3 +455,13 @@ def test_answers_of_every_task_are_scored(tmp_path):
     for name, known in (("c.json", True), ("d.json", False)):
         row, = answer.to_answer(str(tmp_path / name), {})[1]
         assert answer.knows_label(row) == known
+
+
+@pytest.mark.parametrize("task, name, content, asked", [
+    ("qa", "a.json", squad(SQUAD), {"label": "ner"}), ("tag", "a.conll", CONLL, {"group": "who"}),
+    ("lm", "a.txt", "one\n\ntwo\n", {"text": "body"}), ("lm", "a.jsonl", lines_of(ALPACA), {"header": True})])
+def test_a_column_that_a_file_cannot_have_is_refused(tmp_path, task, name, content, asked):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    (role, value), = asked.items()
+    with pytest.raises(SettingError, match=f"^{role}.*={value}: .*leave it out"):
+        opened(task, tmp_path / name, **asked)
