@@ -372,9 +372,11 @@ def collate(examples: list[Example], task: Task, device) -> dict:
         batch["places"] = np.zeros(idx.shape, dtype=bool)
         for i, example in enumerate(examples):
             batch["places"][i, example.places] = True
-        batch["target"] = np.concatenate([example.target for example in examples]).astype(np.int64)
+        batch["target"] = np.concatenate([example.target for example in examples])
     else:
         batch["target"] = np.array([example.target for example in examples])
+    if batch["target"].dtype == np.int32:
+        batch["target"] = batch["target"].astype(np.int64)  # as torch's losses want it
     for name, array in batch.items():
         batch[name] = None if array is None else torch.from_numpy(array).to(device)
     return {**batch, "parts": n_parts}

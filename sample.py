@@ -32,9 +32,9 @@ import numpy as np
 import torch
 
 from config import SettingError, UserError, at_least, check_used, launch, needs_console
-from finetune import Tuned, predict, tuned_of, vectors, with_head
+from finetune import Tuned, predict, tuned_of, vectors, warn, with_head
 from lib.pretrained import HeadError, read_as_trained, save
-from lib.rows import as_csv, described, some
+from lib.rows import as_csv, described
 from lib.run import USE, Machine, find_checkpoint, load_whole, model_of, newest_run
 from lib.text import kind_of, read_text
 from lib.tokenizer import Tokenizer
@@ -218,38 +218,51 @@ def compare(model: Transformer, tokenizer: Tokenizer, texts: list[str]) -> None:
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".conll", ".conllu", ".bio", ".iob", ".ft")
 
 
+CHUNK = 1024  # rows of a file that are read, answered and printed before the next
+
+
 def answer_file(model: Tuned, path: str, machine: Machine) -> None:
     """Print the file's rows as predictions.csv has them; on stderr, how long it took and how right it was."""
     task = model.task
     asked = {"text": text_column, "pair": pair_column, "label": label_column}
     columns = {**task.head["columns"], **{role: name for role, name in asked.items() if name != ""}}
-    known = "unused" in columns  # a checkpoint of before, or of others, keeps none
+    remembered = "unused" in columns  # a checkpoint of before, or of others, keeps none
     columns, rows = task.to_answer(path, columns, encoding)
-    if not known:
+    if not remembered:
         print(f"columns  {described(columns)}", file=sys.stderr)
-    rows = some(path, list(rows))
-    labels = [row.label for row in rows]
-    scored = [i for i, row in enumerate(rows) if task.knows_label(row)]
-    for i in set(range(len(rows))).difference(scored):
-        rows[i].label = None
-    began = time.perf_counter()
-    answers = predict(model, rows, machine=machine)
-    each = (time.perf_counter() - began) / len(rows)
-    for row, label in zip(rows, labels):
-        row.label = label
-    header, lines = task.table(rows, answers)
-    if columns.get("id") and "id" not in header and len(lines) == len(rows):
-        header, lines = ["id", *header], [[row.id, *line] for row, line in zip(rows, lines)]
-    print(as_csv([header, *lines]), end="")
+    count = seconds = unknown = 0
+    scored = []  # of each chunk, what the metrics take
+    while chunk := list(itertools.islice(rows, CHUNK)):
+        began = time.perf_counter()
+        labels = [row.label for row in chunk]
+        known = [task.knows_label(row) for row in chunk]
+        unknown += sum(label not in (None, "") and not knows for label, knows in zip(labels, known))
+        for row, knows in zip(chunk, known):
+            row.label = row.label if knows else None
+        answers = predict(model, chunk, machine=machine, examples=task.examples(chunk))
+        if any(known):
+            scored.append(task.arrays(*(list(itertools.compress(some, known)) for some in (chunk, answers))))
+        for row, label in zip(chunk, labels):
+            row.label = label
+        header, lines = task.table(chunk, answers)
+        if columns.get("id") and "id" not in header and len(lines) == len(chunk):
+            header, lines = ["id", *header], [[row.id, *line] for row, line in zip(chunk, lines)]
+        print(as_csv(lines if count else [header, *lines]), end="", flush=True)
+        count += len(chunk)
+        seconds += time.perf_counter() - began
+    if not count:
+        raise UserError(f"{path}: holds no examples")
+    task.tell(warn)
     weights = io.BytesIO()
     torch.save(model.state_dict(), weights)
-    told = f"{len(rows):,} rows, {1000 * each:.2f} ms each, by {weights.tell() / 1e6:.2f} MB of weights"
+    told = f"{count:,} rows, {1000 * seconds / count:.2f} ms each, by {weights.tell() / 1e6:.2f} MB of weights"
     if scored:
-        scores = task.scores(*task.arrays([rows[i] for i in scored], [answers[i] for i in scored]))
-        told += f": {task.metric} {float(scores[task.metric]):.4f}"
-    unknown = sum(label not in (None, "") for label in labels) - len(scored)
-    if unknown > 0:
-        told += f", of {len(scored):,} rows; {unknown:,} have labels that training did not know"
+        arrays = [np.concatenate(parts) for parts in zip(*scored)]
+        told += f": {task.metric} {float(task.scores(*arrays)[task.metric]):.4f}"
+        if len(arrays[0]) < count:
+            told += f", of the {len(arrays[0]):,} rows with a label that training knew"
+    if unknown:
+        told += f"; {unknown:,} have labels that training did not know"
     print(told, file=sys.stderr)
 
 

@@ -366,10 +366,16 @@ class Classify(TextTask):
         return target
 
     def loss(self, out, target, weight, smoothing):
+        """A row counts by the weight of its class. (torch's own weight would multiply the smoothed share of
+        each other class by that class's: a rare one gets more than the row's own, and is called always.)"""
         if not self.several:
-            return super().loss(out, target, weight, smoothing)
+            if weight is None or not smoothing:
+                return super().loss(out, target, weight, smoothing)
+            each = F.cross_entropy(out, target, label_smoothing=smoothing, reduction="none")  # (B,)
+            return (weight[target] * each).sum()
+        each = 1.0 if weight is None else torch.where(target > 0.5, weight, 1.0)  # (B, K)
         target = target * (1 - smoothing) + smoothing / 2
-        return F.binary_cross_entropy_with_logits(out, target, pos_weight=weight, reduction="sum")
+        return (each * F.binary_cross_entropy_with_logits(out, target, reduction="none")).sum()
 
     def count(self, target, weight):
         if self.several or weight is None:
@@ -728,6 +734,9 @@ class LM(Task):
     @staticmethod
     def learn(rows, s):
         return {"labels": [], "instruct": rows[0].label is not None}
+
+    def knows_label(self, row):
+        return row.label is not None or not self.head["instruct"]
 
     def inputs(self, rows):
         L, encode, found = self.head["max_length"], self.tokenizer.encode, []

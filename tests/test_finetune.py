@@ -19,6 +19,7 @@ from config import SettingError, UserError
 from lib import tasks
 from lib.tokenizer import make_tokenizer
 from model import Config, Transformer
+from tools import explain
 from tests.helpers import (QUICK, ROOT, Half, checkpoint, log_of, posix, run_here, same, says, slow,
                            synthetic, tiny, together, tune, write_rows)
 
@@ -125,6 +126,52 @@ CASES = {  # kind -> its rows, its settings, columns of predictions.csv, the bes
 }
 
 
+def assert_alike(written: list[dict], said: list[dict], left_out=()):
+    for one, other in zip(written, said, strict=True):
+        assert one.keys() == other.keys()
+        for name in one.keys() - set(left_out):
+            try:
+                assert float(other[name]) == pytest.approx(float(one[name]), abs=2e-5)
+            except ValueError:
+                assert other[name] == one[name], name
+
+
+def answered(out, file, header) -> tuple[list[dict], str]:
+    """What sample.py prints of a file: its table, and all of it."""
+    said = run_here(sample, f"--out_dir={out}", f"--start=FILE:{file}")
+    lines = said.splitlines(keepends=True)
+    lines = [line for line in lines[lines.index(",".join(header) + "\n"):] if not re.match(r"\(|\d+ rows, ", line)]
+    return list(csv.DictReader(lines)), said
+
+
+def in_use_as_in_training(model, data, out, rows, written, folder):
+    """Of a test file sample.py says what is in predictions.csv, in each format, and so does explain."""
+    task, columns, header = model.task, model.task.head["columns"], list(written[0])
+    files = [data] if Path(data).suffix != ".txt" else []
+    if not isinstance(task, (tasks.Tag, tasks.Answer)):
+        names = {role: str(columns.get(role) or role) for role in ("text", "pair", "label")}
+        table = [{names[role]: getattr(row, role) for role in names} for row in rows]
+        (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, table)), encoding="utf-8")
+        files.append(folder / "rows.jsonl")
+    for file in files:
+        table, said = answered(out, file, header)
+        assert_alike(written, table)
+        assert re.search(rf"{len(rows)} rows, .*: {task.metric} \d", said)
+    if not task.writes:  # a text a line
+        texts = ["\t".join(filter(None, (row.text, row.pair))) for row in rows]
+        (folder / "rows.txt").write_bytes(("\ufeff" + "\r\n".join(texts) + "\r\n").encode())
+        table, _ = answered(out, folder / "rows.txt", header)
+        assert_alike(written, table, left_out=("label", "id", "sentence"))
+    for size in (1, 32):
+        names, lines = task.table(rows, finetune.predict(model, rows, size))
+        assert_alike(written, [dict(zip(names, line)) for line in lines])
+    if task.of_texts and not task.head["apart"]:
+        for row, line in list(zip(rows, written))[:3]:
+            facts = explain.of_a_task(model, row.text, row.pair or "", "").facts
+            for name, value in re.findall(r"(\S+) ([-\d.]+)(?:,|$)", facts):
+                assert float(line[name]) == pytest.approx(float(value), abs=2e-5)
+
+
 @pytest.mark.parametrize("kind", CASES)
 def test_a_task_is_learned_used_and_gone_on_with(kind, tmp_path):
     make, args, columns, (metric, least) = CASES[kind]
@@ -149,6 +196,8 @@ def test_a_task_is_learned_used_and_gone_on_with(kind, tmp_path):
                 assert float(row[name]) == pytest.approx(value, abs=1e-5)
             else:
                 assert row[name] == tasks.as_cell(value)
+
+    in_use_as_in_training(model, more, out, rows, written, tmp_path)
 
     # killed between two renames, it ends with the same bits
     before = {name: checkpoint(out, name) for name in ("ckpt.pt", "best.pt")}

@@ -29,16 +29,24 @@ def contexts(n):
     return rows
 
 
+def weighted_mean(out, y):
+    """Each row by the weight of its class, the smoothed share of the others included."""
+    each = torch.stack([F.cross_entropy(a[None], b[None], label_smoothing=0.1) for a, b in zip(out, y)])
+    return (WEIGHT[y] * each).sum() / WEIGHT[y].sum()
+
+
 WEIGHT = torch.tensor([0.5, 1.0, 3.0])
 CLASSIFY, SEVERAL = Classify(CLASSES, None), Classify({**CLASSES, "several": True}, None)
 NUMBER = Regress({**PLAIN, "labels": ["number"], "mean": 3.0, "std": 2.0}, None)
 TARGET = torch.arange(9) % 3
 LOSSES = {  # the task, outputs, targets, weight, label smoothing, and torch's mean
     "class": (CLASSIFY, (9, 3), TARGET, None, 0.0, F.cross_entropy),
-    "weighted": (CLASSIFY, (9, 3), TARGET, WEIGHT, 0.1,
-                 lambda out, y: F.cross_entropy(out, y, WEIGHT, label_smoothing=0.1)),
-    "labels": (SEVERAL, (9, 3), F.one_hot(TARGET).float(), WEIGHT, 0.1, lambda out, y:
-               F.binary_cross_entropy_with_logits(out, y * 0.9 + 0.05, pos_weight=WEIGHT)),
+    "weighted": (CLASSIFY, (9, 3), TARGET, WEIGHT, 0.0, lambda out, y: F.cross_entropy(out, y, WEIGHT)),
+    "weighted and smoothed": (CLASSIFY, (9, 3), TARGET, WEIGHT, 0.1, weighted_mean),
+    "labels": (SEVERAL, (9, 3), F.one_hot(TARGET).float(), WEIGHT, 0.0, lambda out, y:
+               F.binary_cross_entropy_with_logits(out, y, pos_weight=WEIGHT)),
+    "labels smoothed": (SEVERAL, (9, 3), F.one_hot(TARGET).float(), WEIGHT, 0.1, lambda out, y:
+                        F.binary_cross_entropy_with_logits(out, y * 0.9 + 0.05, y * (WEIGHT - 1) + 1)),
     "number": (NUMBER, (9, 1), torch.arange(9.0), None, 0.0, lambda out, y: F.mse_loss(out[:, 0], y)),
     "answer": (Answer(SPANS, None), (9, 20, 2),
                torch.arange(18).view(9, 2), None, 0.0, F.cross_entropy),
