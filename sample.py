@@ -303,6 +303,8 @@ def write_pretrained(model: Transformer | Tuned, tokenizer: Tokenizer, folder: s
     eot, offset = tokenizer.eot, body.config.pos_offset
     ids = {"eos_token_id": eot, "bos_token_id": eot,
            "pad_token_id": offset - 1 if offset else tokenizer.pad} | body.published.get("ids", {})
+    if head and ids["pad_token_id"] is None:
+        ids["pad_token_id"] = tokenizer.pad
     if head and head["pool"] == "last" and ids["pad_token_id"] == eot and tokenizer.mask is not None:
         ids["pad_token_id"] = tokenizer.mask  # else an end at the end would be taken for padding
     try:

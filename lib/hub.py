@@ -14,8 +14,6 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
 
-import torch
-
 OWNERS = {  # names of before the hub had owners -> theirs today
     "gpt2": "openai-community", "gpt2-medium": "openai-community", "gpt2-large": "openai-community",
     "gpt2-xl": "openai-community", "openai-gpt": "openai-community",
@@ -44,8 +42,8 @@ def is_published(path: str | Path) -> bool:
     return path.as_posix() in OWNERS or ID.fullmatch(path.as_posix()) is not None
 
 
-def folder_of(path: str | Path) -> Path:
-    """The folder itself, or that of an id in the hub's cache. Raises FileNotFoundError."""
+def folder_of(path: str | Path, weights: bool = True) -> Path:
+    """The folder itself, or that of an id in the hub's cache, with its weights. Raises FileNotFoundError."""
     if Path(path).exists():
         return Path(path)
     name = Path(path).as_posix()
@@ -56,9 +54,9 @@ def folder_of(path: str | Path) -> Path:
                                 "pip install huggingface_hub") from None
     try:
         full = f"{OWNERS[name]}/{name}" if name in OWNERS else name
-        for files in zip(WEIGHT_FILES, ADAPTER_FILES):
-            wanted = [file.replace("model.", "model*.") for file in files]
-            folder = Path(snapshot_download(full, allow_patterns=OTHER_FILES + wanted))
+        for files in zip(WEIGHT_FILES, ADAPTER_FILES) if weights else ((),):
+            wanted = OTHER_FILES + [file.replace("model.", "model*.") for file in files]
+            folder = Path(snapshot_download(full, allow_patterns=wanted))
             if any(folder.glob("*.safetensors")):
                 break
     except Exception as error:  # of many kinds: no such name, no network, no permission
@@ -138,6 +136,8 @@ def open_safetensors(file: Path) -> dict[str, Callable]:
 def open_bin(file: Path) -> dict[str, Callable]:
     """What torch saved: tensors alone, for nothing in a file may run. Mapped into memory if it is a zip; one
     of before torch 1.6 is read whole, twice, so that one of many files is in memory at a time."""
+    import torch  # slow, and prepare.py needs none
+
     def read():
         try:
             is_zip = zipfile.is_zipfile(file)

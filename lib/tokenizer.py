@@ -25,6 +25,7 @@ import numpy as np
 import tiktoken
 
 from config import SettingError, UserError
+from lib.hub import OWNERS, folder_of
 
 EOT, MASK = "<|endoftext|>", "<|mask|>"  # ends a document; stands for a token to be guessed
 BYTES = [bytes([i]) for i in range(256)]  # the first tokens of ours
@@ -456,13 +457,15 @@ def read_hub_tokenizer(path: str | Path) -> HubTokenizer:
     names an end, they are those of the family that the vocabulary is of, else the ids in
     generation_config.json, config.json.
     """
-    folder, found = Path(path), {}
+    try:
+        folder, found = folder_of(path, weights=False), {}
+    except FileNotFoundError as error:
+        raise UserError(str(error)) from None
     for name in FILES:
         if name.startswith(("vocab", "merges")) and "tokenizer.json" in found:
             continue
-        file = folder / name if folder.is_dir() else hub_file(str(path), name)
-        if file.is_file():
-            found[name] = file.read_text(encoding="utf-8")
+        if (folder / name).is_file():
+            found[name] = (folder / name).read_text(encoding="utf-8")
     facts = {name: as_dict(found.get(name, "{}"), f"{path}/{name}") for name in FILES if "json" in name}
     config = facts["tokenizer_config.json"]
     named = {}  # eos_token and so on -> the token, or None
@@ -602,22 +605,6 @@ def byte_symbols() -> dict[int, str]:
     return {byte: chr(byte) for byte in visible} | {byte: chr(256 + n) for n, byte in enumerate(others)}
 
 
-def hub_file(name: str, file: str) -> Path:
-    """A file of a model on the hub, in its cache; one that does not exist there is not a file here either.
-
-    Raises UserError without the package.
-    """
-    try:
-        from huggingface_hub import hf_hub_download
-    except ImportError:
-        raise UserError(f"{name}: no such folder here; if it is a model on Hugging Face's hub: "
-                        "pip install huggingface_hub") from None
-    try:
-        return Path(hf_hub_download(name, file))
-    except Exception:  # of many kinds: no such file, no network, no permission
-        return Path(file) / "missing"
-
-
 # -----------------------------------------------------------------------------
 # By the name in the settings
 
@@ -629,7 +616,7 @@ def make_tokenizer(name: str, texts: Iterable[str], vocab_size: int) -> Tokenize
         return with_specials(name, PIECES, train_bpe(texts, vocab_size - 2))
     if name.endswith(".tiktoken") and not Path(name).is_dir():
         return of_ranks(Path(name))
-    if Path(name).is_dir() or "/" in name:
+    if Path(name).is_dir() or "/" in name or name in OWNERS and name != "gpt2":
         return read_hub_tokenizer(name)
     try:
         known = tiktoken.get_encoding("r50k_base" if name == "gpt2" else name)

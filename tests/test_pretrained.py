@@ -181,18 +181,17 @@ def test_a_run_is_exported_whole(column, bias, tmp_path):
     save_checkpoint(tmp_path / "run/ckpt.pt", {
         "version": 1, "model": model.state_dict(), "model_args": asdict(model.config), "iter_num": 1,
         "tokenizer": tokenizer.to_dict()})
-    done = script("sample.py", "--out_dir=run", "--export=hf", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    run_here(sample, "--out_dir=run", "--export=hf", cwd=tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     prompt = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")("class A:", return_tensors="pt")
     assert prompt["input_ids"][0].tolist() == tokenizer.encode("class A:")
     text = theirs.generate(**prompt, max_new_tokens=20, do_sample=False, eos_token_id=None)
     assert torch.equal(text, model.generate(prompt["input_ids"], 20, temperature=0))
-    again = script("sample.py", "--out_dir=hf", "--start=class A:", "--temperature=0", "--max_new_tokens=20",
-                   cwd=tmp_path, PYTHONUTF8="1")
+    again = run_here(sample, "--out_dir=hf", "--start=class A:", "--temperature=0", "--max_new_tokens=20",
+                     cwd=tmp_path)
     ids = text[0].tolist()
     ids = ids[:ids.index(tokenizer.eot)] if tokenizer.eot in ids else ids
-    assert again.stdout.startswith(tokenizer.decode(ids).rstrip("\ufffd")), again.stderr
+    assert again.startswith(tokenizer.decode(ids).rstrip("\ufffd")), again
 
 
 # -----------------------------------------------------------------------------
