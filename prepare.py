@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -33,7 +34,7 @@ import numpy as np
 
 from config import (SettingError, UserError, above, at_least, checked, launch, needs_console, settings_of,
                     values_of)
-from lib.clean import RULES, Progress, collect, near_groups
+from lib.clean import Progress, collect, make_rules, near_groups
 from lib.text import BLOCK, BUILT_IN, UNPACK, documents, local_files, locked, note, source_parts
 from lib.tokenizer import SAFE, Tokenizer, encode_stream, make_tokenizer, read_texts, sample, with_prefix
 
@@ -49,9 +50,10 @@ text_key: str = "text"  # of a .jsonl or an hf: data set; of a .csv or .tsv the 
 nfc: bool = False  # one way to write an accented letter (Unicode NFC)
 line_ends: bool = False  # \n for \r\n and \r
 control_chars: bool = False  # take out control characters, but for line ends, tabs and form feeds
-html: bool = False  # take out HTML tags
+html: bool = False  # take out HTML tags, comments and scripts; resolve entities
 repeated_lines: bool = False  # of a line that comes several times in a row, keep one
 scrub_pii: bool = False  # [EMAIL], [PHONE], [IP] and [KEY] for what looks like one
+phones: Literal["patterns", "library"] = "patterns"  # what knows telephone numbers; library: phonenumbers
 min_chars: at_least(0) = 1  # drop shorter documents
 min_text: at_least(0.0, at_most=1.0) = 0.0  # drop those with less letters, digits and white space
 near_duplicates: at_least(0.0, at_most=1.0) = 0.0  # drop those that share so much with another; try 0.6
@@ -74,7 +76,7 @@ FORMAT = 1  # of meta.json and the .bin files
 SPLITS = ("train", "val", "test")
 OURS = ("train.bin", "val.bin", "test.bin", "meta.json", "report.png")  # all that a data set has
 NAME = re.compile(r"\w(?:[\w.+-]*\w)?")  # of a data set
-NEW = {}  # settings that older data sets lack, and what they were made with
+NEW = {"phones": "patterns"}  # settings that older data sets lack, and what they were made with
 
 
 # -----------------------------------------------------------------------------
@@ -92,8 +94,8 @@ def prepare(dataset: str = "", *, root: str | Path = "data", **settings) -> Path
         folder = folder.resolve()
     for part in source_parts(s.source):
         if inside(part, folder):
-            raise SettingError(f"--source={part}: lies in {folder}, which is for the data set: move it, or give "
-                               "another --dataset=NAME")
+            raise SettingError(f"--source={part}: lies in {folder}, which is for the data set: move it, or "
+                               "give another --dataset=NAME")
     new = folder.with_name(f".{folder.name}.preparing")
     old = folder.with_name(f".{folder.name}.replaced")
     with locked(folder):
@@ -133,8 +135,8 @@ def is_there(folder: Path, s: SimpleNamespace) -> bool:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     if not is_data_set(folder):
-        raise SettingError(f"{folder}: is there, is no data set of prepare.py, and stays: --dataset=NAME makes "
-                           "one beside it")
+        raise SettingError(f"{folder}: is there, is no data set of prepare.py, and stays: --dataset=NAME "
+                           "makes one beside it")
     if s.overwrite:
         return False
     if {**NEW, **read_meta(folder)["settings"]} != of_the_data(s):
@@ -180,8 +182,8 @@ def complete(dataset: str, given: dict) -> SimpleNamespace:
     s = SimpleNamespace(**values)
     s.dataset = dataset or (default_name(s.source) if s.source else "python")
     if not NAME.fullmatch(s.dataset) or s.dataset == "downloads" or len(s.dataset.encode()) > 200:
-        raise SettingError(f"--dataset={s.dataset}: wanted the name of a folder under data/: letters, digits, "
-                           "- and _, and not downloads, which is taken")
+        raise SettingError(f"--dataset={s.dataset}: wanted the name of a folder under data/: letters, "
+                           "digits, - and _, and not downloads, which is taken")
     if not s.source and s.dataset not in BUILT_IN:
         raise SettingError(f"--dataset={s.dataset}: not a built-in ({', '.join(BUILT_IN)}): give its "
                            "--source=")
@@ -190,6 +192,8 @@ def complete(dataset: str, given: dict) -> SimpleNamespace:
     s.tokenizer = s.tokenizer or own_tokenizer
     if s.val_fraction + s.test_fraction >= 1:
         raise SettingError(f"--test_fraction={s.test_fraction}: must be below 1 with val_fraction")
+    if s.phones == "library" and importlib.util.find_spec("phonenumbers") is None:
+        raise SettingError("--phones=library: needs a package: pip install phonenumbers")
     try:
         codecs.lookup(s.encoding)
     except LookupError:
@@ -258,10 +262,12 @@ def read(spool: Path, s: SimpleNamespace, downloads: Path, found: dict) -> np.nd
     """The documents to keep, into the spool. Returns their index. found: counts, as in note()."""
     print(f"reading {s.source}")
     docs = documents(s.source, s.encoding, s.errors, s.text_key, found, downloads)
-    rules = [rule for rule in ("nfc", *RULES) if vars(s)[rule]]
+    rules = make_rules(s)
     index = collect(docs, spool, rules, s.min_chars, s.min_text, s.near_duplicates > 0, found)
     index = copies(index, spool, s, found)
     print_notes(found)
+    if s.scrub_pii:
+        print_replaced(rules["scrub_pii"])
     if not len(index):
         raise UserError(f"{s.source}: no document is left ({', '.join(found)})")
     return index
@@ -288,7 +294,20 @@ def print_notes(found: dict) -> None:
     """What was read, passed over, dropped and replaced: a line each, with the first as an example."""
     for what, entry in found.items():
         times = f" in {entry['times']:,} places" if entry["times"] else ""
-        print(f"{entry['documents']:8,} {NOTES.get(what, what)}{times}: {entry['example']}")
+        print(f"{entry['documents']:8,} {NOTES.get(what, what)}{times}: {visible(entry['example'])}")
+
+
+def print_replaced(scrub) -> None:
+    """What was taken for personal data: counts, and a few of each, which are not stored."""
+    for kind, n in scrub.counts.items():
+        if n:
+            examples = map(visible, scrub.examples[kind])
+            print(f"{n:8,} [{kind}] put in place of the like of {', '.join(examples)}")
+
+
+def visible(text: str) -> str:
+    """Fit for a terminal: control characters, which it might obey, as their escapes."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 def copies(index: np.ndarray, spool: Path, s: SimpleNamespace, found: dict) -> np.ndarray:
@@ -395,9 +414,9 @@ def print_shares(size: dict[str, int], spool: Path, index: np.ndarray, s: Simple
     if np.abs(got - asked).max() > 0.02:
         parts = [f"{name} {a:.1%} instead of {b:.1%}" for name, a, b in zip(SPLITS, got, asked)]
         largest = index[np.argmax(index["size"])]
+        share = largest["size"] / index["size"].sum()
         print(f"shares of the text: {', '.join(parts)}: each document goes whole where the hash of its text "
-              f"says, and of these {len(index):,} the largest has {largest['size'] / index['size'].sum():.1%}: "
-              f"{beginning(spool, largest)!r}")
+              f"says, and of these {len(index):,} the largest has {share:.1%}: {beginning(spool, largest)!r}")
 
 
 # -----------------------------------------------------------------------------
@@ -531,7 +550,7 @@ def show_documents(folder: Path, n: int, seed: int) -> None:
     for i in np.random.default_rng(seed).permutation(len(ends))[:n].tolist():
         start, end = ends[i - 1] if i else 0, ends[i]
         print(f"\n--- document {i:,} of {len(ends):,} in train.bin, {end - start:,} tokens")
-        print(codec.decode(t for t in ids[start:min(end, start + 500)].tolist() if t != codec.eot))
+        print(visible(codec.decode(t for t in ids[start:min(end, start + 500)].tolist() if t != codec.eot)))
 
 
 def main():

@@ -5,68 +5,191 @@ Nothing here knows of tokens: it serves for any text.
 """
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
+import os
 import re
 import struct
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from html import unescape
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
-from lib.text import note
+from lib.personal import REACH_OF_KEY, Scrub
+from lib.text import BLOCK, note
 
 MIX = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9  # odd numbers whose multiples mix the bits of a hash
 K, NONE = 64, 2**32 - 1  # values in the sketch of a document; fills it up if it has fewer
 
 
 # -----------------------------------------------------------------------------
-# Clean
+# Clean: a rule is a function (text, stop) -> (the text up to `stop` as it should be, the rest, places
+# changed). A place that begins before `stop` is changed whole. A document may come in blocks, and what may go
+# on in the next block is held back: as many characters as one place may have.
 
-RULES = {  # in this order: what to find, what to put there
-    "line_ends": [(re.compile(r"\r\n?"), "\n")],
-    "control_chars": [(re.compile("[\0-\x08\x0b\x0e-\x1f\x7f-\x9f\ufeff\ufffe\uffff]"), "")],
-    "html": [(re.compile(r"(?is)<!--.*?-->|<(script|style)\b.*?</\1\s*>"), ""),
-             (re.compile(r"(?i)</?(?:p|br|div|li|ul|ol|tr|table|h[1-6]|section|article)\b[^<>]*>"), "\n"),
-             (re.compile(r"</?[a-zA-Z][^<>]*>|<![a-zA-Z][^<>]*>"), "")],
-    "repeated_lines": [(re.compile(r"(?m)^(.+)$(?:\n\1$)+"), r"\1")],
-    "scrub_pii": [
-        (re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?-----END [A-Z ]*PRIVATE KEY-----"
-                    r"|\b(?:sk-|ghp_|gho_|github_pat_|glpat-|hf_|xox[abprs]-|AKIA|AIza)[\w-]{16,}"
-                    r"|\beyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{10,}", re.DOTALL), "[KEY]"),
-        (re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@[\w-]+(?:\.[\w-]+)+"), "[EMAIL]"),
-        (re.compile(r"(?<![\w.])(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)(?![\w.]*\d)"
-                    r"|(?<![\w:])(?:[0-9a-fA-F]{1,4}:){7}[0-9a-fA-F]{1,4}(?![\w:])"
-                    r"|(?<![\w:])(?=[a-f:]*\d)(?:[0-9a-fA-F]{1,4}:){1,6}(?::[0-9a-fA-F]{1,4}){1,6}(?![\w:])"),
-         "[IP]"),
-        (re.compile(r"(?<![\w.+-])(?:\+\d{1,3}[ .-]?)?(?:\(\d{2,4}\)|\d{2,4})[ .-]?\d{3,4}[ .-]\d{3,4}"
-                    r"(?![\w-])|(?<![\w.])\+\d{9,14}(?!\w)|(?<!\d)1[3-9]\d{9}(?!\d)"), "[PHONE]")],
+REACH = {"html": 2**20, "scrub_pii": REACH_OF_KEY}  # longer ones are left as they are; 0 of other rules
+
+
+def cleaned(blocks: Iterable[str], rules: dict[str, Callable], title: str, found: dict,
+            times: Counter) -> Iterator[str]:
+    """A document's text by these rules. times: counts the places. found: gets the first as an example."""
+    for name, rule in rules.items():
+        blocks = by_rule(blocks, name, rule, title, found, times)
+    return blocks
+
+
+def by_rule(blocks: Iterable[str], name: str, rule: Callable, title: str, found: dict,
+            times: Counter) -> Iterator[str]:
+    rest = ""
+    for block, is_last in with_last(blocks):
+        text = rest + block
+        stop = len(text) if is_last else safe_end(text, len(text) - REACH.get(name, 0))
+        done, rest, n = rule(text, stop)
+        if n:
+            times[name] += n
+            if name not in found:
+                at = len(os.path.commonprefix((text, done)))
+                shown = done if name == "scrub_pii" else text  # meta.json is no place for what is scrubbed
+                note(found, name, f"{title}: {shown[max(at - 30, 0):at + 30]!r}", documents=0)
+        if done:
+            yield done
+    if rest:
+        yield rest
+
+
+def with_last(blocks: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    before = None
+    for block in blocks:
+        if before is not None:
+            yield before, False
+        before = block
+    if before is not None:
+        yield before, True
+
+
+def safe_end(text: str, end: int) -> int:
+    """Where to cut, at most at `end`: behind a line, else before a space; anywhere, if that is far away."""
+    end = max(end, 0)
+    found = text.rfind("\n", 0, end) + 1 or max(text.rfind(" ", 0, end), 0)
+    return found or (end if end >= BLOCK else 0)
+
+
+def substitute(pattern: re.Pattern, replacement: str, text: str, stop: int) -> tuple[str, str, int]:
+    done, n = pattern.subn(replacement, text[:stop])
+    return done, text[stop:], n
+
+
+def compose(text: str, stop: int) -> tuple[str, str, int]:
+    """One way to write an accented letter."""
+    before = text[:stop]
+    done = before if before.isascii() else unicodedata.normalize("NFC", before)
+    return done, text[stop:], int(done != before)
+
+
+REPEATED = re.compile(r"(?m)^(.+)$(?:\n\1$)+")
+
+
+def once(text: str, stop: int) -> tuple[str, str, int]:
+    """Of a line that comes several times in a row, the first. The last may come again: it is held back."""
+    done, n = REPEATED.subn(r"\1", text[:stop])
+    if stop < len(text) or text.endswith("\n"):
+        last = done.rfind("\n", 0, len(done) - 1) + 1
+        if len(done) - last < BLOCK:
+            return done[:last], done[last:] + text[stop:], n
+    return done, text[stop:], n
+
+
+# HTML
+
+MARKUP = re.compile(  # what begins something that goes on to its own end, or a tag, or a declaration
+    r"<(?:(!--)|(\?)(?=[a-z=])|(script|style)(?![\w-])|/?([a-z][^\s/<>]*)"
+    r"[^<>=]*(?:(?:=(?!\s*[\"'])|=\s*(?:\"[^\"]*\"|'[^']*'))[^<>=]*)*>"  # with values in quotes
+    r"|[!?][a-z][^<>]*>)", re.IGNORECASE)
+ENDS = {"!--": re.compile("-->"), "?": re.compile(r"\?>"),
+        "script": re.compile(r"</script[^<>]*>", re.IGNORECASE),
+        "style": re.compile(r"</style[^<>]*>", re.IGNORECASE)}
+ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[a-zA-Z][a-zA-Z0-9]{1,31});")
+LINES = frozenset("""
+    address article aside blockquote body br caption center dd details dialog div dl dt fieldset figcaption
+    figure footer form h1 h2 h3 h4 h5 h6 head header hr html legend li main nav ol option p pre section summary
+    table tbody tfoot thead title tr ul""".split())  # tags that begin a line, and end one
+
+
+class WithoutTags:
+    """HTML as a browser would show it, more or less: a tab between the cells of a table, entities resolved.
+
+    A scanner of our own, linear in the text: the standard library's is not (a missing end is looked for again
+    and again). What has no end within REACH is no tag, and stays.
+    """
+    in_row = False  # of a table, behind its first cell
+
+    def __call__(self, text: str, stop: int) -> tuple[str, str, int]:
+        parts, n, at = [], 0, 0
+        next_end = {}  # of comments and so on: the first that is not behind us
+        place = MARKUP.search(text)
+        while place and place.start() < stop:
+            start, end = place.span()
+            kind = place[1] or place[2] or place[3]
+            if kind:
+                end = end_of(text, kind.lower(), start, next_end)
+            if end - start > REACH["html"]:
+                place = MARKUP.search(text, start + 1)
+                continue
+            parts.append(resolved(text[at:start]))
+            name = place[4] and place[4].lower()
+            if name in LINES:
+                parts.append("\n")
+                self.in_row = False
+            elif name in ("td", "th") and text[start + 1] != "/":
+                parts.append("\t" * self.in_row)
+                self.in_row = True
+            at = end
+            n += 1
+            place = MARKUP.search(text, at)
+        self.in_row = self.in_row and stop < len(text)
+        stop = max(at, stop)
+        parts.append(resolved(text[at:stop]))
+        return "".join(parts), text[stop:], n
+
+
+def end_of(text: str, kind: str, start: int, next_end: dict) -> int:
+    """Where a comment or the like that begins at `start` ends; far away, if it does not."""
+    begin, end = next_end.get(kind, (-1, -1))
+    if begin < start + 2:
+        place = ENDS[kind].search(text, start + 2)
+        begin, end = next_end[kind] = place.span() if place else (2**62, 2**62)
+    return end
+
+
+def resolved(text: str) -> str:
+    return ENTITY.sub(lambda found: unescape(found[0]), text) if "&" in text else text
+
+
+RULES = {  # in this order
+    "nfc": compose,
+    "line_ends": functools.partial(substitute, re.compile(r"\r\n?"), "\n"),
+    "control_chars": functools.partial(
+        substitute, re.compile("[\0-\x08\x0b\x0e-\x1f\x7f-\x9f\ufeff\ufffe\uffff]"), ""),
+    "html": WithoutTags,
+    "repeated_lines": once,
+    "scrub_pii": Scrub,
 }
 
 
-def clean(text: str, rules: list[str], title: str, found: dict) -> tuple[str, dict[str, int]]:
-    """The text by these rules, and how often each was applied. found: keeps the first place as an example."""
-    touched = {}
-    for rule in rules:
-        before, times = text, 0
-        if rule == "nfc":
-            text = text if text.isascii() else unicodedata.normalize("NFC", text)
-            times = int(text != before)
-        else:
-            for pattern, replacement in RULES[rule]:
-                text, n = pattern.subn(replacement, text)
-                times += n
-        if times:
-            touched[rule] = times
-            if rule not in found:
-                at = next((i for i, (a, b) in enumerate(zip(before, text)) if a != b), 0)
-                if "scrub_pii" in rules:  # meta.json is no place for what is to be scrubbed
-                    before = text if rule == "scrub_pii" else ""
-                note(found, rule, f"{title}: {before[max(at - 30, 0):at + 30]!r}", documents=0)
-    return text, touched
+def make_rules(settings: SimpleNamespace) -> dict[str, Callable]:
+    """Those that the settings ask for."""
+    found = {name: rule for name, rule in RULES.items() if vars(settings)[name]}
+    if "html" in found:
+        found["html"] = WithoutTags()
+    if "scrub_pii" in found:
+        found["scrub_pii"] = Scrub(settings.phones)
+    return found
 
 
 # -----------------------------------------------------------------------------
@@ -77,12 +200,14 @@ def clean(text: str, rules: list[str], title: str, found: dict) -> tuple[str, di
 INDEX = [("start", "<i8"), ("size", "<i8"), ("chars", "<i8"), ("hash", ">u8")]
 
 
-def collect(docs: Iterator[tuple[str, str]], spool: Path, rules: list[str], min_chars: int, min_text: float,
-            sketches: bool, found: dict) -> np.ndarray:
+def collect(docs: Iterator[tuple[str, str]], spool: Path, rules: dict[str, Callable], min_chars: int,
+            min_text: float, sketches: bool, found: dict) -> np.ndarray:
     """The first pass: clean the documents, write them one behind the other, and return the index.
 
-    found: counts, as in note().
+    rules: of make_rules(). found: counts, as in note().
     """
+    import regex  # comes with tiktoken; to Python's own re the vowel signs of Hindi are no letters
+    not_text = regex.compile(r"[^\w\s]")
     tick, rows, n_read = Progress("reading"), bytearray(), 0
 
     def which(block):  # document it belongs to
@@ -94,18 +219,16 @@ def collect(docs: Iterator[tuple[str, str]], spool: Path, rules: list[str], min_
         for _, parts in itertools.groupby(docs, which):
             start, chars, plain, times = f.tell(), 0, 0, Counter()
             sha, low = hashlib.sha256(), np.zeros(0, "<u4")
-            title = head = ""
-            for name, text in parts:
-                title = title or name
-                text, touched = clean(text, rules, title, found)
-                times.update(touched)
+            (title, text), head = next(parts), ""
+            blocks = itertools.chain([text], (text for _, text in parts))
+            for text in cleaned(blocks, rules, title, found, times):
                 head = head or text[:60]
                 data = text.encode("utf-8", "replace")
                 f.write(data)
                 sha.update(data)
                 chars += len(text)
                 if min_text:
-                    plain += len(text) - len(re.findall(r"[^\w\s]", text))
+                    plain += len(text) - len(not_text.findall(text))
                 if sketches:
                     low = sketch(text, low)
                 tick(len(data))

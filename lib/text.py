@@ -401,8 +401,8 @@ def documents(source: str, encoding: str = "utf-8", errors: str = "strict", text
         else:
             files = local_files(part)
             if not files:
-                pipe = os.path.exists(part)
-                raise UserError(f"{part}: " + ("no plain file: save it as one" if pipe else "no such file or folder"))
+                what = "no plain file: save it as one" if os.path.exists(part) else "no such file or folder"
+                raise UserError(f"{part}: {what}")
             for file in files:
                 yield from read(file, str(file))
 
@@ -532,7 +532,7 @@ def text_of(record: dict, key: str, where: str, may_be_null: bool) -> str:
 
 
 def standard_library() -> Iterator[tuple[str, str]]:
-    """The Python that runs this, without tests, copies and what pip installed: a corpus that needs no download."""
+    """The Python that runs this, less tests, copies and what pip installed: a corpus without a download."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     files = [file for file in root.rglob("*.py") if not skip.intersection(file.relative_to(root).parts)]

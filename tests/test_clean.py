@@ -1,11 +1,16 @@
 """What is done to a text before it is learned from."""
 import json
+import time
+from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from lib.clean import clean, collect, joined, near_groups
-from tests.helpers import PAGES, words
+from lib import personal
+from lib.clean import REACH, RULES, cleaned, collect, joined, make_rules, near_groups
+from tests.helpers import PAGES, slow, words
+from tests.personal import lines
 
 DIRTY = ("\r\nCafe\u0301 <b>bold</b><br>x\x07\x1b\nsame\nsame\nsame\nend: jo.e@x.org, 10.1.2.3, "
          "+1 555-123-4567 sk-aaaaaaaaaaaaaaaaaaaa")
@@ -17,13 +22,24 @@ CLEANED = {
 }
 
 
+def rules_of(*names, phones="patterns"):
+    return make_rules(SimpleNamespace(**{name: name in names for name in RULES}, phones=phones))
+
+
+def by(rule, text, block=None, **how):
+    """The text by a rule, in blocks of so many characters."""
+    size = block or len(text) + 1
+    blocks = [text[i:i + size] for i in range(0, len(text), size)]
+    return "".join(cleaned(blocks, rules_of(rule, **how), "", {}, Counter()))
+
+
 def collected(tmp_path, texts, rules=(), min_chars=1, min_text=0.0):
     """The documents that are kept, their index, and what was counted. A list is a text in blocks."""
     docs, found = [], {}
     for i, text in enumerate(texts):
         for n, block in enumerate(text if isinstance(text, list) else [text]):
             docs.append(("" if n else f"text {i}", block))
-    index = collect(iter(docs), tmp_path / "spool", list(rules), min_chars, min_text, True, found)
+    index = collect(iter(docs), tmp_path / "spool", rules_of(*rules), min_chars, min_text, True, found)
     data = (tmp_path / "spool").read_bytes()
     kept = [data[start:start + size].decode() for start, size in zip(index["start"], index["size"])]
     assert [len(text) for text in kept] == index["chars"].tolist()
@@ -42,23 +58,105 @@ def test_each_rule_cleans_its_own_and_is_counted(tmp_path, rule):
     assert rule != "scrub_pii" or "x.org" not in json.dumps(found)
 
 
-def test_what_looks_like_personal_data_and_what_does_not():
-    def scrubbed(text):
-        return clean(text, ["scrub_pii"], "", {})[0]
+PRIVATE = ("-----BEGIN RSA PRIVATE KEY-----\n" + "MIIEowIBAAKCAQEAwX7Yz4hG0aQ2m5pQyK1vJ3nR8tLzXcVbNmAsDfGhJkLqWeRt\n" * 25
+           + "-----END RSA PRIVATE KEY-----")
 
-    for text in ("version 3.11.7, 1.2.3.4.5", "2024-05-06 12:34:56", "std::vector foo::bar", "3.14159265",
-                 "12345678901234567890", "@decorator\ndef f(self)", "5-7 and 10-12", "x = a[1:2] 0:1"):
-        assert scrubbed(text) == text
-    for text, kind in (("+49 170 123-4567", "PHONE"), ("(030) 1234-5678", "PHONE"), ("13912345678", "PHONE"),
-                       ("fe80::1:2", "IP"), ("2001:db8:0:0:0:0:0:1", "IP"), ("255.1.0.9", "IP"),
-                       ("a+b@c-d.co.uk", "EMAIL"), ("ghp_" + "x1" * 18, "KEY"), ("AKIA" + "A1" * 8, "KEY")):
-        assert scrubbed(f"it is {text} here") == f"it is [{kind}] here"
+
+@pytest.mark.parametrize("text, expected", [
+    ("联系foo@bar.com谢谢", "联系[EMAIL]谢谢"), ("服务器192.168.1.10的地址", "服务器[IP]的地址"),
+    ("x" * 64 + "foo@bar.com", "[EMAIL]"), ("手机13912345678，谢谢", "手机[PHONE]，谢谢"),
+    ("Call 01 42 68 53 00 now", "Call [PHONE] now"), ("on 020 7946 0958.", "on [PHONE]."),
+    ("unter 030/12345678 oder", "unter [PHONE] oder"), ("+49 170 123-4567", "[PHONE]"), ("98765 43210", "[PHONE]"),
+    ("(030) 1234-5678", "[PHONE]"), ("fe80::1:2", "[IP]"), ("2001:db8:0:0:0:0:0:1", "[IP]"), ("255.1.0.9", "[IP]"),
+    ("a+b@c-d.co.uk", "[EMAIL]"), ("ghp_" + "x1" * 18, "[KEY]"), ("AKIA" + "A1" * 8, "[KEY]"), (PRIVATE, "[KEY]"),
+    (PRIVATE[:-40] + " more", "[KEY] more"), (f"a{PRIVATE}b{PRIVATE}c", "a[KEY]b[KEY]c"),
+    *[(same, same) for same in (
+        "q@k.transpose(-2, -1)", "10 000 000", "hf_hub_download_of_all_files", "version 1.2.3.4", "`1.2.3.4`",
+        "version 3.11.7, 1.2.3.4.5", "2024-05-06 12:34:56", "std::vector foo::bar", "3.14159265", "x = a[1:2] 0:1",
+        "12345678901234567890", "@decorator\ndef f(self)", "5-7 and 10-12", "-----BEGIN RSA PRIVATE KEY----- is how",
+    )]])
+def test_what_looks_like_personal_data_and_what_does_not(text, expected):
+    assert by("scrub_pii", text) == expected
+    assert by("scrub_pii", f"it is {text} here") == f"it is {expected} here"
+
+
+@pytest.mark.parametrize("phones", ["patterns", pytest.param("library", marks=slow)])
+def test_personal_data_in_six_languages_code_logs_and_tables(phones):
+    """Precision: the share of what was replaced that had to be; recall: of what had to be, the share that was."""
+    finders = {"KEY": personal.keys, "EMAIL": personal.emails, "IP": personal.addresses,
+               "PHONE": personal.likely_numbers}
+    if phones == "library":
+        pytest.importorskip("phonenumbers")
+        finders = {"PHONE": personal.library_numbers}
+    right, wrong, missed = Counter(), Counter(), Counter()
+    for line, truth in lines(2000, 0):
+        found = [(kind, line[start:end]) for kind, find in finders.items() for start, end in find(line)]
+        right.update(kind for kind, _ in set(found) & set(truth))
+        wrong.update(kind for kind, _ in set(found) - set(truth))
+        missed.update(kind for kind, _ in set(truth) - set(found) if kind in finders)
+    for kind in finders:
+        precision, recall = (right[kind] / (right[kind] + others[kind]) for others in (wrong, missed))
+        print(f"{kind}: precision {precision:.3f}, recall {recall:.3f} of {right[kind] + missed[kind]}")
+        assert precision > (0.97 if phones == "patterns" else 0.6) and recall > 0.97, kind
+
+
+def test_what_was_replaced_is_shown_without_its_digits_and_not_stored(tmp_path):
+    rules, found = rules_of("scrub_pii"), {}
+    text = "jo.e23@x.org, +1 555-123-4567, sk-" + "Ab1" * 8
+    collect(iter([("a", text)]), tmp_path / "spool", rules, 1, 0, False, found)
+    scrub = rules["scrub_pii"]
+    assert scrub.counts == {"EMAIL": 1, "PHONE": 1, "KEY": 1, "IP": 0}
+    assert scrub.examples == {"EMAIL": ["jo.e##@x.org"], "PHONE": ["+# ###-###-####"], "KEY": ["sk-Ab#Ab..."]}
+    assert not any(word in json.dumps(found) for word in ("x.org", "4567", "Ab1"))
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("<table><tr><td>Zurich</td><td>1350</td></tr></table>", "Zurich\t1350"), ("<tr><th>a<th>b<tr><td>c", "a\tb\nc"),
+    ('<a title="x > y" href=z>link</a>', "link"), ("<p\nclass='a>b'\n>x", "x"), ('<img alt="it\'s">q', "q"),
+    ("a < b and c > d", "a < b and c > d"), ("x<!-- a > <b> -->y", "xy"), ("<!-->z", "z"), ("<!-- open", "<!-- open"),
+    ("<script>if (a<b) x='</p>'</script>k<STYLE type=x>p{}</style >m", "km"), ("a<br/>b", "a\nb"),
+    ("&lt;b&gt; AT&amp;T &#233;&#x4e2d; &no; &#99999999999;", "<b> AT&T é中 &no; &#99999999999;"),
+    ("<!DOCTYPE html><?xml version='1.0'?>hi", "hi"), ('<a href="' + "x" * 500_000 + '">a</a>', "a")])
+def test_html_as_it_is_read(text, expected):
+    assert by("html", text).strip("\n") == expected
+
+
+UNITS = {"html": ["<a ", "<!--", "<", "</", "<?", "<?x", "<a b=\"", "<a b='\"", "<script>", "</script", "<a b=\"<a c='",
+                  "&#", "<p>", "&lt;", "<a x=\"y>\" "],
+         "scrub_pii": ["-----BEGIN RSA PRIVATE KEY-----\n", "1 ", "1", "a@b.", "::", "a:", "(1", "sk-", "eyJ", "06 12 "],
+         "repeated_lines": ["a\n", "a"], "nfc": ["e\u0301"], "line_ends": ["\r"]}
+
+
+@pytest.mark.parametrize("rule", UNITS)
+def test_no_rule_takes_longer_than_its_text(rule):
+    """Sixteen times the text may take 16 times as long, or 48 on a busy machine, but not 256 times."""
+    for unit in UNITS[rule]:
+        for end in ("", "-->", '">'):
+            took = []
+            for size in (2**13, 2**17):
+                began = time.process_time()
+                by(rule, unit * (size // len(unit)) + end)
+                took.append(time.process_time() - began)
+            assert took[1] < 48 * max(took[0], 0.002), (unit, took)
+
+
+@pytest.mark.parametrize("rule, text", [
+    ("scrub_pii", PRIVATE), ("scrub_pii", "write to jo.e@x.org now"), ("html", '<td class="a>b">x</td><!-- > -->'),
+    ("html", "<script>" + "a<b; " * 9 + "</script>&lt;"), ("repeated_lines", "same\nsame\nsame\nother\n"),
+    ("line_ends", "a\r\nb\rc"), ("nfc", "Cafe\u0301 e\u0301 ")])
+def test_what_lies_across_the_edge_of_a_block_is_seen(monkeypatch, rule, text):
+    monkeypatch.setitem(REACH, "html", 300)
+    text = "".join(f"{i} of many\n{text}\n" for i in range(40))
+    assert {by(rule, text, block) for block in (30, 1000, None)} == {by(rule, text)}
+
+
+HINDI = "हिन्दी भारत की एक प्रमुख भाषा है और इसे देवनागरी लिपि में लिखा जाता है "
 
 
 def test_short_and_unreadable_documents_are_dropped(tmp_path):
-    texts = [*PAGES, "abc", "ab", "%&$#@!^*" * 30, "", ["", "blocks, ", "of one text"]]
-    kept, _, found = collected(tmp_path, texts, min_chars=3, min_text=0.5)
-    assert kept == [*PAGES, "abc", "blocks, of one text"]
+    texts = [*PAGES, "abc", "ab", "%&$#@!^*" * 30, "", ["", "blocks, ", "of one text"], HINDI]
+    kept, _, found = collected(tmp_path, texts, min_chars=3, min_text=0.75)
+    assert kept == [*PAGES, "abc", "blocks, of one text", HINDI]
     counts = {what: entry["documents"] for what, entry in found.items()}
     assert counts == {"read": len(texts), "too_short": 2, "mostly_not_text": 1}
     assert "%&$" in found["mostly_not_text"]["example"]

@@ -1,0 +1,201 @@
+"""
+What looks like personal data in a text: keys, mail addresses, IP addresses, telephone numbers.
+
+Each is found by a character or two that are rare, and then looked at closely. Edges of words are those of
+ASCII, since beside Chinese, Japanese or Korean there is no space. Much else is personal, and stays.
+"""
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+REACH_OF_KEY = 2**15  # characters of a private key, at most
+
+BEGIN_KEY = re.compile(r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----")
+END_KEY = re.compile(r"-----(?:END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----|(BEGIN))")
+KEY_LINES = re.compile(r"(?:\s{0,4}[A-Za-z0-9+/=]{32,})+")
+KEY = re.compile(
+    r"sk-[\w-]{20,}|hf_[A-Za-z0-9]{30,}|gh[opsur]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}"
+    r"|xox[abeprs]-[\w-]{16,}|AKIA[A-Z0-9]{16}|AIza[\w-]{30,}|[rs]k_live_[A-Za-z0-9]{16,}"
+    r"|npm_[A-Za-z0-9]{30,}|eyJ(?<![\w-]eyJ)[\w-]{10,}\.[\w-]{10,}\.[\w-]{10,}", re.ASCII)
+
+LETTER = r"A-Za-z0-9\u00c0-\u024f"  # of an address: those of Western languages
+DOMAIN = re.compile(rf"[@\uff20](?:[{LETTER}][{LETTER}-]{{0,62}}\.){{1,6}}"
+                    r"([A-Za-z]{2,24})(?![A-Za-z0-9_-])")
+LOCAL = re.compile(rf"[{LETTER}_][{LETTER}_.%+'-]{{0,255}}$")
+TOP = frozenset("com org net edu gov mil int info biz dev app xyz online site shop tech store cloud email "
+                "club live pro".split())  # or any two letters, as of a country
+
+IP4 = re.compile(r"[0-9]{1,3}(?:\.[0-9]{1,3}){3}")
+IP6 = re.compile(r":[0-9a-fA-F]{0,4}:[0-9a-fA-F:]*")
+VERSION = re.compile(r"(?:\b(?:v|ver|version|release|build|rev|section|chapter)|版本|バージョン|버전"
+                     r"|[A-Za-z]/|[<>=~^!]=|[~^])[\s:`\"'(]*$", re.IGNORECASE)
+
+NUMBER = re.compile(r"[+(0-9][0-9 ()./-]{5,}[0-9]")
+CUE = re.compile(r"(?<![A-Za-z])(?:tel|telephone|phone|fax|mobile?|whatsapp|téléphone|telefono?|teléfono"
+                 r"|电话|手机|電話|携帯|전화|फ़ोन|फोन)[^0-9+(\n]{0,12}$", re.IGNORECASE)
+CODE = (r"(?:[17]|2[07]|3[0-469]|4[013-9]|5[1-8]|6[0-6]|8[1246]|9[0-58]"  # of a country
+        r"|(?:2[1-689]|3[578]|42|5[09]|6[789]|8[58]|9[679])[0-9])")
+PHONE = re.compile("|".join((
+    # +44 20 7946 0958, +49 (0)30 123456
+    rf"(?:\+|\b00){CODE}[ ./-]?(?:\(0?[0-9]{{1,5}}\)[ .-]?)?[0-9]{{1,5}}(?:[ ./-]?[0-9]{{2,8}}){{1,5}}",
+    r"\(0?[1-9][0-9]{1,4}\) ?[0-9]{3,5}[ -]?[0-9]{3,5}(?:[ -][0-9]{2,4})?",  # (555) 123-4567, (030) 12345678
+    r"(?:1[-.])?[2-9][0-9]{2}([-.])[0-9]{3}\1[0-9]{4}",  # 555-123-4567
+    r"0[1-9]([ .-])[0-9]{2}(?:\2[0-9]{2}){3}",  # French: 01 42 68 53 00
+    # 020 7946 0958, 030/1234567, 03-1234-5678
+    r"0[1-9][0-9]{0,4}(?: ?[/-] ?| )[0-9]{3,8}(?:[ -][0-9]{2,8}){0,3}",
+    r"1[3-9][0-9](?:[0-9]{8}|([ -])[0-9]{4}\3[0-9]{4})",  # Chinese: 13912345678
+    r"0?[6-9][0-9]{4}[ -][0-9]{5}",  # Indian: 98765 43210
+    r"[78][ -]?\(?[3-9][0-9]{2}\)?[ -][0-9]{3}-[0-9]{2}-[0-9]{2}",  # Russian: 8 (495) 123-45-67
+)))
+
+
+class Scrub:
+    """The rule that puts [KEY], [EMAIL], [IP] and [PHONE] for what looks like one.
+
+    It counts each kind and keeps three examples, to be printed and not to be stored.
+    """
+
+    def __init__(self, phones: str):
+        self.phones = phones
+        self.examples, self.counts = {}, Counter()
+
+    def __call__(self, text: str, stop: int) -> tuple[str, str, int]:
+        done, end, n = self.replaced("KEY", private_keys(text), text, stop)
+        rest = text[end:]
+        phone_numbers = library_numbers if self.phones == "library" else likely_numbers
+        for kind, find in ("KEY", keys), ("EMAIL", emails), ("IP", addresses), ("PHONE", phone_numbers):
+            done, _, more = self.replaced(kind, find(done), done, len(done))
+            n += more
+        return done, rest, n
+
+    def replaced(self, kind: str, places: Iterator[tuple[int, int]], text: str, stop: int):
+        parts, at, n = [], 0, 0
+        for start, end in places:
+            if start >= stop:
+                break
+            if start < at:
+                continue
+            parts += text[at:start], f"[{kind}]"
+            shown = self.examples.setdefault(kind, [])
+            if len(shown) < 3:
+                shown.append(masked(kind, text[start:end]))
+            at, n = end, n + 1
+        self.counts[kind] += n
+        stop = max(at, stop)
+        return ("".join(parts) + text[at:stop] if n else text[:stop]), stop, n
+
+
+def masked(kind: str, text: str) -> str:
+    """As it may be shown: without its digits; of a key the beginning."""
+    shown = text[:8] + "..." if kind == "KEY" else text[:40]
+    return re.sub(r"\d", "#", shown)
+
+
+def private_keys(text: str) -> Iterator[tuple[int, int]]:
+    """From BEGIN to END, or without an END the lines that follow and look like a key."""
+    for begin in BEGIN_KEY.finditer(text):
+        end = END_KEY.search(text, begin.end(), begin.start() + REACH_OF_KEY)
+        lines = KEY_LINES.match(text, begin.end(), begin.start() + REACH_OF_KEY)
+        if end and not end[1]:
+            yield begin.start(), end.end()
+        elif lines:
+            yield begin.start(), lines.end()
+
+
+def keys(text: str) -> Iterator[tuple[int, int]]:
+    """Tokens of services. What is made of words is a name: hf_hub_download_of_all_files, sk-learn-..."""
+    for place in KEY.finditer(text):
+        start, end = place.span()
+        parts = re.split("[-_.]", place[0])
+        if not is_word(text[max(start - 1, 0):start]) and max(map(len, parts)) >= 16:
+            yield start, end
+
+
+def is_word(character: str) -> bool:
+    """A letter, digit or _ of ASCII?"""
+    return character.isascii() and (character.isalnum() or character == "_")
+
+
+def emails(text: str) -> Iterator[tuple[int, int]]:
+    """Not q@k.transpose(0, 1), x@self.wq or q@kv.to(device)."""
+    for place in DOMAIN.finditer(text):
+        at, end = place.span()
+        local = LOCAL.search(text, max(at - 256, 0), at)
+        top, host = place[1], place[0].split(".")[0]
+        if not local or local[0] == "git" or not (top.islower() or top.isupper()):
+            continue
+        country = len(top) == 2 and len(host) > 2 and len(local[0]) > 1
+        if top.lower() in TOP or (country and text[end:end + 1] not in ("(", "[")):
+            yield local.start(), end
+
+
+def addresses(text: str) -> Iterator[tuple[int, int]]:
+    """IPv4, unless it looks like a version; IPv6 if the standard library says so."""
+    found = []
+    for place in IP4.finditer(text):
+        start, end = place.span()
+        parts = [int(part) for part in place[0].split(".")]
+        before, after = text[max(start - 1, 0):start], text[end:end + 2]
+        joined = is_word(before) or before in (".", "-") or is_word(after[:1])
+        joined = joined or (after[:1] in (".", "-") and is_word(after[1:]))
+        version = max(parts) < 10 or VERSION.search(text, max(start - 16, 0), start)
+        if max(parts) < 256 and not joined and not version:
+            found.append((start, end))
+    for place in IP6.finditer(text):
+        start, end = place.span()
+        while start and text[start - 1] in "0123456789abcdefABCDEF:" and place.start() - start < 40:
+            start -= 1
+        try:
+            ipaddress.IPv6Address(text[start:end])
+        except ValueError:
+            continue
+        groups = sum(map(bool, text[start:end].split(":")))
+        joined = is_word(text[max(start - 1, 0):start]) or is_word(text[end:end + 1])
+        if groups > 1 and not joined and digits_in(text[start:end]):
+            found.append((start, end))
+    return iter(sorted(found))
+
+
+def likely_numbers(text: str) -> Iterator[tuple[int, int]]:
+    """Telephone numbers as many countries write them. 10 000 000 is none, nor is a row of a table."""
+    for run in NUMBER.finditer(text):
+        at, last = run.span()
+        if 7 <= digits_in(run[0]) <= 15 and CUE.search(text, max(at - 24, 0), at):
+            yield at, last
+            continue
+        while place := PHONE.search(text, at, last):
+            start, at = place.span()
+            if 9 <= digits_in(place[0]) <= 15 and stands_alone(text, start, at):
+                yield start, at
+            else:
+                at = start + 1
+
+
+def library_numbers(text: str) -> Iterator[tuple[int, int]]:
+    """Those that the library phonenumbers takes for valid somewhere."""
+    import phonenumbers  # prepare.py has looked whether it is there
+    for run in NUMBER.finditer(text):
+        for region in ("US", "GB", "FR", "DE", "IN", "CN", "JP", "KR", "ES", "IT", "BR", "RU"):
+            found = next(iter(phonenumbers.PhoneNumberMatcher(run[0], region)), None)
+            start, end = (run.start() + found.start, run.start() + found.end) if found else (0, 0)
+            if found and digits_in(text[start:end]) >= 9 and stands_alone(text, start, end):
+                yield start, end
+                break
+
+
+def digits_in(text: str) -> int:
+    return sum(map(str.isdigit, text))
+
+
+def stands_alone(text: str, start: int, end: int) -> bool:
+    """Is it no part of a longer number, a word, a date or a row of numbers?"""
+    before, after = text[max(start - 2, 0):start], text[end:end + 2]
+    last, first = before[-1:], after[:1]
+    if is_word(last) or is_word(first) or last in tuple(".-/=+,#"):
+        return False
+    if last in (" ", "\t", ":") and before[:1].isdigit():
+        return False
+    return not (first in tuple(" \t.,-/:") and after[1:].isdigit())
