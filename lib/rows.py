@@ -332,7 +332,7 @@ def of_names(path: str, names: list[str], columns: dict, usual: Names, needed: C
         raise UserError(f"{path}: a word in each row ({', '.join(names)}): write a word and its tag a line, "
                         "and an empty line between sentences, as CoNLL")
     found = choose(path, names, columns, usual)
-    for role in ("text", "label"):
+    for role in ("text", "pair", "label") if usual is ANSWER_NAMES else ("text", "label"):
         if role in needed and found[role] is None:
             raise UserError(f"{path}: no column for the {role} among {', '.join(names)}: name it with "
                             f"--{role}_column=...{remedy}")
@@ -549,11 +549,15 @@ def tags_of_spans(row: Row) -> tuple[list[str], list[str]]:
     """Words and their BIO tags, from places in a text: [[begin, end, kind], ...], or CLUENER's
     {kind: {words: [[begin, last], ...]}}."""
     spans = []
-    if isinstance(row.label, dict):
-        for kind, places in row.label.items():
-            spans += [(begin, last + 1, kind) for found in places.values() for begin, last in found]
-    else:
-        spans = [(int(begin), int(end), str(kind)) for begin, end, kind, *_ in row.label]
+    try:
+        if isinstance(row.label, dict):
+            for kind, places in row.label.items():
+                spans += [(begin, last + 1, kind) for found in places.values() for begin, last in found]
+        else:
+            spans = [(int(begin), int(end), str(kind)) for begin, end, kind, *_ in row.label]
+    except (TypeError, ValueError, AttributeError):
+        raise UserError(f"{row.where}: not the places of tags: {str(row.label)[:60]}: wanted [begin, end, tag] "
+                        "of each") from None
     split = WORDS["punctuation" if " " in row.text else "characters"]
     words, tags = [], []
     for match in re.finditer(split, row.text):
@@ -594,7 +598,15 @@ def open_questions(path: str, columns: dict, labelled: bool = True, encoding: st
         return columns, read_squad(path, labelled, encoding)
     nested = {"label": (list, dict), "start": (list,)}
     columns, rows = open_rows(path, columns, ANSWER_NAMES, labelled, nested, (), encoding, bad)
-    return columns, map(place_answers, rows)
+    return columns, map(with_answers, rows)
+
+
+def with_answers(row: Row) -> Row:
+    try:
+        return place_answers(row)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise UserError(f"{row.where}: not answers: {str(row.label)[:60]}: wanted their texts, or text and "
+                        "answer_start of each") from None
 
 
 def place_answers(row: Row) -> Row:

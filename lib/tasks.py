@@ -579,7 +579,7 @@ class Answer(Task):
     metrics = metrics.ANSWER_METRICS
     metric = "f1"
     shares = {"exact_match"}
-    knows = {"max_answer"}
+    knows = {"max_answer", "pair_column"}
 
     names = ANSWER_NAMES
 

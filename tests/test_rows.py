@@ -241,6 +241,11 @@ def squad(asked: dict) -> str:
      "text: question, pair: context, label: answers, split: title; not used: id", [[("b", 4)]]),
     ("qa", "qa.csv", "context,question,answer_text,answer_start\na b b,q,b,4\n",
      "text: question, pair: context, label: answer_text, start: answer_start", [[("b", 4)]]),
+    ("qa", "a.jsonl", lines_of({"question": "q", "answer": "b"}), ["no column for the pair", "--pair_column"],
+     None),
+    ("qa", "a.jsonl", lines_of({"question": "q", "context": "c", "answers": [{"txt": "c"}]}),
+     ["a.jsonl:1: not answers"], None),
+    ("tag", "a.jsonl", lines_of({"text": "a", "label": [["x", "y"]]}), ["a.jsonl:1: not the places"], None),
     ("qa", "pandas.csv", "context,question,answers\na b,q,{'text': array(['b'])}\n", ["JSON lines"], None),
     # headers
     ("classify", "a.csv", "comment,type\ngood,pos\nbad,neg\nok,pos\n",
