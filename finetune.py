@@ -41,7 +41,8 @@ from lib.tasks import TASKS, Example, Task, Vectors, one_spelling, respell
 from lib.rows import IN_WORDS, WORDS, Row, as_csv, described, python_packages, text_key
 from lib.tokenizer import Tokenizer, make_tokenizer
 from model import Config, Transformer, block_matrices
-from train import BLOCKS_ONLY, OPTIMIZERS, SCHEDULES, lr_factor, make_optimizers, ready, set_lr, train_step
+from train import (BLOCKS_ONLY, OPTIMIZERS, SCHEDULES, lr_factor, make_optimizers, ready, set_lr, settle,
+                   train_step)
 
 # -----------------------------------------------------------------------------
 # Settings. A model from scratch takes the fields of Config in model.py too, a pretrained one only dropout.
@@ -927,6 +928,7 @@ def main(given: dict):
     if init_from != "resume" and not overwrite:
         refuse_to_replace(folder)
     machine = Machine(device, dtype, seed)
+    vars(s).update(settle(globals(), machine))
     for line in yielded:
         machine.say(line)
     if init_from == "resume":

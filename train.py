@@ -54,7 +54,7 @@ wandb_log: bool = False  # log to Weights & Biases too
 wandb_project: str = "owt"  # project there
 wandb_run_name: str = "gpt2"  # name of this run there
 # data
-dataset: str = "python"  # a folder under data/; built-in ones are made when missing
+dataset: str = "openwebtext"  # a folder under data/; built-in ones are made when missing
 batch_size: at_least(1) = 12  # windows in a micro-batch
 gradient_accumulation_steps: at_least(1) = 5 * 8  # micro-batches in a step, over all processes
 # objective: the next token, or if the model is not causal the masked ones
@@ -76,7 +76,7 @@ momentum: at_least(0.0, below=1.0) = 0.9  # momentum of lars and sgd
 grad_clip: at_least(0.0) = 1.0  # gradients with a larger norm are scaled down to it; 0: never
 sparsity: at_least(0.0, below=1.0) = 0.0  # share of the blocks' weights, the smallest, zeroed halfway through
 # learning rate
-decay_lr: bool = True  # False: constant after the warmup
+decay_lr: bool = True  # False: constant, without a warmup
 schedule: Literal[tuple(SCHEDULES)] = "cosine"  # shape of its decay; wsd: constant, then linear
 warmup_iters: at_least(0) = 2000  # steps of linear increase at the start
 lr_decay_iters: Optional[at_least(0)] = None  # step where min_lr is reached; None: max_iters
@@ -212,10 +212,17 @@ def open_data(dataset: str, vocab_size: Optional[int], block_size: int) -> Data:
     SettingError if it does not fit.
     """
     folder = Path("data") / dataset
+    if not folder.is_dir():
+        how = "--source=hf:Skylion007/openwebtext --tokenizer=gpt2" if dataset == "openwebtext" else (
+            "--source=FILE")
+        there = sorted(file.parent.name for file in Path("data").glob("*/train.bin"))
+        others = "|".join(dict.fromkeys([*prepare.BUILT_IN, *there]))
+        raise UserError(f"dataset={dataset}: {folder} is not there: python prepare.py {how} "
+                        f"--dataset={dataset} makes it; or take --dataset={others}")
     meta = prepare.read_meta(folder)
     if vocab_size is not None:
         asked = meta["settings"]["vocab_size"]
-        if meta["tokenizer"]["kind"] == "bpe" and vocab_size != asked:
+        if meta["tokenizer"]["kind"] == "bpe" and vocab_size not in (asked, meta["vocab_size"]):
             raise SettingError(f"vocab_size={vocab_size}: {folder} was made with {asked}: leave it out, or "
                                f"make the data again, with prepare.py --vocab_size={vocab_size} --overwrite")
         if vocab_size < meta["vocab_size"]:
@@ -673,19 +680,20 @@ def settle(s: dict, machine: Machine) -> dict[str, float]:
     """A warmup that is not shorter than the run, and a min_lr above learning_rate, become a tenth of it if
     that was given later. Returns these settings. Raises SettingError if both were given in one place.
 
-    s: the script's globals().
+    s: the script's globals(), those of finetune.py too.
     """
     changes = {}
-    for name, other, fits in (("warmup_iters", "max_iters", s["warmup_iters"] < s["max_iters"]),
-                              ("min_lr", "learning_rate", s["min_lr"] <= s["learning_rate"])):
-        if fits:
+    if not s.get("decay_lr", True):
+        return changes  # it neither rises nor falls
+    for name, other in (("warmup_iters", "max_iters"), ("min_lr", "learning_rate")):
+        if name not in s or s[name] < s[other] or name == "min_lr" and s[name] == s[other]:
             continue
         if place_of(s, name) >= place_of(s, other):
             raise SettingError(f"{name}={s[name]}: must be below {other}={s[other]}: give another of the two")
         changes[name] = s[other] // 10 if name == "warmup_iters" else s[other] / 10
         machine.say(f"{name} {s[name]} -> {changes[name]:g}, a tenth of {other}")
-    warmup = changes.get("warmup_iters", s["warmup_iters"])
-    if s["lr_decay_iters"] is not None and s["lr_decay_iters"] < warmup:
+    warmup = changes.get("warmup_iters", s.get("warmup_iters"))
+    if s.get("lr_decay_iters") is not None and s["lr_decay_iters"] < warmup:
         raise SettingError(f"lr_decay_iters={s['lr_decay_iters']}: the learning rate still rises then, until "
                            f"warmup_iters={warmup}")
     return changes
@@ -711,6 +719,10 @@ def main(given: dict):
         counted = count_masked(config.block_size, mask_rate)
     windows = Windows(data.train, config.block_size, seed, mask)
 
+    # Say what will happen.
+    compiling = compile and run.compiled is not False
+    introduce(model, data, machine, compiling)
+
     # The objective, on its device, compiled, data-parallel; the optimizers; and where we are.
     if remat:
         recompute_blocks(model)
@@ -718,14 +730,12 @@ def main(given: dict):
     torch.manual_seed(seed + machine.rank)  # dropout differs between processes
     objective, is_compiled = ready(
         Objective(model, counted, label_smoothing, guide, teacher_share, teacher_temperature), machine,
-        compile and run.compiled is not False, windows.get(0, batch_size))
+        compiling, windows.get(0, batch_size))
     optimizers = make_optimizers(model, optimizer, learning_rate, muon_lr, weight_decay, (beta1, beta2),
                                  momentum, embd_lr)
     pruning = Pruning(model, sparsity, max_iters)
     state = run.restore(model, optimizers)
 
-    # Say what will happen.
-    introduce(model, data, machine, is_compiled)
     if run.compiled and not is_compiled:
         machine.say("warning: the run was compiled before, and is not now: last bits will differ")
     if eval_only:
@@ -747,12 +757,12 @@ def main(given: dict):
                     f"{' --patience=None' if enough else ''} trains on")
     batches = read_ahead(windows, machine, step_windows, state.seen)
     bad_steps = BadSteps(max_bad_steps, 1 if machine.looks_each_step() else log_interval, machine.main)
-    pace = Pace(state, max_iters)
+    pace, began = Pace(state, max_iters), state.step
 
     while state.step < max_iters and not enough and not run.stopped():
         # the step's learning rate, its windows, its update
-        factor = lr_factor(state.step, schedule if decay_lr else "constant", warmup_iters,
-                           lr_decay_iters or max_iters, min_lr / learning_rate, decay_fraction)
+        factor = lr_factor(state.step, schedule, warmup_iters, lr_decay_iters or max_iters,
+                           min_lr / learning_rate, decay_fraction) if decay_lr else 1.0
         set_lr(optimizers, factor)
         x, y = next(batches)  # (N, T) each
         state.seen += step_windows
@@ -769,7 +779,8 @@ def main(given: dict):
         pruning.after(state)
         last = state.step == max_iters
 
-        if machine.main and (state.step % log_interval == 0 or last):
+        due = state.step % log_interval == 0 or last
+        if machine.main and (due or state.step == began + 1):  # the first step is shown at once
             seconds, left = pace.measure(state)
             tokens_per_s = step_windows * config.block_size / seconds
             row = {"iter": state.step, "tokens": state.seen * config.block_size, "loss": loss.item(),
@@ -778,7 +789,8 @@ def main(given: dict):
                    "mfu": machine.mfu(tokens_per_s * model.flops_per_token())}
             if penalty:
                 row["penalty"] = penalty.item()
-            run.log(**row)
+            if due:
+                run.log(**row)
             mfu = f", mfu {row['mfu']:.0%}" if row["mfu"] else ""
             machine.say(step_line(row, max_iters, f"{tokens_per_s / 1e3:7.1f}k tok/s{mfu}", left))
 
@@ -791,6 +803,10 @@ def main(given: dict):
             run.log(iter=state.step, elapsed=run.elapsed(), **metrics, mean_loss=state.mean_loss())
             machine.say(f"iter {state.step}: {in_words(metrics)}, after {clock(run.elapsed())}"
                         f"{', best so far' if best else ''}")
+            uniform = math.log(tokenizer.vocab_size)
+            if last and metrics["val_loss"] > 0.97 * uniform:
+                machine.say("hardly anything was learned: guessing among all tokens has a loss of "
+                            f"{uniform:.4f}: try another learning_rate, or more steps")
             if machine.main and sample_tokens:
                 print(f"\n{sample_text(model, data, sample_tokens, machine, mask)}\n", flush=True)
             if best:

@@ -12,6 +12,7 @@ import ast
 import difflib
 import errno
 import inspect
+import json
 import math
 import operator
 import os
@@ -278,13 +279,15 @@ def configure(script: dict, fields: type | None, argv: list[str], stored: Callab
     script["PLACES"] = places = {}
     for number, arg in enumerate(argv, start=1):
         if arg in ("-h", "--help"):
-            print_help(script, own, fields)
-            sys.exit(0)
+            continue
         flag = arg.startswith("-")
         new = from_flag(arg, settings) if flag else from_file(arg, settings)
         given.update(new)
         origins += [new["init_from"]] if "init_from" in new else []
         places.update(dict.fromkeys(new, len(argv) if flag else number))
+    if {"-h", "--help"} & set(argv):
+        print_help(script, own, fields, given)
+        sys.exit(0)
     if stored:
         folder = given.get("out_dir", script["out_dir"])
         given["init_from"] = begins_from(origins, folder, stored)
@@ -416,14 +419,19 @@ def from_flag(arg: str, settings: dict[str, Setting]) -> dict:
 
 
 def from_file(path: str, settings: dict[str, Setting]) -> dict:
-    """Run a config file: the plain values it leaves behind are settings."""
+    """Run a config file: the plain values it leaves behind are settings. So are those of a settings.json."""
+    if Path(path).is_dir():
+        raise SettingError(f"{path}: a folder, not a config file: did you mean --out_dir={path}?")
     if not Path(path).is_file():
         stem = Path(path).stem
         gone = GONE.get(f"config/{stem}.py")
         if gone:
             raise SettingError(f"{path}: is gone: {gone}")
-        like = nearest(stem, [recipe.stem for recipe in Path(__file__).parent.glob("[!_]*.py")])
-        raise SettingError(f"{path}: no such config file; did you mean config/{like}.py, or --key=value?")
+        recipes = [recipe.stem for recipe in Path(__file__).parent.glob("[!_]*.py")]
+        like = "".join(f"config/{one}.py, or " for one in difflib.get_close_matches(stem, recipes, n=1))
+        raise SettingError(f"{path}: no such config file; did you mean {like}--key=value?")
+    if path.endswith(".json"):
+        return from_json(path, settings)
     namespace = {"__file__": path, "__name__": Path(path).stem}
     try:
         tree = ast.parse(Path(path).read_bytes(), filename=path)
@@ -446,18 +454,31 @@ def from_file(path: str, settings: dict[str, Setting]) -> dict:
     return found
 
 
+def from_json(path: str, settings: dict[str, Setting]) -> dict:
+    """The settings of another run, for one of its own: --out_dir must differ."""
+    try:
+        found = dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise SettingError(f"{path}: damaged ({error})") from None
+    for name in ("overwrite", "eval_only"):
+        found.pop(name, None)
+    for name, value in found.items():
+        if name not in settings:
+            raise unknown(path, name, settings)
+        found[name] = checked(value, settings[name].kind, f"{path}: {name}")
+    return found
+
+
 def unknown(where: str, name: str, settings: dict[str, Setting]) -> SettingError:
     if name in GONE:
         return SettingError(f"{where}: no setting any more: {GONE[name]}")
-    return SettingError(f"{where}: unknown setting {name!r}, did you mean {nearest(name, settings)!r}? "
-                        "(--help lists them all)")
+    like = difflib.get_close_matches(name, settings, n=1)
+    meant = f", did you mean {like[0]!r}?" if like else ""
+    return SettingError(f"{where}: unknown setting {name!r}{meant} (--help lists them all)")
 
 
-def nearest(name: str, names) -> str:
-    return difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
-
-
-def print_help(script: dict, own: dict[str, Setting], fields: type | None) -> None:
+def print_help(script: dict, own: dict[str, Setting], fields: type | None, given: dict) -> None:
+    """given: what the config files and flags beside it say, which is shown in place of the defaults."""
     module = script.get("__spec__")
     command = f"-m {module.name}" if module else Path(script["__file__"]).name
     print(f"{script['__doc__'].strip()}\n\nusage: python {command} [config/FILE.py ...] [--key=value ...]")
@@ -469,4 +490,7 @@ def print_help(script: dict, own: dict[str, Setting], fields: type | None) -> No
         for name, setting in settings.items():
             only = [with_what(*rest) for one, *rest in script.get("ONLY", ()) if one == name]
             told = [wanted(setting.kind), setting.help, *(f"only with {what}" for what in only)]
-            print(f"  {f'--{name}={setting.default!r}':<38} {'; '.join(told)}")
+            value = given.get(name, setting.default)
+            if value != setting.default:
+                told.append(f"default {setting.default!r}")
+            print(f"  {f'--{name}={value!r}':<38} {'; '.join(told)}")

@@ -389,6 +389,8 @@ def upgraded(checkpoint: dict) -> dict:
             settings["teacher_share"] = settings.pop("teacher_weight")
         checkpoint.update(version=VERSION, state=state, defaults={}, data=place,
                           compiled=place.get("compiled", False))
+    if checkpoint["defaults"].get("dataset") == "python":  # the scripts' default has changed, not its user's
+        checkpoint["defaults"].pop("dataset")
     if checkpoint["version"] != VERSION:
         raise ValueError(f"version {checkpoint['version']}")
     return checkpoint

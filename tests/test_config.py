@@ -77,6 +77,7 @@ def test_settings_go_left_to_right(a_script, tmp_path):
     ("--dropout=1.0", ["float at least 0 and below 1", "1.0"]), ("--dropout=-0.1", ["-0.1"]),
     ("--top_k=0", ["int at least 1 or None", "0"]), ("--learning_rate=nan", ["float above 0", "nan"]),
     # what was a setting, or a recipe
+    ("--zzz=1", ["unknown setting 'zzz' (--help"]), (str(ROOT), ["a folder", f"--out_dir={ROOT}?"]),
     ("--profile", ["profile", "no setting any more", "python -m tools.bench"]),
     ("--teacher_weight=0.3", ["teacher_share"]), ("--linear=2", ["linear", "bag of words"]),
     ("config/bench.py", ["config/bench.py", "is gone", "tools.bench"]),
@@ -140,6 +141,27 @@ def test_a_resumed_run_has_its_settings_but_for_what_is_given(a_script):
     settings.configure(a_script, Config, ["--init_from=resume"], stored)
     assert a_script["dropout"] == 0.0 and a_script["init_from"] == "resume"
     assert settings.configure(a_script, Config, ["--init_from=scratch"], stored) == {} and len(asked) == 2
+
+
+def test_settings_json_is_a_config_file(a_script, tmp_path):
+    file = tmp_path / "settings.json"
+    file.write_text('{"batch_size": 3, "top_k": null, "n_layer": 5, "overwrite": true}')
+    assert settings.configure(a_script, Config, [str(file), "--batch_size=4"]) == {"n_layer": 5}
+    assert a_script["batch_size"] == 4 and a_script["top_k"] is None and "overwrite" not in a_script
+    for text, words in (("[", "damaged"), ('{"batch_size": "x"}', "batch_size: wanted int"),
+                        ('{"gone": 1}', "gone")):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(SettingError, match=f"bad.json: .*{words}"):
+            settings.configure(a_script, Config, [str(tmp_path / "bad.json")])
+
+
+def test_help_after_a_config_file_shows_what_it_says(a_script, tmp_path, capsys):
+    (tmp_path / "a.py").write_text("batch_size = 7\n")
+    with pytest.raises(SystemExit):
+        settings.configure(a_script, Config, ["--help", str(tmp_path / "a.py"), "--n_layer=3"])
+    said = capsys.readouterr().out
+    assert re.search(r"--batch_size=7 .*; default 12$", said, re.MULTILINE)
+    assert re.search(r"--n_layer=3 .*; default 12$", said, re.MULTILINE) and "--n_head=12 " in said
 
 
 SCRIPTS = {train: Config, finetune: Config, sample: sample.Choice, prepare: None, explain: None, search: None,

@@ -318,7 +318,7 @@ def test_a_plan_that_changes_on_the_way_takes_each_example_once_an_epoch():
 
 def test_a_run_goes_on_with_other_epochs_and_batches_which_it_says(tmp_path):
     out, args = tmp_path / "out", (f"--data={class_rows(tmp_path, 60)}", *QUICK, "--log_interval=1")
-    run_here(finetune, f"--out_dir={out}", *args, "--epochs=1", "--eval_interval=2")
+    run_here(finetune, f"--out_dir={out}", *args, "--epochs=1", "--eval_interval=2", "--min_lr=1e-3")
     said = resume(out, "--epochs=3", "--batch_size=8", "--gradient_accumulation_steps=2")
     for change in ("epochs 1 -> 3", "batch_size 16 -> 8", "gradient_accumulation_steps 1 -> 2"):
         assert f"{change}\n" in said
@@ -328,7 +328,7 @@ def test_a_run_goes_on_with_other_epochs_and_batches_which_it_says(tmp_path):
     (out / "best.pt").write_bytes(b"")
     with pytest.raises(UserError, match="best.pt is damaged.*--epochs=4 trains on"):
         resume(out)
-    resume(out, "--epochs=4")
+    assert "min_lr 0.001 -> 1e-05, a tenth" in resume(out, "--epochs=4", "--learning_rate=1e-4")
     assert checkpoint(out, "best.pt")["state"]["step"] > 9
 
 

@@ -619,7 +619,8 @@ def test_a_log_is_strict_json_whatever_is_in_it(home):
     (SettingError, ["--init_from=out/whole", "--causal=False"], "causal=False.*causal=True"),
     (UserError, ["--init_from=resume"], "no checkpoint here.*train one first"),
     (UserError, ["--init_from=nowhere"], "nowhere: no checkpoint here"),
-    (UserError, ["--dataset=missing"], "missing.*prepare.py"),
+    (UserError, ["--dataset=missing"], "data/missing is not there: .*prepare.py .*=missing.*python.*toy"),
+    (UserError, ["--dataset=openwebtext"], "--source=hf:Skylion007/openwebtext --tokenizer=gpt2 --dataset=openw"),
     (UserError, ["--learning_rate=1e30"], "not finite.*learning_rate|validation loss.*learning_rate"),
 ])
 def test_what_cannot_be_is_one_line(home, error, given, words):
@@ -627,6 +628,25 @@ def test_what_cannot_be_is_one_line(home, error, given, words):
     with pytest.raises(error, match=words) as found:
         run(home, "none", *TOY, *given)
     assert "\n" not in str(found.value) and not (home / "out/none/best.pt").exists()
+
+
+def test_a_tokenizer_with_fewer_tokens_than_asked_for_is_no_obstacle_to_going_on(home):
+    train.prepare.prepare("few", source=str(home / "toy.txt"), vocab_size=4096, root=home / "data")
+    run(home, "few", *TOY, "--dataset=few", "--max_iters=2")
+    resume(home, "few", "--max_iters=3")
+    run(home, "few_again", str(home / "out/few/settings.json"), "--out_dir=out/few_again", "--max_iters=1")
+
+
+def test_the_first_step_shows_at_once_and_little_learned_is_said(home):
+    slowly = ["--log_interval=5", "--learning_rate=1e-9", "--muon_lr=1e-9", "--min_lr=0"]
+    said = run(home, "shows", *TOY, *slowly)
+    shown = [int(line.split("/")[0].split()[1]) for line in said.splitlines() if "/8  loss" in line]
+    assert shown == [1, 5, 8]
+    assert [row["iter"] for row in log_of(home / "out/shows") if "loss" in row] == [5, 8]
+    assert "hardly anything was learned: guessing among all tokens has a loss of 5.70" in said
+    constant = run(home, "constant", *TOY, "--decay_lr=False", "--warmup_iters=2000", "--min_lr=0.5")
+    rates = {row["lr"] for row in log_of(home / "out/constant") if "lr" in row}
+    assert "hardly" not in constant and rates == {0.01}
 
 
 def test_a_run_stays_compiled_or_not(home, monkeypatch):
