@@ -43,7 +43,7 @@ def test_all_four_methods_find_the_token_that_matters():
         def score(ids):
             return states_of(model, ids)[-1][:, -1] @ mark  # what was elsewhere came by attention
 
-        found, _ = explain.attributions(model, score, idx, neutral=0, samples=300)
+        found, *_ = explain.attributions(model, score, idx, neutral=0, samples=300)
         assert list(found) == ["gradient x input", "integrated gradients", "Grad-CAM", "LIME"]
         assert [values.argmax().item() for values in found.values()] == [place] * 4
 
@@ -60,11 +60,11 @@ def test_attributions_of_a_linear_model_are_its_weights():
         return (states_of(model, ids)[-1] * weights).sum((1, 2))
 
     x, neutral = model.wte(idx)[0], model.wte.weight[3]
-    found, _ = explain.attributions(model, score, idx, neutral=3, samples=300)
+    found, *_ = explain.attributions(model, score, idx, neutral=3, samples=300)
     for method in ("gradient x input", "integrated gradients", "LIME"):
         assert torch.allclose(found[method].float(), ((x - neutral) * weights).sum(1), atol=1e-3), method
     same = weights[:1].expand(10, 32)  # Grad-CAM knows one weight a channel
-    found, _ = explain.attributions(model, lambda ids: score(ids, same), idx, neutral=3, samples=300)
+    found, *_ = explain.attributions(model, lambda ids: score(ids, same), idx, neutral=3, samples=300)
     assert torch.allclose(found["Grad-CAM"].float(), (x * same).sum(1).clamp(min=0), atol=1e-4)
 
 
@@ -77,7 +77,7 @@ def test_integrated_gradients_are_complete(column):
     def score(ids):
         return model(ids)[0][:, -1, likeliest]
 
-    found, change = explain.attributions(model, score, idx, neutral=60, samples=50)
+    found, change, _ = explain.attributions(model, score, idx, neutral=60, samples=50)
     assert change == pytest.approx((score(idx) - score(torch.full_like(idx, 60))).item(), rel=1e-4)
     assert found["integrated gradients"].sum().item() == pytest.approx(change, rel=0.01)
     assert found["gradient x input"].sum().item() != pytest.approx(change, rel=0.01)
@@ -107,14 +107,6 @@ def test_attention_maps_are_what_the_kernel_used(column, causal):
         assert torch.allclose(weights, by_hand / by_hand.sum(-1, keepdim=True), atol=1e-6)
 
 
-def test_rank_agreement_is_spearman_s():
-    a, b = torch.randn(2, 20, generator=torch.Generator().manual_seed(0)).double()
-    ranks = torch.stack((a, b)).argsort(1).argsort(1).double()
-    assert explain.rank_agreement(a, b) == pytest.approx(torch.corrcoef(ranks)[0, 1].item())
-    assert explain.rank_agreement(a, a.exp()) == pytest.approx(1) == -explain.rank_agreement(a, -a)
-    assert explain.rank_agreement(a, torch.zeros(20).double()) == 0
-
-
 def test_heads_are_called_by_what_they_do():
     ids = torch.tensor([4, 7, 9, 4, 7, 2, 9, 4])
     T, eye = 8, torch.eye(8)
@@ -125,9 +117,83 @@ def test_heads_are_called_by_what_they_do():
         same[t], after[t] = eye[s], eye[s + 1]
     for weights, name in ((eye, "itself"), (before, "previous token"), (eye[:1].expand(T, T), "first token"),
                           (same, "same token"), (after, "after the same token"), (before.T, "next token")):
-        assert explain.habit(weights, ids) == f"{name} 100%"
-    even = torch.ones(T, T).tril()
-    assert explain.habit(even / even.sum(1, keepdim=True), ids) == ""
+        assert explain.habits(weights.unsqueeze(0), ids)[0] == (pytest.approx(1), f"{name} 100%")
+    even = F.normalize(torch.ones(T, T).tril(), p=1)
+    assert explain.habits(torch.stack((even, 0.6 * eye + 0.4 * even)), ids)[0] == (0, "")
+
+
+def test_parts_of_a_character_are_one():
+    """Chinese by bytes: each character is three tokens, shown, masked and added up as one."""
+    tokenizer = make_tokenizer("bytes", [], 0)
+    text = "你a好<|endoftext|>!\n"
+    ids = tokenizer.encode(text, specials=True)
+    units = explain.Units(tokenizer, [*ids, 0xE4, 0xBD])  # cut within a character
+    names = ["你", "a", "好", "<|endoftext|>", "!", "↵", "\\xe4\\xbd"]
+    assert units.names() == names and [len(one) for one in units.places] == [3, 1, 3, 1, 1, 1, 2]
+    assert explain.Units(tokenizer, [0xE4, 97, tokenizer.eot, 0xE4, tokenizer.eot]).names() == [
+        "\\xe4a", "<|endoftext|>", "\\xe4", "<|endoftext|>"]
+    assert torch.equal(units.members().sum(0), torch.ones(len(ids) + 2))
+    assert units.members(3).sum(1).tolist() == [3 + 1 + 3, 1 + 1 + 1, 2]  # neighbours together
+
+    idx, units = torch.tensor([ids]), explain.Units(tokenizer, ids)
+    model = tiny("modern", vocab_size=tokenizer.vocab_size)
+
+    def score(ids):
+        return model(ids)[0][:, -1, 97]
+
+    alone, *_ = explain.attributions(model, score, idx, 60, 50)
+    found, *_ = explain.attributions(model, score, idx, 60, 50, units=units)
+    for method in ("gradient x input", "integrated gradients", "Grad-CAM"):
+        added = [alone[method][places].sum() for places in units.places]
+        assert torch.allclose(found[method], torch.stack(added)), method
+    assert len(found["LIME"]) == 6
+    rows = explain.guesses(model, idx, units, None)
+    nats = F.cross_entropy(model(idx)[0][0, :-1], idx[0, 1:], reduction="none")
+    for row, places in zip(rows[1:-1], units.places[1:]):
+        bits = sum(nats[i - 1].item() for i in places) / math.log(2)
+        assert [row["bits"], row["p"]] == pytest.approx([bits, 2 ** -bits], rel=1e-4)
+        assert (row["rank"] is None) == (len(places) > 1)
+    masked = tiny("gpt2", causal=False, vocab_size=tokenizer.vocab_size)
+    hidden = idx.index_fill(1, torch.tensor([0, 1, 2]), tokenizer.mask)
+    p = masked(hidden)[0][0].softmax(-1)[range(3), ids[:3]].prod()
+    assert explain.guesses(masked, idx, units, tokenizer.mask)[0]["p"] == pytest.approx(p.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("length", [150, 400, 4000])
+def test_a_page_stays_small_and_its_clearest_heads_come_first(length):
+    rows = min(length, explain.MOST)
+    clear = torch.eye(rows)
+    layers = torch.rand(12, 12, rows, rows).softmax(-1)
+    layers[11, 11] = clear
+    tokenizer = make_tokenizer("bytes", [], 0)
+    units = explain.Units(tokenizer, [97] * length)
+    assert length == 4000 or len(units.members(explain.MOST)) == length
+    assert len(units.members(explain.MOST)) <= explain.MOST
+    seen = [f"token {i}" for i in range(rows)]
+    heads = explain.heads_of(list(layers), seen)
+    assert len(heads) == 144 and len(json.dumps(heads)) < 4e6
+    drawn = [(head["layer"], head["head"]) for head in heads if "weights" in head]
+    if length == 150:
+        assert len(drawn) > 100
+    assert drawn[0] == (11, 11) and heads[0]["habit"] == "itself 100%" and len(drawn) < 144
+    assert len(explain.heads_of(list(layers[:2, :3, :9, :9]), seen[:9])) == 6  # all, in their order
+
+
+def test_a_large_model_is_asked_less_unless_more_is_asked_for(monkeypatch):
+    model, idx = tiny("gpt2", block_size=40), tokens(1, 40)
+    units = explain.Units(make_tokenizer("bytes", [], 0), idx[0].tolist())
+
+    def score(ids):
+        return model(ids)[0][:, -1, 5]
+
+    assert "LIME by 1,000 copies" in explain.attributions(model, score, idx, 0, units=units)[2]
+    monkeypatch.setattr(explain, "BUDGET", 1e3)
+    found, _, told = explain.attributions(model, score, idx, 0, units=units)
+    assert told == ("integrated gradients at 8 points, LIME by 32 copies, in which 5 neighbours are masked "
+                    "together")
+    lime = found["LIME"].view(8, 5)
+    assert torch.equal(lime, lime[:, :1].expand(8, 5))  # each has its share
+    assert "LIME by 200 copies" in explain.attributions(model, score, idx, 0, 200, units=units)[2]
 
 
 def page_about(folder, *words):
@@ -167,7 +233,8 @@ def test_a_page_about_a_language_model(home):
         assert len(row["lens"]) == 3 and row["lens"][-1] == row["best"][0]  # embedding, two blocks
     assert page["token"] == page["said"][-1]["best"][0][0]
     assert page["said"][0]["best"] == [] and page["said"][-1]["token"] == "?"
-    assert len(page["heads"]) == 2 and len(page["heads"][0]) == model.config.n_head
+    heads = [(head["layer"], head["head"]) for head in page["heads"]]
+    assert heads == [(n, h) for n in range(2) for h in range(model.config.n_head)]
     for word in ("integrated gradients add up to", "% off", "rank agreement", "layer  1", *page["methods"]):
         assert word in printed
     refused(home / "out/whole", ["--target=zq q"], 2, "--target", "one token")

@@ -12,8 +12,11 @@ form of it in the terminal.
 from __future__ import annotations
 
 import base64
+import codecs
 import contextlib
+import itertools
 import json
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -26,7 +29,8 @@ from torch.overrides import TorchFunctionMode
 
 from config import SettingError, UserError, at_least, launch, needs_console
 from finetune import Tuned, collate, predict, warn
-from lib.run import newest_run, pick_device, write_text
+from lib.metrics import NUMBER_METRICS
+from lib.run import newest_run, pick_device, strict, write_text
 from lib.tokenizer import Tokenizer
 from model import Transformer
 from sample import load, read_prompt
@@ -37,13 +41,46 @@ out_dir: str = "out"  # a run's folder, or a folder of runs: the newest of them;
 start: str = "the cat sat on the mat, and the dog sat on the"  # the text; FILE:path reads it from a file
 pair: str = ""  # the second text of a classifier of two, the context of a question
 target: str = ""  # what to explain: a token behind the text or in its gap, or a class; empty: the likeliest
-samples: at_least(1) = 1000  # masked copies of the text that LIME is fitted to
+samples: Optional[at_least(1)] = None  # masked copies that LIME is fitted to; None: 1000, or fewer if slow
 seed: at_least(0, below=2**63) = 1337  # of their masks
 device: str = "auto"  # auto: cuda, else mps, else cpu
 # -----------------------------------------------------------------------------
 
 BATCH = 32  # copies of the text that go through the model together
-LONGEST = 128  # tokens looked at; of a longer text, the last ones
+BUDGET = 4e11  # FLOP for LIME, and as many for integrated gradients: some seconds on two cores
+MAPS = 2_600_000  # bytes of attention in the page; as text they are a third more
+MOST = 512  # rows of a map of attention: of a longer text each stands for several tokens
+GUESSED = 128  # tokens of a text, the last ones, whose guesses are shown
+
+
+# -----------------------------------------------------------------------------
+# Tokens that are parts of one character are shown, masked and added up as that character: a unit
+
+class Units:
+    """Which tokens belong together: lists of their places in a text, (T,) ids, one behind the other."""
+
+    def __init__(self, tokenizer: Tokenizer, ids: list[int]):
+        self.tokenizer, self.ids, self.places = tokenizer, ids, []
+        decoder, inside = codecs.getincrementaldecoder("utf-8")("replace"), False
+        for i, token in enumerate(ids):
+            piece = b"".join(tokenizer.token_bytes[token:token + 1])  # none of a padded vocabulary
+            if not (inside and piece):
+                self.places.append([])
+                decoder.reset()
+            self.places[-1].append(i)
+            decoder.decode(piece)
+            inside = bool(decoder.getstate()[0])
+
+    def names(self) -> list[str]:
+        return [shown(self.tokenizer, *(self.ids[i] for i in places)) for places in self.places]
+
+    def members(self, most: float = math.inf) -> torch.Tensor:
+        """(U, T), 1 for the tokens of each unit; of more than `most`, neighbours are taken together."""
+        width = math.ceil(len(self.places) / min(most, len(self.places)))
+        found = torch.zeros(math.ceil(len(self.places) / width), len(self.ids))
+        for n, places in enumerate(self.places):
+            found[n // width, places] = 1
+        return found
 
 
 # -----------------------------------------------------------------------------
@@ -62,11 +99,11 @@ class Case(NamedTuple):
 def of_a_token(model: Transformer, tokenizer, text: str, target: str) -> Case:
     """A language model's logit of a token behind the text, or in its gap: of target, else the likeliest."""
     ids = tokenizer.prompt(text) if model.config.causal else tokenizer.encode(text, specials=True)
-    most = min(LONGEST, model.config.block_size)
+    most = model.config.block_size
     if model.config.causal:
-        if len(ids) > most:
-            print(f"(the last {most} of the text's {len(ids)} tokens)")
-        ids = ids[-most:]
+        if len(ids) > most:  # as it writes
+            print(f"(the model reads {most} tokens: the last {most // 2} of the text's {len(ids)})")
+            ids = ids[-(most // 2):]
         at, neutral = -1, tokenizer.eot
     else:
         ids, _ = tokenizer.wrap(ids)
@@ -137,14 +174,20 @@ def watched(model: Transformer) -> Iterator[list[torch.Tensor]]:
         yield states
 
 
-def attributions(model: Transformer, score: Callable, idx: torch.Tensor, neutral: int, samples: int = 1000,
-                 seed: int = 1337) -> tuple[dict[str, torch.Tensor], float]:
-    """What each token adds to the score of a text, idx (1, T): four methods' answers, (T,) each.
+def attributions(model: Transformer, score: Callable, idx: torch.Tensor, neutral: int,
+                 samples: Optional[int] = None, seed: int = 1337,
+                 units: Optional[Units] = None) -> tuple[dict[str, torch.Tensor], float, str]:
+    """What each unit adds to the score of a text, idx (1, T): four methods' answers, (U,) each.
 
-    neutral: the token that stands for none. Also returned: how much less a text of these alone would score.
-    The methods ask about what goes into the first block, not the embeddings: a norm may follow those, and
-    then no gradient points along them.
+    neutral: the token that stands for none. units: None if each token is one. Also returned: how much less a
+    text of neutral tokens alone would score, and what the methods cost. They ask about what goes into the
+    first block, not the embeddings: a norm may follow those, and then no gradient points along them.
     """
+    T = idx.size(1)
+    members = torch.eye(T) if units is None else units.members()
+    # Of one copy; its gradient takes twice as long. Attention waits for memory, as long as 240 FLOP a pair.
+    forward = T * model.flops_per_token() / 3 + 240 * T * T * model.config.n_head * model.config.n_layer
+    budget = BUDGET if idx.device.type == "cpu" else 50 * BUDGET
     with torch.no_grad(), watched(model) as states:
         whole, nothing = score(torch.cat((idx, torch.full_like(idx, neutral)))).tolist()
     x, baseline = states[0].split(1)  # (1, T, C) each
@@ -165,12 +208,13 @@ def attributions(model: Transformer, score: Callable, idx: torch.Tensor, neutral
 
     # The gradient on average over the way from neutral to the text, times the way: the sum is the change of
     # the score (Sundararajan et al. 2017). More points where it is not yet: relu makes a way of many kinks.
-    for points in (32, 128, 512, 2048):
+    for points in (8, 32, 128, 512, 2048):
         places, weights = torch.tensor(np.array(np.polynomial.legendre.leggauss(points)) / 2)
         slopes = torch.cat([slope(part) for part in blends(places.unsqueeze(1) + 0.5)])  # (points, T, C)
         average = torch.einsum("n,ntc->tc", weights.to(x), slopes)
         found["integrated gradients"] = (way[0] * average).sum(-1)
-        if abs(found["integrated gradients"].sum().item() - change) <= 1e-3 * abs(change):
+        off = abs(found["integrated gradients"].sum().item() - change)
+        if points >= 32 and off <= 1e-3 * abs(change) or 3 * 4 * points * forward > budget:
             break
 
     # How far each hidden state, half way up, points to where the score rises: the gradient there, on average
@@ -178,21 +222,29 @@ def attributions(model: Transformer, score: Callable, idx: torch.Tensor, neutral
     half = len(states) // 2
     state = states[half][:1]  # (1, T, C)
     found["Grad-CAM"] = (state * slope(state, half).mean(1, keepdim=True)).sum(-1)[0].clamp(min=0)
+    found = {method: members.double() @ values.detach().cpu().double() for method, values in found.items()}
 
-    found["LIME"] = lime(lambda there: torch.cat([score_from(part) for part in blends(there)]),
-                         idx.size(1), samples, seed)
-    return {method: values.detach().cpu().double() for method, values in found.items()}, change
+    # Of a large model fewer copies, and of a long text neighbours are masked together: each has its share.
+    copies = samples or min(1000, max(32, int(budget / forward)))
+    runs = members if units is None else units.members(copies // 4)  # (R, T)
+    fitted = lime(lambda there: torch.cat([score_from(part) for part in blends(there @ runs.double())]),
+                  len(runs), copies, seed)
+    found["LIME"] = members.double() @ (runs.double().T @ (fitted / runs.double().sum(1)))
+    told = f"integrated gradients at {points} points, LIME by {copies:,} copies"
+    if len(runs) < len(members):
+        told += f", in which {math.ceil(len(members) / len(runs))} neighbours are masked together"
+    return found, change, told
 
 
 @torch.no_grad()
-def lime(score_with: Callable, T: int, samples: int, seed: int) -> torch.Tensor:
-    """The weights, (T,), of a linear model of the score by which tokens are there (Ribeiro et al. 2016).
+def lime(score_with: Callable, R: int, samples: int, seed: int) -> torch.Tensor:
+    """The weights, (R,), of a linear model of the score by which parts are there (Ribeiro et al. 2016).
 
-    score_with: (n, T), 1 for a token that is there and 0 for one that is neutral, -> (n,). It is fitted to
+    score_with: (n, R), 1 for a part that is there and 0 for one that is neutral, -> (n,). It is fitted to
     copies with few or many of them neutral; the nearer to the whole text, the more a copy counts.
     """
     rand = partial(torch.rand, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    there = (rand(samples, T) >= rand(samples, 1)).double()  # (n, T); any number of them as often
+    there = (rand(samples, R) >= rand(samples, 1)).double()  # (n, R); any number of them as often
     scores = score_with(there).cpu().double()
     nearness = torch.exp(-(1 - there.mean(1, keepdim=True).sqrt()) ** 2 / 0.25 ** 2)  # (n, 1)
     columns = F.pad(there, (0, 1), value=1.0)  # and a constant
@@ -200,83 +252,96 @@ def lime(score_with: Callable, T: int, samples: int, seed: int) -> torch.Tensor:
     return fit.solution[:-1, 0]
 
 
-def rank_agreement(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Spearman's: 1 where both put the tokens in the same order, -1 in the opposite; 0 if one has none."""
-    ranks = [torch.sign(v.unsqueeze(1) - v).sum(1) for v in (a, b)]  # how many are below, less those above
-    return F.cosine_similarity(*ranks, dim=0).item()
-
-
 # -----------------------------------------------------------------------------
 # What the model does inside
 
 class AttentionMaps(TorchFunctionMode):
-    """Inside `with`, keeps what the fused kernels never write down: each layer's weights, (B, H, T, S)."""
+    """Inside `with`, keeps what the fused kernels never write down: each layer's weights, (B, H, T, S).
 
-    def __init__(self):
+    kept: what is kept of them.
+    """
+
+    def __init__(self, kept: Callable = lambda weights: weights):
         super().__init__()
-        self.layers = []
+        self.kept, self.layers = kept, []
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.scaled_dot_product_attention:
             q, k, _ = args
             each = torch.eye(k.size(2), dtype=q.dtype, device=q.device).expand(*k.shape[:3], -1)
-            self.layers.append(function(q, k, each, **kwargs))  # the mix of unit vectors is the weights
+            self.layers.append(self.kept(function(q, k, each, **kwargs)))  # the mix of unit vectors: weights
         return function(*args, **(kwargs or {}))
 
 
-def habit(weights: torch.Tensor, ids: torch.Tensor) -> str:
-    """Where most of a head's attention, (T, T), goes on this text, and how much; empty if unclear."""
+def habits(weights: torch.Tensor, ids: torch.Tensor) -> list[tuple[float, str]]:
+    """Where most of each head's attention, (H, T, T), goes on this text: the share of it, and in words; 0 and
+    "" if that is unclear."""
     T = len(ids)
     itself, same = torch.eye(T), (ids.unsqueeze(1) == ids).float().fill_diagonal_(0)
-    habits = {"itself": itself, "first token": itself[:1].expand(T, T), "same token": same,
+    places = {"itself": itself, "first token": itself[:1].expand(T, T), "same token": same,
               "previous token": itself.roll(1, 0).tril(), "next token": itself.roll(-1, 0).triu(),
               "after the same token": F.pad(same[:, :-1], (1, 0)).tril(-1)}  # an induction head
-    seen = torch.ones(T, T) if weights.triu(1).any() else torch.ones(T, T).tril()
-    even, best, most = F.normalize(seen, p=1), "", 0.3
-    for name, places in habits.items():
-        rows = (places * seen).any(1) & (torch.arange(T) > 1)  # the first two have little choice
-        share, chance = ((one * places).sum(1)[rows].mean().item() for one in (weights, even))
-        if share > max(most, 2 * chance):  # never where there are no such places: NaN
-            best, most = f"{name} {share:.0%}", share
-    return best
+    causal = not weights.triu(1).any()
+    seen = torch.ones(T, T).tril() if causal else torch.ones(T, T)
+    found = [(0.0, "")] * len(weights)
+    for name, there in places.items():
+        rows = (there * seen).any(1) & (torch.arange(T) > 1)  # the first two have little choice
+        if not rows.any():
+            continue
+        there = there * rows.unsqueeze(1) / rows.sum()
+        chance = (F.normalize(seen, p=1) * there).sum().item()
+        for head, share in enumerate((weights.flatten(1) @ there.flatten()).tolist()):
+            if share > max(found[head][0], 0.3, 2 * chance):
+                found[head] = share, f"{name} {share:.0%}"
+    return found
 
 
-def shown(tokenizer: Tokenizer, token: int) -> str:
-    """A token's text, in which line breaks and parts of characters can be seen."""
-    special = {i: name for name, i in tokenizer.specials.items()}.get(token)
-    pieces = tokenizer.token_bytes[token:token + 1]  # none for the rest of a padded vocabulary
-    text = special or b"".join(pieces).decode("utf-8", "backslashreplace")
+def shown(tokenizer: Tokenizer, *tokens: int) -> str:
+    """The text of a token, or of several, in which line breaks and parts of characters can be seen."""
+    special = {i: name.encode() for name, i in tokenizer.specials.items()}
+    pieces = [special.get(i) or b"".join(tokenizer.token_bytes[i:i + 1]) for i in tokens]
+    text = b"".join(pieces).decode("utf-8", "backslashreplace")
     text = text.replace("\n", "\u21b5").replace("\t", "\u21e5")
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
 @torch.no_grad()
-def guesses(model: Transformer, idx: torch.Tensor, mask: Optional[int], name: Callable) -> list[dict]:
-    """For each token of a text, (1, T): its probability, rank and surprisal in bits; the likeliest there; and
+def guesses(model: Transformer, idx: torch.Tensor, units: Units, mask: Optional[int]) -> list[dict]:
+    """For each unit of a text, (1, T): its probability, rank and surprisal in bits; the likeliest there; and
     the likeliest by each layer, were it the last (the logit lens, nostalgebraist 2020).
 
     A causal model guesses what comes next, so nothing at first, and one token more in the end; a masked one
-    guesses each token, masked.
+    guesses each unit, masked. Of a unit of several tokens: bits add up, and the likeliest is its first token.
     """
-    causal, ids = model.config.causal, idx[0].tolist()
-    found, truths = [], [None if token == mask else token for token in ids]
+    causal, found = model.config.causal, []
+    name = partial(shown, units.tokenizer)
+    first = max(0, len(units.places) - GUESSED)
+    todo = list(zip(units.names(), units.places))[first:]
     if causal:
-        found, truths = [{"token": name(ids[0]), "best": [], "lens": []}], [*ids[1:], None]
+        if first == 0:
+            found.append({"at": 0, "token": todo.pop(0)[0], "best": [], "lens": []})
+            first = 1
+        todo.append(("?", [idx.size(1)]))
 
     def named(probs, tokens):
         return [[name(token), p] for token, p in zip(tokens.tolist(), probs.tolist())]
 
-    for i, token in enumerate(truths):
-        if i == 0 or not causal:
+    for n, (token, places) in enumerate(todo):
+        at = torch.tensor(places, device=idx.device)
+        if n == 0 or not causal:
             with watched(model) as states:
-                model.hidden(idx if causal else idx.index_fill(1, torch.tensor([i]).to(idx.device), mask))
-        at_i = torch.stack([state[0, i] for state in states])  # (L + 1, C)
-        probs = model.logits(model.norm_f(at_i)).softmax(-1)  # (L + 1, V)
-        row = {"token": "?", "best": named(*probs[-1].topk(6)), "lens": named(*probs.max(-1))}
-        if token is not None:
-            p = probs[-1, token]
-            rank = int((probs[-1] > p).sum()) + 1
-            row |= {"token": name(token), "p": p.item(), "rank": rank, "bits": -p.log2().item()}
+                model.hidden(idx if causal else idx.index_fill(1, at, mask))
+        x = torch.stack([state[0, at - int(causal)] for state in states])  # (L + 1, k, C)
+        probs = model.logits(model.norm_f(x)).softmax(-1)  # (L + 1, k, V)
+        row = {"at": first + n, "token": token, "best": named(*probs[-1, 0].topk(6)),
+               "lens": named(*probs[:, 0].max(-1))}
+        if token != "?" and (causal or idx[0, places[0]] != mask):
+            p = probs[-1].gather(1, idx[0, at].unsqueeze(1))  # (k, 1)
+            bits = -p.log2().sum().item()
+            rank = int((probs[-1] > p).sum()) + 1 if len(places) == 1 else None
+            row |= {"p": 2 ** -bits, "rank": rank, "bits": bits}
+        elif token != "?":
+            row["token"] = "?"
         found.append(row)
     return found
 
@@ -304,159 +369,81 @@ def main():
     print_short(found)
     folder = newest_run(Path(out_dir))
     file = (folder if folder.is_dir() else Path()) / "explain.html"
+    page = Path(__file__).with_name("explain.html")
     data = json.dumps(found, ensure_ascii=False).replace("<", "\\u003c")  # no token ends the script
-    write_text(file, PAGE.replace("DATA", data))
+    write_text(file, page.read_text(encoding="utf-8").replace("DATA", data))
     print(f"\n{file}: all of it, for a browser")
 
 
 def look_inside(model: Transformer, tokenizer, case: Case, speaks: bool) -> dict:
     """All that the page shows: plain values."""
-    idx, name = case.idx, partial(shown, tokenizer)
-    methods, change = attributions(model, case.score, idx, case.neutral, samples, seed)
-    with torch.no_grad(), AttentionMaps() as maps:
+    idx, units = case.idx, Units(tokenizer, case.idx[0].tolist())
+    methods, change, told = attributions(model, case.score, idx, case.neutral, samples, seed, units)
+    rows = units.members(MOST).to(idx.device)  # (R, T)
+    with torch.no_grad(), AttentionMaps(lambda weights: merged(weights[0], rows)) as maps:
         value = case.score(idx).item()
     total = methods["integrated gradients"].sum().item()
-    agreement = [[rank_agreement(a, b) for b in methods.values()] for a in methods.values()]
-    heads = []
-    for layer in maps.layers:  # (1, H, T, T) each
-        heads.append([])
-        for head in layer[0].cpu():
-            weights = base64.b64encode((head * 255).round().byte().numpy().tobytes()).decode()
-            heads[-1].append({"habit": habit(head, idx[0].cpu()), "weights": weights})
-    return {
+    spearman = NUMBER_METRICS["spearman"]
+    agreement = [[spearman(a.numpy(), b.numpy()) for b in methods.values()] for a in methods.values()]
+    names = units.names()
+    width = math.ceil(len(names) / len(rows))
+    seen = ["".join(names[i:i + width]) for i in range(0, len(names), width)]
+    return strict({
         "title": f"{out_dir}: {len(model.blocks)} layers, {model.config.n_head} heads",
-        "summary": f"output {value:.3f}, {case.facts}; {change:+.4f} against a text of {name(case.neutral)} "
-                   f"alone; integrated gradients add up to {total:+.4f}, "
-                   f"{abs(total - change) / max(abs(change), 1e-9):.2%} off",
-        "token": case.answer, "tokens": [name(i) for i in idx[0].tolist()],
-        "said": guesses(model, idx, tokenizer.mask, name) if speaks else [],
-        "methods": {method: values.tolist() for method, values in methods.items()},
-        "agreement": agreement, "heads": heads}
+        "summary": f"output {value:.3f}, {case.facts}; {change:+.4f} against a text of "
+                   f"{shown(tokenizer, case.neutral)} alone; integrated gradients add up to {total:+.4f}, "
+                   f"{abs(total - change) / max(abs(change), 1e-9):.2%} off; {told}",
+        "token": case.answer, "tokens": names, "seen": seen,
+        "said": guesses(model, idx, units, tokenizer.mask) if speaks else [],
+        "methods": {method: [float(f"{value:.6g}") for value in one] for method, one in methods.items()},
+        "agreement": agreement, "heads": heads_of(maps.layers, seen)})
+
+
+def merged(weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """A layer's attention, (H, T, T), between the tokens of each row, (R, T): (H, R, R) on the CPU."""
+    return (rows / rows.sum(1, keepdim=True) @ weights.float() @ rows.T).cpu()
+
+
+def heads_of(layers: list[torch.Tensor], seen: list[str]) -> list[dict]:
+    """Each head of the layers, (H, R, R): its habit, and its weights as bytes in base64. If the page has no
+    room for all: of those with the clearest habits, which come first."""
+    ids = torch.tensor([seen.index(token) for token in seen])
+    found = []
+    for n, layer in enumerate(layers):
+        for h, (share, habit) in enumerate(habits(layer, ids)):
+            found.append({"layer": n, "head": h, "habit": habit, "share": share})
+    room = max(1, MAPS // len(seen) ** 2)
+    if room < len(found):
+        found.sort(key=lambda head: -head["share"])
+    for head in found[:room]:
+        weights = layers[head["layer"]][head["head"]]
+        head["weights"] = base64.b64encode((weights * 255).round().byte().numpy().tobytes()).decode()
+    return found
 
 
 def print_short(found: dict) -> None:
     """What of it fits a terminal."""
     tokens, methods = found["tokens"], found["methods"]
     wide = max(map(len, tokens))
+    said = {row["at"]: row for row in found["said"]}
     print(f"{found['title']}\n\n{'token':>{wide}}     bits   rank  " + "  ".join(methods))
     for i, token in enumerate(tokens):
-        said = found["said"][i] if found["said"] else {}
-        cells = [f"{said['bits']:7.2f} {said['rank']:6}" if "bits" in said else " " * 14]
+        row = said.get(i, {})
+        cells = [f"{row['bits']:7.2f} {row['rank'] or '':>6}" if "bits" in row else " " * 14]
         cells += [f"{values[i]:{len(method)}.3f}" for method, values in methods.items()]
         print(f"{token:>{wide}}", *cells, sep="  ")
     print(f"\nexplained: {found['token']!r}, {found['summary']}\n\nrank agreement (Spearman)")
     for method, row in zip(methods, found["agreement"]):
-        print(f"{method:>22}" + "".join(f"{value:7.2f}" for value in row))
+        print(f"{method:>22}" + "".join(f"{math.nan if value is None else value:7.2f}" for value in row))
+    heads = sorted(found["heads"], key=lambda head: (head["layer"], head["head"]))
     print("\nwhat heads do on this text")
-    for n, layer in enumerate(found["heads"]):
-        habits = [f"head {h}: {head['habit']}" for h, head in enumerate(layer) if head["habit"]]
-        print(f"layer {n:2}  {',  '.join(habits) or '-'}")
+    for n, layer in itertools.groupby(heads, key=lambda head: head["layer"]):
+        said = [f"head {head['head']}: {head['habit']}" for head in layer if head["habit"]]
+        print(f"layer {n:2}  {',  '.join(said) or '-'}")
+    drawn = sum("weights" in head for head in heads)
+    if drawn < len(heads):
+        print(f"(the page shows {drawn} of the {len(heads)} heads: those with the clearest habits)")
 
-
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>Look inside</title>
-<style>
-:root { color-scheme: light dark; --for: 45, 135, 225; --against: 225, 110, 40 }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 56rem; padding: 0 1rem }
-p, figcaption, td:first-child { opacity: .7 }
-.two { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 0 2rem }
-#heads { display: grid; gap: .5rem; overflow-x: auto; padding: 2px }
-figure { margin: 0; font-size: .75rem; cursor: pointer }
-button { all: unset; font: 14px/1.7 ui-monospace, Consolas, monospace; white-space: pre; margin: 0 1px }
-canvas, button { outline: 1px solid #8886 }
-.on, button:focus-visible { outline: 2px solid }
-canvas { width: 100%; image-rendering: pixelated }
-td { padding-right: .7rem; white-space: pre }
-</style>
-<h1></h1><p id="title"></p>
-<h2>What the prediction rests on</h2>
-<p>Blue speaks for it, orange against; <span id="summary"></span>.</p>
-<div class="two" id="methods"></div><h3>Rank agreement</h3><div id="agreement"></div>
-<h2>Where the heads look</h2>
-<p>A square's row is a token, a column one that it looks at. Click on a head, then point at a token.</p>
-<div id="heads"></div><h3 id="head"></h3><div id="looks"></div>
-<section id="guesses"><h2>Token by token</h2>
-<p>The stronger the colour, the more bits of surprise. Point at a token: what was likely there, and what each
-layer would have said, were it the last.</p>
-<div id="tokens"></div><div class="two" id="said"></div></section>
-<script>
-const D = DATA
-const at = id => document.getElementById(id)
-const make = (tag, ...inside) => { const e = document.createElement(tag); e.append(...inside); return e }
-const table = rows => make('table', ...rows.map(row => make('tr', ...row.map(cell => make('td', cell)))))
-const percent = p => (100 * p).toFixed(1) + '%'
-
-function choose(one) {
-  for (const other of one.parentNode.children) other.classList.toggle('on', other === one)
-}
-
-function text(box, tokens, point) {  // as buttons, and what happens when one is pointed at
-  const buttons = tokens.map((token, i) => {
-    const button = make('button', token || ' ')
-    button.onmouseenter = button.onfocus = button.onclick = () => { choose(button); point?.(i) }
-    return button
-  })
-  box.replaceChildren(...buttons.flatMap((b, i) => tokens[i].includes('\u21b5') ? [make('br'), b] : [b]))
-  return buttons
-}
-
-function shade(buttons, values, titles) {  // from -1, against, to 1, for
-  buttons.forEach((button, i) => {
-    button.style.background = `rgba(var(--${values[i] < 0 ? 'against' : 'for'}), ${Math.abs(values[i])})`
-    button.title = titles[i]
-  })
-}
-
-document.querySelector('h1').textContent = `Why \u201c${D.token}\u201d?`
-for (const id of ['title', 'summary']) at(id).textContent = D[id]
-const names = Object.keys(D.methods)
-for (const name of names) {
-  const values = D.methods[name], most = Math.max(...values.map(Math.abs)) || 1, box = make('div')
-  shade(text(box, D.tokens), values.map(v => Math.sign(v) * Math.sqrt(.8 * Math.abs(v) / most)), values)
-  at('methods').append(make('div', make('h3', name), box))
-}
-at('agreement').append(table([['', ...names], ...D.agreement.map((row, i) =>
-  [names[i], ...row.map(v => v.toFixed(2))])]))
-
-const T = D.tokens.length
-let row = T - 1  // whose attention is shown
-at('heads').style.gridTemplateColumns = `repeat(${D.heads[0].length}, minmax(5rem, 7rem))`
-D.heads.forEach((layer, l) => layer.forEach((head, h) => {
-  const weights = Array.from(atob(head.weights), c => c.charCodeAt(0) / 255)
-  const canvas = make('canvas'), pixels = new ImageData(T, T)
-  canvas.width = canvas.height = T
-  weights.forEach((w, i) => pixels.data.set([45, 135, 225, 255 * Math.sqrt(w)], 4 * i))
-  canvas.getContext('2d').putImageData(pixels, 0, 0)
-  const figure = make('figure', canvas, make('figcaption', `${l}.${h} ${head.habit}`))
-  figure.onclick = () => {
-    choose(figure)
-    at('head').textContent = `Layer ${l}, head ${h}${head.habit && ': ' + head.habit}`
-    const buttons = text(at('looks'), D.tokens, i => {
-      const seen = weights.slice(i * T, i * T + T)
-      shade(buttons, seen.map(Math.sqrt), seen.map(percent))
-      row = i
-    })
-    buttons[row].onclick()
-  }
-  at('heads').append(figure)
-}))
-at('heads').firstChild.onclick()
-
-const bits = D.said.map(s => s.bits ?? 0), titles = bits.map(b => b.toFixed(2) + ' bits')
-const places = text(at('tokens'), D.said.map(s => s.token), i => {
-  const s = D.said[i], facts = s.bits == null ? '' : ` (this: rank ${s.rank}, ${percent(s.p)}, ${titles[i]})`
-  const likely = table(s.best.map(([token, p]) => [token, percent(p)]))
-  const lens = table(s.lens.map(([token, p], l) => [l ? `block ${l - 1}` : 'embedding', token, percent(p)]))
-  at('said').replaceChildren(make('div', make('h3', 'The likeliest' + facts), likely),
-                             make('div', make('h3', 'Layer by layer'), lens))
-})
-shade(places, bits.map(b => b / Math.max(8, ...bits)), titles)
-places[D.said.findIndex(s => s.best.length && s.bits == null)]?.onclick()  // the gap, or the end
-if (!places.length) at('guesses').remove()  // of a model that does not speak
-</script>
-</html>
-"""
 
 if __name__ == "__main__":
     needs_console()
