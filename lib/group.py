@@ -94,10 +94,13 @@ class Heartbeat(threading.Thread):
         self.store = store()
 
     def run(self) -> None:
-        other, last, since, beats = (rank() + 1) % world(), None, None, 0
+        other, last, beats = (rank() + 1) % world(), None, 0
+        since = now = time.monotonic()
         try:
             while not self.stop.wait(BEAT):
-                beats += 1
+                beats, before, now = beats + 1, now, time.monotonic()
+                if now > before + 3 * BEAT:
+                    since = now  # this one stood still itself, as all do after Ctrl-Z
                 self.store.set(f"beat{rank()}", str(beats))
                 if self.store.check(["failed"]):
                     time.sleep(BEAT)  # to say what there is to say
@@ -105,8 +108,8 @@ class Heartbeat(threading.Thread):
                 there = self.store.check([f"beat{other}"])  # not before it has joined
                 found = self.store.get(f"beat{other}") if there else None
                 if found != last:
-                    last, since = found, time.monotonic()
-                if found not in (None, b"done") and time.monotonic() > since + SILENCE:
+                    last, since = found, now
+                if found not in (None, b"done") and now > since + SILENCE:
                     end(f"process {other} of {world()} has not answered for {SILENCE:.0f} s: "
                         "--init_from=resume goes on with what was saved")
         except RuntimeError:  # the store is gone, and torchrun with it

@@ -190,6 +190,23 @@ def test_a_reason_is_printed_once_whoever_has_it(a_group, monkeypatch, capsys):
     assert not group.is_lost(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
+def test_a_process_that_stood_still_itself_does_not_blame_the_others(a_group, monkeypatch):
+    times = iter([0, 1, 2, 100, 101, 102])  # stopped after two beats, and the other one with it
+
+    class Stop:
+        def wait(self, seconds):
+            return next(beats, True)
+    beats = iter([False] * 5)
+    monkeypatch.setattr(group, "BEAT", 1.0)
+    monkeypatch.setattr(group.time, "monotonic", lambda: next(times))
+    monkeypatch.setattr(group, "end", lambda reason: pytest.fail(reason))
+    heart = group.Heartbeat()
+    heart.stop = Stop()
+    heart.store.set("beat1", "7")
+    heart.run()
+    assert next(times, None) is None
+
+
 def stands_still(home):
     group.BEAT, group.SILENCE = 0.05, 0.5
     with open(home / f"said{os.environ['RANK']}", "w", encoding="utf-8") as sys.stderr:
