@@ -71,7 +71,7 @@ class Config:
     n_gram_rows: at_least(1) = 16384  # vectors for the n-grams of each length, many of which may share one
     rope_theta: above(0.0) = 10000.0  # longest wavelength of the rotary positions, over 2 pi
     rope_scaling: dict | None = None  # how Llama 3 stretches the longest wavelengths: see Waves
-    window: Optional[at_least(1)] = None  # a position sees itself and window - 1 before it; None: all
+    window: Optional[at_least(1)] = None  # a position sees those less than so many away; None: all
     norm: Literal[tuple(NORMS)] = "layer"  # rms: no mean subtracted
     norm_weight: bool = True  # a learned gain in each norm
     norm_eps: at_least(0.0) = 1e-5  # added to the variance
@@ -102,8 +102,6 @@ class Config:
             must(self, "head_dim", self.head_dim % 2 == 0, "be even for pos='rope'")
         if self.pos == "sinusoidal":
             must(self, "n_embd", self.n_embd % 2 == 0, "be even for pos='sinusoidal'")
-        if self.window is not None:
-            must(self, "window", self.causal, "be None if causal=False")
         if self.pooler is not None:
             must(self, "pooler", self.head == "none", f"be None if head={self.head!r}")
         if self.rope_scaling is not None:
@@ -647,7 +645,7 @@ class Transformer(nn.Module):
         bias, window = self.positions.bias(query, key), self.config.window
         if window is None or len(key) <= window:
             return bias
-        return torch.where(query - key < window, 0.0 if bias is None else bias, -math.inf)
+        return torch.where((query - key).abs() < window, 0.0 if bias is None else bias, -math.inf)
 
     def attention_mask(self, past, slots, end: int, pad_mask, dtype) -> dict:
         """Who sees whom, as scaled_dot_product_attention's two arguments: (B or 1, H or 1, T, S).

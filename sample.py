@@ -368,8 +368,9 @@ def main(given: dict):
         compare(body, tokenizer, prompt.split("\n"))
         return
     if body.head is None:
-        raise UserError(f"{out_dir}: has no head for tokens, so it neither writes nor fills gaps: finetune.py "
-                        "gives it another")
+        lacks = body.published.get("lacks", "head for tokens")
+        raise UserError(f"{out_dir}: has no {lacks}, so it neither writes nor fills gaps: finetune.py gives it "
+                        "another head")
     if writes:
         try:
             write(body, tokenizer, prompt, how, num_samples, max_new_tokens, stops, stream, seed, compile)

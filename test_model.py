@@ -52,6 +52,7 @@ COLUMNS = {  # what you add to model.py gets a line here, and a dozen tests
     "llama": dict(pos="rope", norm="rms", act="swiglu", n_kv_head=2, tied=False),
     "qwen": dict(pos="rope", norm="rms", act="swiglu", n_kv_head=1, head_dim=6, qk_norm="before",
                  qkv_bias=True),
+    "window": dict(pos="rope", norm="rms", act="swiglu", window=5),
     "near": dict(pos="near"),
 }
 columns = pytest.mark.parametrize("column", COLUMNS)

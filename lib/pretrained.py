@@ -63,10 +63,11 @@ def say(what: str) -> None:
 def read_model(cls: type[Transformer], source: Source, dropout: float, block_size: int | None,
                dtype: torch.dtype, whole: bool) -> tuple[Transformer, dict]:
     path, family, weights, kind = source.path, source.family, source.weights, source.kind
-    unused = complete(source, block_size, whole)
+    complete(source, block_size, whole)
     with torch.device("meta"):  # shapes without memory: the weights come from the files
         model = cls(Config(**source.settings | {"dropout": dropout}))
     missing, state, of_task = their_names(model, family, "", kind), {}, {}
+    unused = set()
     linear, heads = family.tasks.get(TASKS.get(kind), "?"), tuple(family.head.values())
     ours_alone = {name.split(".")[0] for name in missing if not name.startswith(heads)}
     for name in list(weights):
@@ -92,22 +93,21 @@ def read_model(cls: type[Transformer], source: Source, dropout: float, block_siz
     model.load_state_dict(state, assign=True, strict=False)  # each was checked above
     model.tie()
     model.published = published(source)
+    if model.head is None and kind == family.lm:
+        model.published["lacks"] = f"{family.head['head']}.weight"
     return model.eval(), head_of(source, of_task, model) if of_task else {}
 
 
-def complete(source: Source, block_size: int | None, whole: bool) -> set[str]:
-    """Settings that the weights tell, and not config.json. Returns what is not there, in words."""
+def complete(source: Source, block_size: int | None, whole: bool) -> None:
+    """Add the settings that the weights tell, and not config.json."""
     family, settings, weights, kind = source.family, source.settings, source.weights, source.kind
     if block_size is not None:
         if block_size > settings["block_size"]:
             raise ValueError(f"block_size={block_size}: the model was made for {settings['block_size']}")
         settings["block_size"] = block_size
-    unused = set()
     speaks = any(name.startswith(tuple(family.head.values())) for name in weights)
     if kind in TASKS or not speaks and (family.fixed.get("head") == "mlm" or not settings.get("tied", True)):
         settings["head"] = "none"  # else it is the embedding
-        if kind == family.lm:
-            unused.add(f"(no head for tokens: there is no {family.head['head']}.weight)")
         if whole and pooler_name(family, "", kind) + ".weight" in weights:
             settings["pooler"] = family.pooler[0]
     layers = {name.split(".")[family.blocks.count(".") + 1] for name in weights
@@ -115,7 +115,6 @@ def complete(source: Source, block_size: int | None, whole: bool) -> set[str]:
     if settings["n_layer"] != len(layers):
         raise ValueError(f"{source.path}: config.json: {family.fields['n_layer']}={settings['n_layer']}, but "
                          f"there are weights of {len(layers)}")
-    return unused
 
 
 def fitted(weight: torch.Tensor, ours: list[str], model: Transformer, dtype: torch.dtype,

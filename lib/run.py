@@ -491,7 +491,8 @@ def load_whole(path: str | Path, dtype: torch.dtype = torch.float32, whole: bool
         tokenizer = Tokenizer.from_dict(checkpoint["tokenizer"])
         return model_of(checkpoint, **changes).to(dtype), tokenizer, {}
     except (ImportError, OSError, ValueError) as error:
-        raise UserError(f"{path}: {str(error).splitlines()[0].removeprefix(f'{name}: ')}") from None
+        told = str(error).splitlines()[0]
+        raise UserError(told if told.startswith((f"{path}:", f"{path}/")) else f"{path}: {told}") from None
 
 
 # -----------------------------------------------------------------------------

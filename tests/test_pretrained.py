@@ -804,3 +804,14 @@ def test_an_id_that_cannot_be_had_is_one_clear_exception(cache, monkeypatch):
         Transformer.from_pretrained("no/where")
     assert error.value.__suppress_context__
     says(error)
+
+
+def test_a_causal_model_without_its_head_says_what_is_missing(tmp_path):
+    theirs("llama").save_pretrained(tmp_path / "in")
+    write_tokenizer(tmp_path / "in", causal=True)
+    safetensors = pytest.importorskip("safetensors.torch")
+    weights = safetensors.load_file(tmp_path / "in/model.safetensors")
+    del weights["lm_head.weight"]
+    safetensors.save_file(weights, tmp_path / "in/model.safetensors")
+    with pytest.raises(UserError, match="has no lm_head.weight, so it neither writes nor fills gaps"):
+        run_here(sample, f"--out_dir={tmp_path / 'in'}")
