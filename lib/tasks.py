@@ -744,7 +744,7 @@ class LM(Task):
         for i, row in enumerate(rows):
             if instruct and row.label is None:
                 raise UserError(f"{row.where}: wanted a response to the prompt, as in the training data")
-            prompt = encode(prompt_of(row)) if instruct else []
+            prompt = self.tokenizer.prefix + (encode(prompt_of(row)) if instruct else [])
             ids = prompt + encode(row.label if instruct else row.text) + [self.tokenizer.eot]
             if len(ids) > L + 1:
                 self.note_long("cut there" if instruct else "read in windows")

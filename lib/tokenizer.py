@@ -12,10 +12,12 @@ import base64
 import codecs
 import functools
 import heapq
+import importlib.util
 import itertools
 import json
 import os
 import re
+import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -191,9 +193,9 @@ class Tokenizer:
             "normalizer": None, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
             "post_processor": None, "decoder": byte_level,
             "model": {"type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": True}})
-        try:
+        if importlib.util.find_spec("tokenizers"):
             same_ids(read_hub_tokenizer(folder), self.encode, folder)
-        except ImportError:
+        else:
             print(f"{folder}: the exported tokenizer is not checked: pip install tokenizers")
 
 
@@ -780,12 +782,7 @@ def train_bpe(texts: Iterable[str], n_tokens: int) -> list[bytes]:
     n_tokens or no pair comes twice. Ties go to the pair whose tokens are older: the result depends on the
     text alone.
     """
-    import regex  # comes with tiktoken; Python's own re has no \p{L}
-    pieces = Counter()
-    find = regex.compile(PIECES).findall
-    for text in texts:
-        pieces.update(find(text))
-    pairs = Pairs(pieces, max(n_tokens, 256))
+    pairs = Pairs(count_pieces(texts), max(n_tokens, 256))
     tokens = list(BYTES)
     while len(tokens) < n_tokens:
         pair = pairs.most_frequent()
@@ -794,6 +791,45 @@ def train_bpe(texts: Iterable[str], n_tokens: int) -> list[bytes]:
         pairs.merge(*pair, new=len(tokens))
         tokens.append(tokens[pair[0]] + tokens[pair[1]])
     return tokens
+
+
+CLAUSES = 2**21  # characters of distinct clauses that a tokenizer is trained on, about
+LOOK = 2**17  # new pieces after which to look how many there are
+
+
+def count_pieces(texts: Iterable[str]) -> Counter:
+    """How often each piece of text comes.
+
+    Chinese, Japanese, Thai write no spaces, so that a clause is one piece and seldom comes twice: tens of
+    bytes of memory for each byte of text. Once there are many, one in 2, 4, 8... is taken, by its checksum,
+    and counts as so many.
+    """
+    import regex  # comes with tiktoken; Python's own re has no \p{L}
+    find = regex.compile(PIECES).findall
+    pieces, share, look = Counter(), 1, LOOK
+
+    def taken(piece: str) -> bool:
+        return not is_clause(piece) or zlib.crc32(piece.encode("utf-8", "replace")) % share == 0
+
+    for text in texts:
+        pieces.update(find(text) if share == 1 else filter(taken, find(text)))
+        while len(pieces) > look:
+            if sum(len(piece) for piece in pieces if is_clause(piece)) <= CLAUSES:
+                look = len(pieces) + LOOK
+            else:
+                share *= 2
+                pieces = Counter({piece: n for piece, n in pieces.items() if taken(piece)})
+    if share > 1:
+        print(f"of clauses without spaces, as in Chinese, one in {share} trains the tokenizer, and counts "
+              f"{share} times")
+        for piece in filter(is_clause, pieces):
+            pieces[piece] *= share
+    return pieces
+
+
+def is_clause(piece: str) -> bool:
+    """Is it of several letters of a script without spaces? Thai is the first of them in Unicode."""
+    return len(piece) > 3 and piece[-1] >= "\u0e00"
 
 
 class Pairs:
@@ -808,10 +844,11 @@ class Pairs:
         words = [word.encode("utf-8", "replace") for word in pieces]
         lengths = np.array([len(word) for word in words], dtype=np.int64)
         n = int(lengths.sum())
-        self.token = np.frombuffer(b"".join(words), dtype=np.uint8).astype(np.int64)  # at each place
+        size = np.int32 if n < 2**31 else np.int64
+        self.token = np.frombuffer(b"".join(words), dtype=np.uint8).astype(np.int32)  # at each place
         self.weight = np.repeat(np.array(list(pieces.values())), lengths)  # how often its piece comes
-        self.after = np.arange(1, n + 1)  # the place of the next token in the piece; -1: none
-        self.before = np.arange(-1, n - 1)
+        self.after = np.arange(1, n + 1, dtype=size)  # the place of the next token in the piece; -1: none
+        self.before = np.arange(-1, n - 1, dtype=size)
         ends = lengths.cumsum()
         self.after[ends - 1] = self.before[ends - lengths] = -1
         self.n_tokens = n_tokens  # a pair is one number, left * n_tokens + right
@@ -820,7 +857,7 @@ class Pairs:
 
     def at(self, places: np.ndarray) -> np.ndarray:
         """The pairs that begin at these places."""
-        return self.token[places] * self.n_tokens + self.token[self.after[places]]
+        return self.token[places].astype(np.int64) * self.n_tokens + self.token[self.after[places]]
 
     def add(self, places: np.ndarray) -> None:
         """Count the pairs that begin at these places, new ones all."""
@@ -828,7 +865,7 @@ class Pairs:
             return
         pairs = self.at(places)
         order = np.argsort(pairs, kind="stable")
-        places, pairs = places[order], pairs[order]
+        places, pairs = places[order].astype(self.after.dtype), pairs[order]
         starts = np.flatnonzero(np.diff(pairs, prepend=-1))
         totals = np.add.reduceat(self.weight[places], starts).tolist()
         for pair, total, where in zip(pairs[starts].tolist(), totals, np.split(places, starts[1:])):

@@ -294,11 +294,90 @@ def test_a_stream_drops_nothing_and_never_fails(tmp_path):
 
 def test_a_long_gap_is_no_panic():
     tokenizer = make_tokenizer("bpe", [SOURCE], 400)
-    for text in (" " * 1_000_000, "a" + "\n" * 700_000 + "b", "x" + " " * 60_000 + "y"):
+    for text in ("a" + "\n" * 1_000_000 + "b", "x" + " " * 60_000 + "y"):
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
         assert tokenizer.encode_documents([text, "a"], [True, True]).tolist() == [
             *ids, tokenizer.eot, *tokenizer.encode("a"), tokenizer.eot]
+
+
+@pytest.mark.parametrize("tokens, files, expected", [
+    (["<|endoftext|>"], {}, {"eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>"}),
+    (["<s>", "</s>", "<unk>", "<pad>", "<mask>"], {}, {"eos_token": "</s>", "mask_token": "<mask>"}),
+    (["<s>", "</s>", "<unk>"], {}, {"eos_token": "</s>", "bos_token": "<s>"}),
+    (["<bos>", "<end>"], {"config.json": {"eos_token_id": 1, "bos_token_id": 0}},
+     {"eos_token": "<end>", "bos_token": "<bos>"}),
+    (["<bos>", "<end>"], {"config.json": {"eos_token_id": 0},
+                          "generation_config.json": {"eos_token_id": [1, 0]}}, {"eos_token": "<end>"}),
+    (["<s>", "</s>", "<end>"], {"special_tokens_map.json": {"eos_token": "</s>"},
+                                "tokenizer_config.json": {"eos_token": {"content": "<end>"}}},
+     {"eos_token": "<end>"}),
+    (["<s>", "</s>", "<end>"], {"special_tokens_map.json": {"eos_token": {"content": "<end>"}}},
+     {"eos_token": "<end>"}),
+    (["[CLS]", "[SEP]", "[MASK]", "[PAD]", "[UNK]"], {"config.json": {"eos_token_id": 9}},
+     {"sep_token": "[SEP]"}),
+])
+def test_roles_that_no_file_names_are_found_in_a_stated_order(tokens, files, expected, tmp_path):
+    """tokenizer_config.json, special_tokens_map.json, the vocabulary's family, ids of the two other files."""
+    vocab = {token: i for i, token in enumerate([*tokens, *bytes_vocab()["vocab"]])}
+    of_the_hub(tmp_path, {**bytes_vocab(), "vocab": vocab}, pre_tokenizer=BYTE_LEVEL, decoder=BYTE_LEVEL,
+               special=(tokens[0], tokens[-1]))
+    (tmp_path / "tokenizer_config.json").unlink()
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    assert {role: tokenizer.roles[role] for role in expected} == expected
+    assert tokenizer.eot == vocab[expected.get("eos_token", expected.get("sep_token"))]
+    ids = [content.get("eos_token_id", []) for content in files.values()]
+    ids = itertools.chain.from_iterable(np.atleast_1d(one).tolist() for one in ids)
+    assert tokenizer.ends == {tokenizer.eot, *ids}
+    assert Tokenizer.from_dict(tokenizer.to_dict()).ends == tokenizer.ends
+
+
+@pytest.mark.parametrize("kind", ["bert", "bert-cased", "gpt2", "roberta"])
+def test_older_vocabularies_give_transformers_ids(kind, tmp_path):
+    """vocab.txt, or vocab.json and merges.txt, without a tokenizer.json; and what an export feeds a model."""
+    transformers = pytest.importorskip("transformers")
+    config = {"do_lower_case": kind == "bert"}
+    if kind.startswith("bert"):
+        theirs, made = transformers.BertTokenizer, bert(letters(), True)["model"]["vocab"]
+        (tmp_path / "vocab.txt").write_text("\n".join(made) + "\n", encoding="utf-8")
+    else:
+        theirs = transformers.GPT2Tokenizer if kind == "gpt2" else transformers.RobertaTokenizer
+        special = [EOT] if kind == "gpt2" else ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+        made = {token: i for i, token in enumerate([*special, *bytes_vocab()["vocab"]])}
+        (tmp_path / "vocab.json").write_text(json.dumps(made), encoding="utf-8")
+        (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n\u0120 a\n", encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours, theirs = Tokenizer.from_pretrained(tmp_path), theirs.from_pretrained(tmp_path, **config)
+    (tmp_path / "out").mkdir()
+    ours.save_pretrained(tmp_path / "out", 64)
+    back = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in HARD:
+        if "[MASK]" not in text:
+            assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
+        ids = ours.wrap(ours.encode(text, specials=True))[0]
+        assert theirs(text)["input_ids"] == ids == back(text)["input_ids"]
+    pair = ours.wrap(ours.encode("a b"), ours.encode("c"))
+    for one in (theirs, back):
+        assert one("a b", "c")["input_ids"] == pair[0]
+        assert one("a b", "c").get("token_type_ids", pair[1]) == pair[1]
+    assert ("token_type_ids" in back("a")) == kind.startswith("bert")
+
+
+def test_many_clauses_train_by_a_part_of_them(monkeypatch, capsys):
+    """And the tokens are nearly those of all; what has spaces is counted whole."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("天地玄黄宇宙洪荒日月盈昃辰宿列张", k=2)) for _ in range(30)]
+    text = "，".join("".join(draw.choices(words, k=5)) for _ in range(20_000)) + SOURCE
+    whole = train_bpe([text[:50_000], text[50_000:]], 330)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(tokenizer_file, "CLAUSES", 20_000)
+    monkeypatch.setattr(tokenizer_file, "LOOK", 1000)
+    part = train_bpe([text[:50_000], text[50_000:]], 330)
+    assert "one in" in capsys.readouterr().out
+    assert len(set(part) & set(whole)) > 310
+    assert train_bpe([SOURCE[:3000]] * 2, 280) == naive_bpe(SOURCE[:3000] * 2, 280)
 
 
 END = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
