@@ -8,6 +8,7 @@ Use a checkpoint: continue a text, fill its gaps, classify it, or hand the model
     python sample.py --out_dir=out/sentiment --start="a fine film"  what finetune.py made: label, tags, answer
     python sample.py --out_dir=out/sentiment --start=FILE:in.csv > out.csv
     python sample.py --out_dir=openai-community/gpt2              a Hugging Face folder, or an id on its hub
+    python sample.py --out_dir=sentence-transformers/all-MiniLM-L6-v2 --start=FILE:lines.txt   how near are they?
     python sample.py --out_dir=out/small --export=small_hf        to a folder that transformers loads
 
 From Python, `load` is all it takes:
@@ -365,12 +366,12 @@ def main(given: dict):
     if quantize:
         body = to_int8(body)
     if encodes:
-        compare(body, tokenizer, prompt.split("\n"))
+        compare(body, tokenizer, prompt.removesuffix("\n").split("\n"))
         return
     if body.head is None:
         lacks = body.published.get("lacks", "head for tokens")
-        raise UserError(f"{out_dir}: has no {lacks}, so it neither writes nor fills gaps: finetune.py gives it "
-                        "another head")
+        raise UserError(f"{out_dir}: has no {lacks}, so it neither writes nor fills gaps: finetune.py gives "
+                        "it another head")
     if writes:
         try:
             write(body, tokenizer, prompt, how, num_samples, max_new_tokens, stops, stream, seed, compile)
