@@ -17,6 +17,7 @@ duplicates and splits, is decided on these. The second turns the spool into toke
 from __future__ import annotations
 
 import codecs
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -45,6 +46,8 @@ source: str = ""  # file, folder, glob, URL, hf:NAME or built-in; several with c
 encoding: str = "utf-8"  # of the text files
 errors: Literal["strict", "replace", "ignore"] = "strict"  # what to do with bytes that are not in it
 text_key: str = "text"  # of a .jsonl or an hf: data set; of a .csv or .tsv the column, by name or number
+split_on: str | None = ""  # what divides a text file, "\n\n" for blank lines; empty: lines of <|endoftext|>
+skip_bad_rows: bool = False  # pass over rows that cannot be read, and count them
 
 # clean: the text stays as it is unless asked for
 nfc: bool = False  # one way to write an accented letter (Unicode NFC)
@@ -76,7 +79,7 @@ FORMAT = 1  # of meta.json and the .bin files
 SPLITS = ("train", "val", "test")
 OURS = ("train.bin", "val.bin", "test.bin", "meta.json", "report.png")  # all that a data set has
 NAME = re.compile(r"\w(?:[\w.+-]*\w)?")  # of a data set
-NEW = {"phones": "patterns"}  # settings that older data sets lack, and what they were made with
+NEW = {"phones": "patterns", "split_on": "", "skip_bad_rows": False}  # settings that older data sets lack, and what they were made with
 
 
 # -----------------------------------------------------------------------------
@@ -139,10 +142,33 @@ def is_there(folder: Path, s: SimpleNamespace) -> bool:
                            "makes one beside it")
     if s.overwrite:
         return False
-    if {**NEW, **read_meta(folder)["settings"]} != of_the_data(s):
-        raise SettingError(f"{folder}: is there already, made with other settings: --overwrite replaces it, "
-                           "--dataset=NAME makes another")
+    meta = read_meta(folder)
+    then, now = {**NEW, **meta["settings"]}, of_the_data(s)
+    changed = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    if changed:
+        raise SettingError(f"{folder}: is there already, made with other settings ({', '.join(changed)}): "
+                           "--overwrite replaces it, --dataset=NAME makes another")
+    before, now = meta.get("files"), files_of(s.source)
+    if before and not now["files"]:
+        print(f"{s.source}: not here, so not compared with what {folder} was made of")
+    elif before and before != now:
+        raise SettingError(f"{folder}: its source has changed since ({before['files']:,} files, "
+                           f"{before['bytes']:,} bytes; now {now['files']:,} files, {now['bytes']:,} bytes, or "
+                           "their times or names): --overwrite makes it again")
     return True
+
+
+def files_of(source: str) -> dict:
+    """What tells whether a source has changed: number, bytes, and a hash of names, sizes and times."""
+    sha, n, size = hashlib.sha256(), 0, 0
+    for part in source_parts(source):
+        for path in local_files(part):
+            with contextlib.suppress(OSError):
+                status = path.stat()
+                sha.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "replace"))
+                n += 1
+                size += status.st_size
+    return {"files": n, "bytes": size, "sha256": sha.hexdigest()}
 
 
 def is_data_set(folder: Path) -> bool:
@@ -218,7 +244,7 @@ def default_name(source: str) -> str:
 
 def build(folder: Path, s: SimpleNamespace, downloads: Path) -> str:
     """Both passes, into an empty folder: the .bin files and meta.json. Returns a summary."""
-    began = time.monotonic()
+    began, files = time.monotonic(), files_of(s.source)
     spool, found = folder / "spool.tmp", {}
     # a tokenizer that cannot be had is said before the first byte is read
     codec = None if s.tokenizer == "bpe" else open_tokenizer(s)
@@ -248,8 +274,12 @@ def build(folder: Path, s: SimpleNamespace, downloads: Path) -> str:
     say_lost(lost, int(index["chars"].sum()), s)
     spool.unlink()
     meta = {"format": FORMAT, "dtype": bin_dtype(codec.vocab_size).name, "vocab_size": codec.vocab_size,
-            "splits": splits, "settings": of_the_data(s), "report": found, "tokenizer": codec.to_dict()}
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+            "splits": splits, "settings": of_the_data(s), "files": files, "report": found,
+            "tokenizer": codec.to_dict()}
+    with open(folder / "meta.json", "w", encoding="utf-8") as f:
+        f.write(json.dumps(meta, indent=1))
+        f.flush()
+        os.fsync(f.fileno())
     n_tokens = sum(its["tokens"] for its in splits.values())
     took = time.monotonic() - began
     return f"{tick.total / n_tokens:.2f} bytes a token, in {took:.1f} s ({tick.total / 1e6 / took:.1f} MB/s)"
@@ -261,7 +291,8 @@ def build(folder: Path, s: SimpleNamespace, downloads: Path) -> str:
 def read(spool: Path, s: SimpleNamespace, downloads: Path, found: dict) -> np.ndarray:
     """The documents to keep, into the spool. Returns their index. found: counts, as in note()."""
     print(f"reading {s.source}")
-    docs = documents(s.source, s.encoding, s.errors, s.text_key, found, downloads)
+    docs = documents(s.source, s.encoding, s.errors, s.text_key, s.split_on, s.skip_bad_rows, found,
+                     downloads)
     rules = make_rules(s)
     index = collect(docs, spool, rules, s.min_chars, s.min_text, s.near_duplicates > 0, found)
     index = copies(index, spool, s, found)
@@ -281,6 +312,12 @@ NOTES = {  # of the report, in words
     "data_sets": "passed over: data sets made by prepare.py",
     "unreadable": "passed over: folders that may not be read",
     "empty_or_binary": "passed over: empty, or not text",
+    "other_encodings": "passed over: in another encoding",
+    "bad_rows": "rows passed over",
+    "json_as_text": ".json files read as plain text",
+    "divided": "documents, divided by --split_on or lines of <|endoftext|> (--split_on=None: not divided)",
+    "blank_lines": 'blank lines in one document (--split_on="\\n\\n" makes each part one)',
+    "ends_within": 'times <|endoftext|> in a line, read as plain text (--split_on="<|endoftext|>" divides)',
     "too_short": "dropped: below --min_chars",
     "mostly_not_text": "dropped: below --min_text",
     "copies_kept": "copies of a document before, kept, in its split (--near_duplicates=1 drops them)",
@@ -468,6 +505,8 @@ def write_split(path: Path, arrays: Iterator[np.ndarray], vocab_size: int) -> di
             f.write(data)
             sha.update(data)
             tokens += len(ids)
+        f.flush()
+        os.fsync(f.fileno())  # before the folder is renamed
     return {"tokens": tokens, "sha256": sha.hexdigest()}
 
 
@@ -485,10 +524,18 @@ def read_meta(folder: Path) -> dict:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{folder}: no data set here: make one, see python prepare.py --help") from None
-    except ValueError as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise UserError(f"{path}: damaged ({error}): make the data set again, with --overwrite") from None
-    if meta.get("format") != FORMAT:
-        raise UserError(f"{path}: format {meta.get('format')}, wanted {FORMAT}: make the data set again")
+    found = meta.get("format") if isinstance(meta, dict) else None
+    if found != FORMAT:
+        raise UserError(f"{path}: format {found}, wanted {FORMAT}: make the data set again, with --overwrite")
+    try:
+        whole = meta["dtype"] in ("uint16", "uint32") and meta["tokenizer"] and meta["settings"]
+        whole = whole and all(meta["splits"][name]["tokens"] >= 0 for name in SPLITS) and meta["vocab_size"] > 0
+    except (KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise UserError(f"{path}: damaged (something is missing): make the data set again, with --overwrite")
     return meta
 
 

@@ -22,7 +22,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from lib.personal import REACH_OF_KEY, Scrub
-from lib.text import BLOCK, note
+from lib.text import BLOCK, note, with_last
 
 MIX = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9  # odd numbers whose multiples mix the bits of a hash
 K, NONE = 64, 2**32 - 1  # values in the sketch of a document; fills it up if it has fewer
@@ -61,16 +61,6 @@ def by_rule(blocks: Iterable[str], name: str, rule: Callable, title: str, found:
             yield done
     if rest:
         yield rest
-
-
-def with_last(blocks: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    before = None
-    for block in blocks:
-        if before is not None:
-            yield before, False
-        before = block
-    if before is not None:
-        yield before, True
 
 
 def safe_end(text: str, end: int) -> int:

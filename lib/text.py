@@ -54,13 +54,19 @@ SHA256 = {SHAKESPEARE: "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e
 
 class NotText(UserError):
     """A file with nothing to read in it: an error if it was named, passed over if its folder was."""
+    why = "empty_or_binary"
+
+
+class OtherEncoding(NotText):
+    why = "other_encodings"
 
 
 def kind_of(path: str | Path) -> str:
     """The suffix that tells the format: ".csv" of a.csv and of a.csv.gz."""
     path = Path(path)
     name = path.stem if path.suffix.lower() in UNPACK else path.name
-    return Path(name).suffix.lower()
+    suffix = Path(name).suffix.lower()
+    return ".jsonl" if suffix in (".ndjson", ".jsonlines") else suffix
 
 
 def read_text(path: str | Path) -> str:
@@ -95,7 +101,10 @@ def encoding_of(path: str | Path) -> str:
     return "utf-8"
 
 
-NO_TEXT = {b"PK\3\4": "a zip or Excel file", b"\xd0\xcf\x11\xe0": "an Excel file", b"PAR1": "a Parquet file"}
+NO_TEXT = {b"PK\3\4": "a zip or Excel file", b"\xd0\xcf\x11\xe0": "an Excel file", b"PAR1": "a Parquet file",
+           b"%PDF-": "a PDF", b"{\\rtf": "an RTF file", b"\x89PNG": "a picture", b"\xff\xd8\xff": "a picture",
+           b"GIF8": "a picture", b"\x1f\x8b": "a gzip file", b"BZh": "a bzip2 file", b"\xfd7zXZ": "an xz file",
+           b"\x28\xb5\x2f\xfd": "a zstd file", b"7z\xbc\xaf": "a 7z file"}
 
 
 def is_gbk(data: bytes) -> bool:
@@ -127,6 +136,11 @@ def blocks(path: str | Path, encoding: str = "utf-8", errors: str = "strict",
                 data = f.read(BLOCK)
                 if offset == 0 and not data:
                     raise NotText(f"{path}: the file is empty")
+                for kind in [kind for begin, kind in NO_TEXT.items() if data.startswith(begin)]:
+                    if offset == 0 and not labelled:
+                        raise NotText(f"{path}: {kind}, not text: unpack or convert it first")
+                if offset == 0 and data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and not wide:
+                    raise OtherEncoding(f"{path}: UTF-16, not {encoding.upper()}: --encoding=utf-16")
                 if offset == 0 and b"\0" in data and not wide and not labelled:
                     raise NotText(f"{path}: a binary file (byte 0 at offset {data.index(0)}), not text")
                 offset += len(data)
@@ -138,7 +152,9 @@ def blocks(path: str | Path, encoding: str = "utf-8", errors: str = "strict",
                 line += text.count("\n")
                 text = rest + text
                 end = text.rfind("\n") + 1
-                if not data or len(text) >= 16 * BLOCK:  # no line end for long: cut anywhere
+                if not end and len(text) >= BLOCK:  # no line end for long: at a space, or anywhere
+                    end = text.rfind(" ") + 1 or len(text)
+                if not data:
                     end = len(text)
                 if end:
                     yield text[:end]
@@ -147,10 +163,14 @@ def blocks(path: str | Path, encoding: str = "utf-8", errors: str = "strict",
         before = error.object[:error.start]
         line += before.count(b"\n")
         at = offset - len(error.object) + error.start  # the object: what was left before, and data
-        remedy = ("convert it to UTF-8" if labelled else
-                  "--encoding=latin-1, or what it is in, or --errors=replace")
-        raise UserError(f"{path}:{line}: not {encoding.upper()} (byte "
-                        f"0x{error.object[error.start]:02x} at offset {at}): {remedy}") from None
+        remedy = "convert it to UTF-8"
+        if not labelled:
+            chinese = is_gbk(error.object) and any(c.encode("gbk") in error.object for c in "的一是不了在有")
+            guess = "gb18030, for it looks like Chinese" if chinese else "cp1252 or latin-1, or what it is in"
+            remedy = f"--encoding={guess}, or --errors=replace"
+        kind = OtherEncoding if offset <= BLOCK else UserError  # nothing was yielded yet
+        raise kind(f"{path}:{line}: not {encoding.upper()} (byte 0x{error.object[error.start]:02x} at offset "
+                   f"{at}): {remedy}") from None
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
@@ -381,14 +401,16 @@ def parse_json(path: str | Path, texts: Iterable[tuple[int, str]],
 # Documents
 
 def documents(source: str, encoding: str = "utf-8", errors: str = "strict", text_key: str = "text",
-              found: dict | None = None, downloads: str | Path = "data/downloads"
-              ) -> Iterator[tuple[str, str]]:
+              split_on: str | None = "", skip_bad_rows: bool = False, found: dict | None = None,
+              downloads: str | Path = "data/downloads") -> Iterator[tuple[str, str]]:
     """(name, text) of each document. An empty name goes on with the document before: a large file in blocks.
 
-    found: counts what is passed over, as in note(). Raises UserError, with a name, for what cannot be read.
+    split_on: what is between the documents of a text file; "": lines of <|endoftext|>. found: counts what is
+    passed over, as in note(). Raises UserError, with a name, for what cannot be read.
     """
     found = {} if found is None else found
-    read = functools.partial(file_documents, encoding=encoding, errors=errors, text_key=text_key)
+    read = functools.partial(file_documents, encoding=encoding, errors=errors, text_key=text_key,
+                             split_on=split_on, skip_bad_rows=skip_bad_rows, found=found)
     for part in source_parts(source):
         if part.startswith(("https://", "http://")):
             part = download(part, Path(downloads))
@@ -404,7 +426,7 @@ def documents(source: str, encoding: str = "utf-8", errors: str = "strict", text
                 what = "no plain file: save it as one" if os.path.exists(part) else "no such file or folder"
                 raise UserError(f"{part}: {what}")
             for file in files:
-                yield from read(file, str(file))
+                yield from read(file, str(file), named=True)
 
 
 PYTHON = "builtin:python"  # the library of the Python that runs this
@@ -474,7 +496,7 @@ def folder_documents(root: Path, read: Callable, found: dict) -> Iterator[tuple[
             yield from read(file, file.relative_to(root).as_posix())
             used += 1
         except NotText as error:
-            note(found, "empty_or_binary", str(error))
+            note(found, error.why, str(error))
     if not used:
         passed = ", ".join(found) or "nothing in it"
         raise UserError(f"{root}: no text in this folder ({passed})")
@@ -487,38 +509,101 @@ def note(found: dict, what: str, example: str, times: int = 0, documents: int = 
     entry["times"] += times
 
 
-def file_documents(file: Path, title: str, encoding: str, errors: str,
-                   text_key: str) -> Iterator[tuple[str, str]]:
-    """Each record is one, of .csv, .tsv, .jsonl and of a .json that lists texts; else the file is."""
+def file_documents(file: Path, title: str, encoding: str, errors: str, text_key: str, split_on: str | None,
+                   skip_bad_rows: bool, found: dict, named: bool = False) -> Iterator[tuple[str, str]]:
+    """Each record is one, of .csv, .tsv, .jsonl and of a .json that has texts; else the file is, or its parts.
+
+    named: a .json without such texts is refused. In a folder it is a text itself, as code is.
+    """
     kind, text = kind_of(file), blocks(file, encoding, errors)
     if kind == ".json":
         first = next(text, "")
-        if first.lstrip().startswith("["):
-            first += "".join(text)
+        first += "".join(text) if first.lstrip().startswith("[") else ""
         text = itertools.chain([first], text)
-        kind = kind if lists_texts(file, first, text_key) else ""
-    if kind in RECORDS:
-        names = () if text_key.isdigit() else (text_key.lower(),)
-        for line, record in records(file, text, names):
+        if not has_texts(first, text_key):
+            if named and text_key:
+                raise UserError(f"{file}: no objects with a text under {text_key!r}: it begins {first[:60]!r}: "
+                                "give --text_key=NAME, or --text_key= to read it as plain text")
+            note(found, "json_as_text", str(file))
+            kind = ""
+    if kind not in RECORDS or not text_key:
+        yield from parts_of(text, title, split_on, found, named)
+        return
+
+    def bad(error: UserError) -> None:
+        note(found, "bad_rows", str(error))
+
+    names = () if text_key.isdigit() else (text_key.lower(),)
+    for line, record in records(file, text, names, bad=bad if skip_bad_rows else None):
+        try:
             yield f"{title}:{line}", text_of(record, text_key, f"{file}:{line}", "json" in kind)
-    else:
-        for block in text:
-            yield title, block
-            title = ""
+        except UserError as error:
+            refuse(str(error), bad if skip_bad_rows else None)
 
 
-def lists_texts(file: Path, text: str, text_key: str) -> bool:
-    """Does this JSON begin as a list of objects with such texts? Any other is a text itself, as code is."""
-    begin = re.match(r"\s*\[\s*(?={)", text)
-    if not begin:
-        return False
+def has_texts(begin: str, text_key: str) -> bool:
+    """Does this JSON begin with an object that has one, alone, on a line of its own or in a list?"""
+    start = re.match(r'\s*(?:{\s*"[^"]*"\s*:\s*(?=\[\s*{))?(?:\[\s*)?(?={)', begin)
     try:
-        first, _ = json.JSONDecoder().raw_decode(text, begin.end())
+        first, _ = json.JSONDecoder().raw_decode(begin, start.end() if start else 0)
     except (ValueError, RecursionError):
-        first = {}
-    if text_key not in first:
-        print(f"{file}: a list without {text_key!r}, read as one text: --text_key=NAME for its texts alone")
-    return text_key in first
+        return False
+    return isinstance(first, dict) and text_key in first
+
+
+EOT_LINES = re.compile(r"(?:\A|(?<=\n))[ \t]*<\|endoftext\|>[ \t]*(?:\r?\n|\Z)")
+
+
+def parts_of(text: Iterable[str], title: str, split_on: str | None, found: dict,
+             named: bool) -> Iterator[tuple[str, str]]:
+    """The documents of a text file. What may divide it, and was not asked for, is counted."""
+    reach, pattern = 64, EOT_LINES
+    if split_on:
+        between = split_on.replace("\\n", "\n").replace("\\t", "\t")
+        reach += 2 * len(between)
+        blank = not between.strip() and between.count("\n") > 1
+        pattern = re.compile(r"\r?\n(?:[ \t]*\r?\n)+" if blank else rf"\s*{re.escape(between)}\s*")
+    rest, name, n, blank_lines, within = "", title, 1, 0, 0
+    for block, is_last in with_last(text):
+        block, at = rest + block, 0
+        end = len(block) if is_last else max(len(block.rstrip()) - reach, 0)  # a separator may go on behind it
+        if not is_last and not end and len(block) > 4 * BLOCK:
+            end = len(block)
+        for place in pattern.finditer(block) if split_on is not None else ():
+            if place.start() >= end:
+                break
+            if place.start() > at:
+                yield name, block[at:place.start()]
+                name = ""
+            if not name:
+                n += 1
+                name = f"{title}#{n}"
+            at = place.end()
+        end = max(at, end)
+        if end > at:
+            piece = block[at:end]
+            blank_lines += piece.count("\n\n") + piece.count("\n\r\n")
+            within += piece.count("<|endoftext|>")
+            yield name, piece
+            name = ""
+        rest = block[end:]
+    if n > 1:
+        note(found, "divided", title, documents=n - bool(name))
+    if named and n == 1 and blank_lines > 20 and split_on is not None:
+        note(found, "blank_lines", title, documents=blank_lines)
+    if within and split_on is not None:
+        note(found, "ends_within", title, documents=within)
+
+
+def with_last(blocks: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """Each, and whether it is the last."""
+    before = None
+    for block in blocks:
+        if before is not None:
+            yield before, False
+        before = block
+    if before is not None:
+        yield before, True
 
 
 def text_of(record: dict, key: str, where: str, may_be_null: bool) -> str:

@@ -27,8 +27,10 @@ def write_jsonl(path, texts) -> str:
 
 def prepared(folder, texts, **settings):
     """A data set of these documents, in folder/data/a."""
-    source = write_jsonl(folder / "a.jsonl", texts)
-    return prepare.prepare(source=source, root=folder / "data", **settings)
+    source = folder / "a.jsonl"
+    if not source.exists() or [json.loads(line)["text"] for line in source.open(encoding="utf-8")] != texts:
+        write_jsonl(source, texts)
+    return prepare.prepare(source=str(source), root=folder / "data", **settings)
 
 
 def read_back(folder) -> dict[str, list[str]]:
@@ -432,3 +434,139 @@ def test_each_document_may_begin_as_its_model_reads_one(tmp_path):
     assert sorted(found) == sorted(PAGES)
     with pytest.raises(SettingError, match="prefix"):
         prepared(tmp_path, PAGES, tokenizer="bytes", prefix=True, overwrite=True)
+
+
+def test_what_divides_a_file_is_used_or_proposed(tmp_path, capsys):
+    """Whatever the blocks are: lines of <|endoftext|>, blank lines, any text; nothing else is lost."""
+    stories = [f"{page}\n\nThe end of {i}.\n" for i, page in enumerate(PAGES)]
+
+    def made(text, **settings):
+        (tmp_path / "a.txt").write_bytes(text.encode())
+        folder = prepare.prepare("a", source=str(tmp_path / "a.txt"), root=tmp_path / "data", tokenizer="bytes",
+                                 overwrite=True, **settings)
+        return read_back(folder), capsys.readouterr().out
+
+    found, said = made("<|endoftext|>\n".join(stories))
+    assert sorted(sum(found.values(), [])) == sorted(stories) and "80 documents, divided by" in said
+    assert "--split_on=None" in said
+    found, said = made("<|endoftext|>\n".join(stories), split_on=None)
+    assert "".join(sum(found.values(), [])) == "<|endoftext|>\n".join(stories)
+    found, said = made("<|endoftext|>".join(PAGES))
+    assert "79 times <|endoftext|> in a line" in said and '--split_on="<|endoftext|>"' in said
+    for between, split_on in (("<|endoftext|>", "<|endoftext|>"), ("\n \n\n", r"\n\n"), ("\r\n\r\n", "\n\n"),
+                              (" %% ", "%%"), ("\n----\n", r"\n----\n")):
+        found, _ = made(between.join(PAGES), split_on=split_on)
+        assert sorted(sum(found.values(), [])) == sorted(PAGES), between
+    found, said = made("\n\n".join(PAGES))
+    assert "1 documents read" in said and r'79 blank lines in one document (--split_on="\n\n"' in said
+
+
+@pytest.mark.parametrize("size", [1, 7, 100, 1000, 10**6])
+def test_a_file_is_divided_alike_in_any_blocks(size):
+    text = "a b<|endoftext|>c\n<|endoftext|>\n \n  <|endoftext|>  \n\n d\n\n\n\ne" * 30
+    for split_on in ("", "<|endoftext|>", "\n\n", None):
+        whole = list(text_file.parts_of([text], "t", split_on, {}, True))
+        blocks = [text[i:i + size] for i in range(0, len(text), size)]
+        docs, found = [], text_file.parts_of(blocks, "t", split_on, {}, True)
+        for name, part in found:
+            if name:
+                docs.append([name, ""])
+            docs[-1][1] += part
+        assert [tuple(one) for one in docs] == whole
+
+
+@pytest.mark.parametrize("name, content, expected", [
+    ("a.json", '[{"url": "u", "text": "one"}, {"text": "two"}]', ["one", "two"]),
+    ("a.json", '{"url": "u", "text": "one"}\n{"text": "two"}\n', ["one", "two"]),  # C4's
+    ("a.json", '{"data": [{"text": "one"}]}', ["one"]), ("a.ndjson", '{"text": "one"}\n', ["one"]),
+    ("a.json", '[{"body": "one"}]', "--text_key=NAME"), ("a.json", '["one", "two"]', "--text_key="),
+    ("a.json", '{"body": "one"}\n{"body": "two"}\n', "--text_key=NAME"),
+    ("a.csv", "id,text\n7,Hello, world\n", "a.csv:2: .*--skip_bad_rows=True"),
+    ("a.csv", 'id,text\n1,"a ""b"\n2,"it" is\n3,c\n', "a.csv:3: .*--skip_bad_rows=True"),
+    ("a.jsonl", '{"text": "one"}\n' + "[" * 100_000 + "\n", "a.jsonl:2: "),
+    ("a.jsonl", '{"text": "one"}\n{"text": 5}\n', "a.jsonl:2: .*--text_key"),
+    ("a.pdf", b"%PDF-1.7\n\xe2\xe3\xcf\xd3", "a.pdf: a PDF"), ("a.txt", "x".encode("utf-16"), "--encoding=utf-16"),
+    ("a.txt", "这是中文，不是别的。".encode("gbk"), "--encoding=gb18030"), ("a.txt", b"caf\xe9", "a.txt:1: .*cp1252"),
+    ("a.txt.zst", b"\x28\xb5\x2f\xfd1", "a zstd file"),
+])
+def test_what_is_read_of_a_file_that_is_named(tmp_path, name, content, expected):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    if isinstance(expected, list):
+        assert [text for _, text in text_file.documents(str(path))] == expected
+    else:
+        with pytest.raises(UserError, match=expected) as error:
+            list(text_file.documents(str(path)))
+        assert "\n" not in str(error.value)
+        if "skip_bad_rows" in expected:
+            found = {}
+            assert len(list(text_file.documents(str(path), skip_bad_rows=True, found=found))) < 3
+            assert found["bad_rows"]["documents"] == 1
+
+
+def test_other_encodings_in_a_folder_are_passed_over_and_said(tmp_path, capsys):
+    for i, page in enumerate(PAGES):
+        (tmp_path / f"{i}.txt").write_text(page, encoding="utf-8")
+    (tmp_path / "old.txt").write_bytes("déjà".encode("latin-1"))
+    (tmp_path / "a.pdf").write_bytes(b"%PDF-1.7\n\xe2\xe3")
+    (tmp_path / "package.json").write_text('{"name": "x"}')
+    prepare.prepare("a", source=str(tmp_path), root=tmp_path / ".data", tokenizer="bytes")
+    said = capsys.readouterr().out
+    for word in ("old.txt", "a.pdf", "1 passed over: in another encoding", "1 .json files read as plain text"):
+        assert word in said
+
+
+def test_a_source_that_has_changed_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes").mkdir()
+    for i, page in enumerate(PAGES):
+        (tmp_path / "notes" / f"{i}.txt").write_text(page, encoding="utf-8")
+    make = partial(prepare.prepare, source="notes", tokenizer="bytes")
+    folder = make()
+    assert make() == folder
+    for change in ("times", "sizes", "names"):
+        path = tmp_path / "notes" / "5.txt"
+        if change == "times":
+            os.utime(path, (1, 1))
+        elif change == "sizes":
+            path.write_text("shorter", encoding="utf-8")
+        else:
+            path.rename(path.with_name("new.txt"))
+        with pytest.raises(SettingError, match="source has changed.*--overwrite"):
+            make()
+        make(overwrite=True)
+    meta = prepare.read_meta(folder)
+    meta.pop("files")  # as data sets were
+    for name in prepare.NEW:
+        meta["settings"].pop(name)
+    (folder / "meta.json").write_text(json.dumps(meta))
+    assert make() == folder
+    make(overwrite=True)
+    shutil.rmtree(tmp_path / "notes")
+    assert make() == folder and "not compared" in capsys.readouterr().out
+
+
+@slow
+@pytest.mark.parametrize("text", [" " * 10**6, "a" * 10**6, "\t \r\n" * 10**5, "🙂" * 10**5])
+def test_a_million_of_one_character(tmp_path, text):
+    for kind in ("bpe", "bytes"):
+        (tmp_path / "a.txt").write_bytes(text.encode())
+        folder = prepare.prepare("a", source=str(tmp_path / "a.txt"), root=tmp_path / "data", tokenizer=kind,
+                                 vocab_size=260, overwrite=True)
+        assert "".join(sum(read_back(folder).values(), [])) == text
+
+
+@pytest.mark.parametrize("content", ["", "[]", "5", "{}", '{"format": 1}', '{"format": 2}', "[" * 10**5, "\0", b"\xff"])
+def test_a_damaged_meta_json_is_one_line(tmp_path, content):
+    (tmp_path / "meta.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match="meta.json: (damaged|format).*--overwrite") as error:
+        prepare.read_meta(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_shown_moves_no_cursor(tmp_path, capsys):
+    folder = prepared(tmp_path, [f"\x1b]0;title\x07\x1b[2J{page}\x9b5n\r" for page in PAGES], tokenizer="bytes")
+    prepare.show_documents(folder, 2, 0)
+    prepare.print_report(folder)
+    said = capsys.readouterr().out
+    assert r"\x1b[2JPage" in said and not set("\x1b\x07\x9b\r") & set(said)

@@ -208,7 +208,8 @@ def test_several_sources_and_the_files_of_a_folder(tmp_path):
     found = {}
     texts = texts_of(f"{tmp_path}/a, {tmp_path}/*.md,{tmp_path}/7.txt.gz", found=found)
     assert texts == [PAGES[1], PAGES[3], '[{"a": 1}]', PAGES[2], PAGES[5], PAGES[6], PAGES[7]]
-    assert {what: entry["documents"] for what, entry in found.items()} == {"hidden": 1, "empty_or_binary": 1}
+    assert {what: entry["documents"] for what, entry in found.items()} == {
+        "hidden": 1, "empty_or_binary": 1, "json_as_text": 2}
 
 
 def test_a_large_file_is_read_in_blocks_as_if_whole(tmp_path, monkeypatch):
