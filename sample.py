@@ -8,7 +8,7 @@ Use a checkpoint: continue a text, fill its gaps, classify it, or hand the model
     python sample.py --out_dir=out/sentiment --start="a fine film"  what finetune.py made: label, tags, answer
     python sample.py --out_dir=out/sentiment --start=FILE:in.csv > out.csv
     python sample.py --out_dir=openai-community/gpt2              a Hugging Face folder, or an id on its hub
-    python sample.py --out_dir=sentence-transformers/all-MiniLM-L6-v2 --start=FILE:lines.txt   how near are they?
+    python sample.py --out_dir=sentence-transformers/all-MiniLM-L6-v2 --start=FILE:a.txt  its lines compared
     python sample.py --out_dir=out/small --export=small_hf        to a folder that transformers loads
 
 From Python, `load` is all it takes:
