@@ -246,7 +246,7 @@ def answer_file(model: Tuned, path: str, machine: Machine) -> None:
         for row, label in zip(chunk, labels):
             row.label = label
         header, lines = task.table(chunk, answers)
-        if columns.get("id") and "id" not in header and len(lines) == len(chunk):
+        if task.of_texts and columns.get("id"):
             header, lines = ["id", *header], [[row.id, *line] for row, line in zip(chunk, lines)]
         print(as_csv(lines if count else [header, *lines]), end="", flush=True)
         count += len(chunk)

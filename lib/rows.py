@@ -556,8 +556,8 @@ def tags_of_spans(row: Row) -> tuple[list[str], list[str]]:
         else:
             spans = [(int(begin), int(end), str(kind)) for begin, end, kind, *_ in row.label]
     except (TypeError, ValueError, AttributeError):
-        raise UserError(f"{row.where}: not the places of tags: {str(row.label)[:60]}: wanted [begin, end, tag] "
-                        "of each") from None
+        raise UserError(f"{row.where}: not the places of tags: {str(row.label)[:60]}: wanted [begin, end, "
+                        "tag] of each") from None
     split = WORDS["punctuation" if " " in row.text else "characters"]
     words, tags = [], []
     for match in re.finditer(split, row.text):

@@ -405,7 +405,7 @@ def test_bad_rows_are_counted_and_windows_line_ends_divide_texts(tmp_path):
 @pytest.mark.parametrize("name, content, args, out, told", [
     ("a.csv", "id,review,label\n7,w1 fine,good\n9,w2 dull,fair\n8,w3 fine,Good\n", [],
      ["id,text,label,prediction", "7,w1 fine,good,good", "9,w2 dull,fair,bad", "8,w3 fine,Good,good"],
-     "accuracy 1.0000, of 1 rows; 2 have labels that training did not know"),
+     "accuracy 1.0000, of the 1 rows with a label that training knew; 2 have labels"),
     ("a.csv", "id,body,kind\n7,w1 fine,good\n", ["--text_column=body", "--label_column=kind"],
      ["id,text,label,prediction", "7,w1 fine,good,good"], "accuracy 1.0000"),
     ("a.jsonl", '{"review": "w1 fine", "label": null}', [], ["text,label,prediction", "w1 fine,,good"],
