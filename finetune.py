@@ -139,6 +139,16 @@ def add_lora(body: Transformer, rank: int, alpha: float) -> None:
                 setattr(module, name, LoRA(child, rank, alpha))
 
 
+def sum_of(body: Transformer) -> str:
+    """Tells a body from others, and from itself when it has been trained on: of its weights without LoRA."""
+    found = hashlib.sha256()
+    for name, weight in sorted(body.state_dict().items()):
+        if ".lora_" not in name:
+            found.update(name.encode())
+            found.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
 @torch.no_grad()
 def merged(body: Transformer) -> dict[str, torch.Tensor]:
     """The body's weights with the low-rank additions added in: state of a body without LoRA."""
@@ -226,6 +236,9 @@ def tuned_of(checkpoint: dict) -> Tuned:
     if "rank" in checkpoint:  # a lora.pt
         body, tokenizer = load_body(checkpoint["init_from"], dropout=0.0)
         fit_head(body, TASKS[head["task"]])
+        if "base_sum" in checkpoint and checkpoint["base_sum"] != sum_of(body):
+            raise UserError(f"lora.pt: {checkpoint['init_from']} has other weights now than those that it was "
+                            "trained on: put these back, or use best.pt, which needs no others")
         with_lora = copy.deepcopy(body)
         add_lora(with_lora, checkpoint["rank"], checkpoint["alpha"])
         with_lora.load_state_dict({**with_lora.state_dict(), **checkpoint["model"]})
@@ -713,7 +726,7 @@ def save_best(run: Run, state: State, model: Tuned, s: SimpleNamespace) -> None:
     if s.lora_rank:
         added = {name: weight for name, weight in model.body.state_dict().items() if ".lora_" in name}
         save(run, "lora.pt", state, model, added, rank=s.lora_rank, alpha=s.lora_alpha,
-             init_from=run.init_from)
+             init_from=run.init_from, base_sum=sum_of(model.body))
 
 
 def fingerprint(rows: list[Row]) -> str:

@@ -727,6 +727,7 @@ class Transformer(nn.Module):
             lay_by_columns(self)
         try:
             past, cache = 0, None  # tokens in the cache
+            text, text_mask = idx, pad_mask  # all of it, also what has left the context
             for _ in range(max_new_tokens):
                 if idx.size(1) > block_size:
                     past = 0
@@ -747,8 +748,11 @@ class Transformer(nn.Module):
                 if (past == 0 or idx.device.type == "cpu") and not logits.amax(-1).isfinite().all():
                     raise ValueError("the scores are not finite: damaged weights, or too large for this dtype")
                 past = idx.size(1) if use_cache else 0
-                token = draw(logits, how, idx, pad_mask, generator)  # (B,)
+                token = draw(logits, how, text, text_mask, generator)  # (B,)
                 yield token
+                if how.repetition_penalty != 1:
+                    text = torch.cat((text, token.unsqueeze(1)), dim=1)
+                    text_mask = extended(text_mask, 1)
                 idx = torch.cat((idx, token.unsqueeze(1)), dim=1)
                 pad_mask = extended(pad_mask, 1)
         finally:

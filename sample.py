@@ -24,8 +24,9 @@ import itertools
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Literal, Optional, Union
 
@@ -270,6 +271,31 @@ def answer_file(model: Tuned, path: str, machine: Machine) -> None:
 # -----------------------------------------------------------------------------
 # Smaller, and elsewhere
 
+class Int8Linear(torch.nn.Module):
+    """A linear layer by weights of one byte each, and inputs too, which are scaled row by row.
+
+    torch scales all rows of a batch alike: what a row gives would depend on its neighbours, and what a token
+    gives on whether those before it are read again or cached. So each row is brought to between -1 and 1
+    first, and a row that spans just that goes along: 10% more time for one token of GPT-2.
+    """
+
+    def __init__(self, layer: torch.nn.Linear, quantize: Callable):
+        super().__init__()
+        plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        plain.weight, self.bias = layer.weight, layer.bias
+        self.quantized = quantize(torch.nn.Sequential(plain))[0]
+        span = torch.zeros(1, layer.in_features)
+        span[0, 0], span[0, -1] = -1, 1
+        self.register_buffer("span", span, persistent=False)
+
+    def forward(self, x):  # (..., in_features) -> (..., out_features)
+        rows = x.reshape(-1, x.size(-1))
+        scale = rows.abs().amax(1, keepdim=True).clamp(min=1e-30)
+        out = self.quantized(torch.cat((rows / scale, self.span)))[:-1] * scale
+        out = out if self.bias is None else out + self.bias
+        return out.view(*x.shape[:-1], -1)
+
+
 def to_int8(model: torch.nn.Module) -> torch.nn.Module:
     """A copy whose Linear layers keep each weight in one byte, with a scale for each row, for a CPU.
 
@@ -282,12 +308,14 @@ def to_int8(model: torch.nn.Module) -> torch.nn.Module:
         from torch.ao import quantization
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch says that this will move to another package
-            smaller = copy.deepcopy(model.float())
-            for layer in smaller.modules():
-                if type(layer).forward is torch.nn.Linear.forward:
-                    layer.__class__ = torch.nn.Linear  # torch replaces layers of exactly this class
             how = {torch.nn.Linear: quantization.per_channel_dynamic_qconfig}
-            return quantization.quantize_dynamic(smaller, how, torch.qint8, inplace=True)
+            quantize = partial(quantization.quantize_dynamic, qconfig_spec=how, dtype=torch.qint8)
+            smaller = copy.deepcopy(model.float())
+            for module in list(smaller.modules()):
+                for name, layer in list(module.named_children()):
+                    if type(layer).forward is torch.nn.Linear.forward:
+                        setattr(module, name, Int8Linear(layer, quantize))
+            return smaller
     except (ImportError, AttributeError, RuntimeError) as error:
         raise UserError(f"--quantize=int8: not with this torch ({str(error).splitlines()[0][:120]}): "
                         "leave it out") from None

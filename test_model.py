@@ -314,6 +314,13 @@ def test_draws_follow_the_filtered_softmax(how, kept):
     assert chi2 < 25, f"chi-square {chi2:.1f} with {kept - 1} degrees of freedom"
 
 
+def test_a_repetition_penalty_remembers_what_has_left_the_context():
+    model, prompts = tiny("modern", block_size=8), tokens(2, 3)
+    real = torch.tensor([[False, True, True], [True, True, True]])
+    text = model.generate(prompts, 20, pad_mask=real, temperature=0, repetition_penalty=100)
+    assert all(len(set(row.tolist())) == 20 for row in text[:, 3:])  # of 61 tokens
+
+
 def test_text_is_greedy_or_drawn_by_its_seed_and_the_model_is_left_as_it_was():
     model = tiny(dropout=0.5).train()
     written = greedy(model, tokens(2, 5), 20)

@@ -19,6 +19,7 @@ import sample
 import train
 from config import SettingError, UserError
 from lib import tasks
+from lib.run import load_body
 from lib.tokenizer import make_tokenizer
 from model import Config, Transformer
 from tools import explain
@@ -481,6 +482,13 @@ def test_what_is_frozen_stays_and_lora_merges_exactly(tuned, tmp_path):
     assert changed and all(re.fullmatch(r"blocks\.\d+\.(attn|mlp)\.\w+\.weight", name) for name in changed)
     adapters = checkpoint(tmp_path / "lora", "lora.pt")
     assert {name.rpartition(".")[0] + ".weight" for name in adapters["model"]} == changed
+    body, _ = load_body(tuned / "out")
+    body.head = None
+    assert finetune.sum_of(body) == adapters["base_sum"]
+    with torch.no_grad():
+        body.norm_f.weight[0] += 1e-3  # trained on since
+    with pytest.raises(UserError, match="lora.pt: .*out has other weights now"):
+        finetune.tuned_of({**adapters, "base_sum": finetune.sum_of(body)})
     (tmp_path / "alone").mkdir()
     shutil.copy(tmp_path / "lora/lora.pt", tmp_path / "alone/lora.pt")
     merged, unmerged = (sample.load(tmp_path / name)[0].predict(synthetic(40, seed=1)[0])

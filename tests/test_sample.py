@@ -20,6 +20,14 @@ def test_int8_weights_are_a_quarter_of_the_size_and_nearly_as_good(home):
     ids = torch.tensor([tokenizer.encode((home / "toy.txt").read_text(encoding="utf-8"))[:33]])
     loss, of_small = (one(ids[:, :-1], ids[:, 1:])[1].item() for one in (model, small))
     assert 0 < abs(of_small / loss - 1) < 0.01
+    # a row's outputs are its own: alone or beside others, cached or read again
+    rows = torch.cat((ids[:, :-1], ids[:, 1:].flip(1)))
+    with torch.no_grad():
+        torch.testing.assert_close(small.hidden(rows)[:1], small.hidden(rows[:1]), rtol=1e-5, atol=1e-5)
+        x = torch.randn(3, model.config.n_embd) * torch.tensor([[1.0], [100.0], [0.0]])
+        layer = small.blocks[0].mlp.up
+        assert torch.equal(layer(x)[:1], layer(x[:1])) and torch.equal(layer(x)[2], layer(x[2]))
+    assert torch.equal(*(small.generate(ids[:, :5], 20, temperature=0, use_cache=use) for use in (True, False)))
     said = run_here(sample, "--out_dir=out/whole", "--quantize=int8", "--max_new_tokens=5", cwd=home)
     assert said.endswith("---------------\n")
 
