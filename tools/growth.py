@@ -37,7 +37,7 @@ import finetune
 import prepare
 import sample
 from config import SettingError, UserError, configure, launch
-from lib import metrics, run
+from lib import intervals, metrics, run
 from lib.rows import Row
 from lib.tasks import TASKS
 from lib.tokenizer import make_tokenizer
@@ -278,13 +278,13 @@ def baselines(n, folder, labels=2, each=1):
 def bootstrap(n, folder, labels=4):
     rows = n if labels else 4 * n
     arrays, task = outputs(rows, labels or n), classifier(labels or n)
-    return lambda: metrics.with_intervals(task.scores, arrays)
+    return lambda: intervals.with_intervals(task, arrays)
 
 
 def groups(n, folder):
     """n groups of 20 rows."""
     arrays, task = outputs(20 * n, 2), classifier()
-    return lambda: metrics.by_group(task.scores, arrays, [f"group {i % n}" for i in range(20 * n)])
+    return lambda: intervals.by_group(task, arrays, [f"group {i % n}" for i in range(20 * n)])
 
 
 def report(n, folder):
@@ -294,7 +294,7 @@ def report(n, folder):
 
 def predicting(n, folder):
     model, path = tuned(n_layer=1, n_head=1, n_embd=16, block_size=64), csv_file(n, folder)
-    return lambda: sample.answer_file(model, path)
+    return lambda: sample.answer_file(model, path, run.Machine("cpu"))
 
 
 def logging(n, folder):
@@ -362,16 +362,16 @@ PARTS = {
     "encode": Part(encoding, "short texts", 64_000, 10**6, "texts and ids"),
     "baselines": Part(baselines, "rows", 16_000, 10**6, "the words of each row"),
     "baselines_labels": Part(partial(baselines, labels=0, each=10), "labels", 400, 10_000, "words x labels"),
-    "bootstrap": Part(bootstrap, "rows", 8_000, 10**6, "the rows"),
-    "bootstrap_labels": Part(partial(bootstrap, labels=0), "labels", 160, 10_000, "rows x labels"),
-    "groups": Part(groups, "groups", 64, 1000, "the rows"),
+    "bootstrap": Part(bootstrap, "rows", 16_000, 10**6, "the rows"),
+    "bootstrap_labels": Part(partial(bootstrap, labels=0), "labels", 640, 10_000, "rows x labels"),
+    "groups": Part(groups, "groups", 320, 1000, "the rows"),
     "report": Part(report, "rows of 20 classes", 32_000, 10**6, "the rows"),
     "predict": Part(predicting, "rows", 64_000, 10**6, ""),
     "explain": Part(explaining, "words", 160, 16_000, "one text"),
     "log": Part(logging, "rows of the log", 64_000, 10**6, ""),
     "picture": Part(picture, "rows of the log", 160_000, 6 * 10**5, "the log"),
-    "watch": Part(watching, "rows of the log", 16_000, 10**6, "one metric"),
-    "grid": Part(proposals, "trials", 16_000, 10**5, "the trials"),
+    "watch": Part(watching, "rows of the log", 256_000, 10**6, "one metric"),
+    "grid": Part(proposals, "trials", 64_000, 10**6, "the trials"),
     "bayes": Part(partial(proposals, method="bayes"), "trials", 640, 10_000, "the trials"),
     "prepare": Part(prepared(one_text), "bytes of one text", 64 * 10**6, 10**9, ""),
     "prepare_line": Part(prepared(one_line), "bytes in a JSON line", 32 * 10**6, 3 * 10**8, "a line"),
