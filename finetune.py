@@ -31,12 +31,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from config import SettingError, UserError, above, at_least, check_used, defaults_of, launch, values_of
+from config import (SettingError, UserError, above, at_least, check_used, defaults_of, launch, place_of,
+                    recipe, values_of)
 from lib import intervals
 from lib.optim import Pruning
 from lib.run import (BadSteps, Machine, Pace, Run, State, cannot_write, find_checkpoint, in_words,
-                     left_by_runs, load_body, memory_advice, model_of, refuse_to_replace, step_line,
-                     stored_settings, write_json, write_text)
+                     left_by_runs, load_body, main_process, memory_advice, model_of, refuse_to_replace,
+                     step_line, stored_settings, write_json, write_text)
 from lib.tasks import TASKS, Example, Task, Vectors, one_spelling, respell
 from lib.rows import IN_WORDS, WORDS, Row, as_csv, described, python_packages, text_key
 from lib.tokenizer import Tokenizer, make_tokenizer
@@ -237,8 +238,8 @@ def tuned_of(checkpoint: dict) -> Tuned:
         body, tokenizer = load_body(checkpoint["init_from"], dropout=0.0)
         fit_head(body, TASKS[head["task"]])
         if "base_sum" in checkpoint and checkpoint["base_sum"] != sum_of(body):
-            raise UserError(f"lora.pt: {checkpoint['init_from']} has other weights now than those that it was "
-                            "trained on: put these back, or use best.pt, which needs no others")
+            raise UserError(f"lora.pt: {checkpoint['init_from']} has other weights now than it was trained "
+                            "on: put those back, or use best.pt, which needs no others")
         with_lora = copy.deepcopy(body)
         add_lora(with_lora, checkpoint["rank"], checkpoint["alpha"])
         with_lora.load_state_dict({**with_lora.state_dict(), **checkpoint["model"]})
@@ -931,7 +932,34 @@ def check_settings(s: SimpleNamespace) -> None:
         raise SettingError(f"folds={s.folds}: cuts data itself: leave out --data_val and --data_test")
 
 
+SMALL = Path(__file__).parent / "config" / "finetune_sentiment.py"
+
+
+def sized_for_small_data(given: dict) -> dict:
+    """The body's settings; if they have no size, all that is not given is as in the recipe for small data.
+
+    GPT-2's size, the default of Config, and a pretrained body's rate would learn nothing from a few thousand
+    rows, for hours.
+    """
+    if init_from != "scratch" or {"n_layer", "n_head", "n_embd"} & set(given):
+        return given
+    kind, taken = TASKS[task], {}
+    left_out = {"out_dir", "task"}.union(*(one.knows for one in TASKS.values())) - kind.knows
+    left_out |= {"causal"} if kind.writes else set()
+    left_out |= set() if kind.of_texts else {"token_dropout"}  # half of a text is enough for its class alone
+    for name, value in recipe(SMALL, globals(), Config).items():
+        if name not in left_out and not place_of(globals(), name):
+            taken[name] = value
+    fields = {name: value for name, value in taken.items() if name not in defaults_of(globals())}
+    globals().update({name: value for name, value in taken.items() if name not in fields})
+    if main_process():
+        shown = ", ".join(f"{name}={value}" for name, value in taken.items())
+        print(f"(from scratch, and no size is given: as {SMALL.parent.name}/{SMALL.name} has it: {shown})")
+    return {**fields, **given}
+
+
 def main(given: dict):
+    given = sized_for_small_data(given)
     folder = Path(out_dir)
     earlier = stored(out_dir)[0] if init_from == "resume" else {}
     origin = earlier.get("init_from") if init_from == "resume" else init_from

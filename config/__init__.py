@@ -418,6 +418,11 @@ def from_flag(arg: str, settings: dict[str, Setting]) -> dict:
     return {name: checked(parse(text, kind) if equals else True, kind, key)}
 
 
+def recipe(path: str | Path, script: dict, fields: type) -> dict:
+    """The settings that a config file has for a script and a dataclass of its fields."""
+    return from_file(str(path), {**fields_of(fields), **settings_of(script)})
+
+
 def from_file(path: str, settings: dict[str, Setting]) -> dict:
     """Run a config file: the plain values it leaves behind are settings. So are those of a settings.json."""
     if Path(path).is_dir():

@@ -143,8 +143,9 @@ def answered(out, file, header) -> tuple[list[dict], str]:
     """What sample.py prints of a file: its table, and all of it."""
     said = run_here(sample, f"--out_dir={out}", f"--start=FILE:{file}")
     lines = said.splitlines(keepends=True)
-    lines = [line for line in lines[lines.index(",".join(header) + "\n"):] if not re.match(r"\(|\d+ rows, ", line)]
-    return list(csv.DictReader(lines)), said
+    table = lines[lines.index(",".join(header) + "\n"):]
+    table = [line for line in table if not re.match(r"\(|\d+ rows, ", line)]  # which go to stderr
+    return list(csv.DictReader(table)), said
 
 
 def in_use_as_in_training(model, data, out, rows, written, folder):
@@ -487,7 +488,7 @@ def test_what_is_frozen_stays_and_lora_merges_exactly(tuned, tmp_path):
     assert finetune.sum_of(body) == adapters["base_sum"]
     with torch.no_grad():
         body.norm_f.weight[0] += 1e-3  # trained on since
-    with pytest.raises(UserError, match="lora.pt: .*out has other weights now"):
+    with pytest.raises(UserError, match="lora.pt: .*out has other weights now than it was"):
         finetune.tuned_of({**adapters, "base_sum": finetune.sum_of(body)})
     (tmp_path / "alone").mkdir()
     shutil.copy(tmp_path / "lora/lora.pt", tmp_path / "alone/lora.pt")
@@ -579,3 +580,15 @@ def test_fine_tuning_recipes_are_ones_that_finetune_takes(path):
     given = settings.configure(namespace, Config, [str(path)])
     if namespace["init_from"] == "scratch":
         Config(**given)
+
+
+def test_from_scratch_without_a_size_the_recipe_for_small_data_is_taken(tmp_path):
+    out = tmp_path / "out"
+    said = run_here(finetune, f"--out_dir={out}", f"--data={class_rows(tmp_path, 60)}", "--epochs=1",
+                    "--pos=learned", "--device=cpu")
+    assert "no size is given: as config/finetune_sentiment.py has it: " in said and "n_embd=64" in said
+    saved = checkpoint(out)
+    assert saved["model_args"]["n_layer"] == 1 and saved["model_args"]["pos"] == "learned"
+    assert saved["settings"]["epochs"] == 1 and saved["settings"]["optimizer"] == "muon"
+    given = finetune.sized_for_small_data({"n_embd": 32})
+    assert given == {"n_embd": 32}
