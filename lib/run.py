@@ -119,7 +119,9 @@ class Machine:
 
     def mfu(self, flops: float) -> Optional[float]:
         """Model FLOPs utilization: the share of all devices' peak, if that is known. flops: per second."""
-        peak = peak_flops(self.device)
+        peak = None
+        if self.device.type == "cuda":
+            peak = peak_flops(torch.cuda.get_device_name(self.device))
         return flops / (peak * self.world) if peak else None
 
     def broadcast(self, values: list[float]) -> list[float]:
@@ -183,17 +185,16 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
-# dense bfloat16 (V100, T4: float16) FLOP/s from the makers' data sheets; the longest name that matches counts
-PEAK_FLOPS = {"V100": 125e12, "T4": 65e12, "A10": 125e12, "A100": 312e12, "L4": 121e12, "L40": 181e12,
-              "L40S": 362e12, "RTX 3090": 71e12, "RTX 4090": 165e12, "RTX 5090": 209e12, "H100": 989e12,
-              "H100 PCIe": 756e12, "H200": 989e12, "B200": 2250e12}
+# dense bfloat16 (V100, T4: float16) FLOP/s from the makers' data sheets
+PEAK_FLOPS = {"V100": 125e12, "T4": 65e12, "A10": 125e12, "A100": 312e12, "A100 PCIe": 312e12,
+              "L4": 121e12, "L40": 181e12, "L40S": 362e12, "RTX 3090": 71e12, "RTX 4090": 165e12,
+              "RTX 5090": 209e12, "H100": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H200": 989e12,
+              "B200": 2250e12}
 
 
-def peak_flops(device: torch.device) -> Optional[float]:
-    """Of this GPU, if it is known: what MFU is a share of."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    known = [key for key in PEAK_FLOPS if key in name]
-    return PEAK_FLOPS[max(known, key=len)] if known else None
+def peak_flops(name: str) -> Optional[float]:
+    """Of a GPU that is called so, if it is known: what MFU is a share of. A10G is not A10."""
+    return PEAK_FLOPS.get(re.sub(r"^(NVIDIA |Tesla |GeForce )+|-(SXM|PCIE)\d?|[ -]\d+GB| HBM3e?", "", name))
 
 
 def peak_memory() -> float:

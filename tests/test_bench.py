@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import train
+from lib.run import peak_flops
 from tests.helpers import TOY, one_line, script, slow
 from tools import bench, growth
 
@@ -101,3 +102,14 @@ def test_a_part_is_measured_in_a_process(tmp_path):
 def test_no_part_grows_faster_than_its_work(name, tmp_path):
     done = script("tools/bench.py", "growth", f"--part={name}", cwd=tmp_path)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("name, peak", [
+    ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A100 80GB PCIe", 312), ("NVIDIA A100-PCIE-40GB", 312),
+    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835), ("NVIDIA H200", 989),
+    ("Tesla T4", 65), ("Tesla V100-SXM2-16GB", 125), ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA L40S", 362),
+    ("NVIDIA RTX A1000", None), ("NVIDIA A1000", None), ("NVIDIA T400 4GB", None), ("NVIDIA A10G", None),
+    ("NVIDIA GeForce RTX 3090 Ti", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+    ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None), ("NVIDIA H200 NVL", None)])
+def test_no_card_is_taken_for_another(name, peak):
+    assert peak_flops(name) == (None if peak is None else peak * 1e12)
