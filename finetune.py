@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal, Optional, Union
+from typing import Literal, NamedTuple, Optional, Union
 
 import numpy as np
 import torch
@@ -594,10 +594,10 @@ def plans_until_now(run: Run, s: SimpleNamespace) -> list[tuple[int, dict]]:
 
 
 def fine_tune(run: Run, train: list[Row], val: list[Row], test: list[Row], given: dict,
-              s: SimpleNamespace) -> dict:
+              s: SimpleNamespace) -> Optional[Tested]:
     """Train on one split, test the best epoch, and write all of it to the run's folder.
 
-    given: the body's settings. Returns what metrics.json holds.
+    given: the body's settings. Only the first process tests.
     """
     machine = run.machine
     torch.manual_seed(s.seed)
@@ -697,7 +697,7 @@ def fine_tune(run: Run, train: list[Row], val: list[Row], test: list[Row], given
     if not state.best:
         raise UserError(f"{run.folder}: its best.pt is damaged, and it is trained to the end: "
                         f"--epochs={s.epochs + 1} trains on, --overwrite starts anew")
-    return report(run, train, test, test_examples, state.best, s) if machine.main else {}
+    return report(run, train, test, test_examples, state.best, s) if machine.main else None
 
 
 def evaluate(model: Tuned, rows: list[Row], examples: list[Example], batch_size: int,
@@ -767,37 +767,62 @@ def introduce(model: Tuned, plan: Plan, train: list[Row], val: list[Row], test: 
     say(f"training  {plan.s.epochs} epochs, {len(plan.steps):,} steps, into {run.folder}\n")
 
 
+class Tested(NamedTuple):
+    task: Task
+    rows: list[Row]
+    answers: list
+    found: dict  # what metrics.json holds
+
+
 def report(run: Run, train: list[Row], test: list[Row], examples: list[Example], best: dict,
-           s: SimpleNamespace) -> dict:
+           s: SimpleNamespace) -> Tested:
     """The test rows, read once, by the best epoch: metrics.json, predictions.csv, and more where there is."""
     folder = run.folder
     model = tuned_of(find_checkpoint(folder, ("best.pt", "lora.pt"))[1]).to(run.machine.device)
     task = model.task
     answers = predict(model, test, 2 * s.batch_size, run.machine, examples)
-    arrays = task.arrays(test, answers)
-    baselines = {name: task.scores(*task.arrays(test, guesses))
-                 for name, guesses in task.baselines(train, test).items()}
-    found = {**intervals.with_intervals(task, arrays), "task": s.task, "test_rows": len(test),
-             "best_epoch": best["epoch"], "baselines": baselines, "meaning": task.meaning,
+    found = {"task": s.task, "best_epoch": best["epoch"],
              "validation": {name: value for name, value in best.items() if name != "goal"}}
-    if s.group_column != "":
-        found["by_group"] = intervals.by_group(task, arrays, [row.group for row in test])
-    header, lines = task.table(test, answers)
+    written = write_results(folder, task, test, answers, found, s)
+    found["baselines"] = {}
+    for name, guesses in task.baselines(train, test).items():
+        found["baselines"][name] = task.scores(*task.arrays(test, guesses))
+    write_json(folder / "metrics.json", found)
+    print(f"\nTest, {len(test):,} examples, by epoch {best['epoch']}, with 95% intervals, and baselines:\n")
+    print(table(found))
+    print(f"\n{folder}: {', '.join(written)}", flush=True)
+    return Tested(task, test, answers, found)
+
+
+def write_results(folder: Path, task: Task, rows: list[Row], answers: list, found: dict, s: SimpleNamespace,
+                  under: str = "", more: Optional[dict] = None) -> list[str]:
+    """metrics.json and predictions.csv at once; then intervals, groups and pictures, which may take long.
+
+    found: what metrics.json holds, to which the results are added, as its entry `under` if that is given.
+    more: columns of predictions.csv. Returns the names of the files.
+    """
+    results = found.setdefault(under, {}) if under else found
+    arrays = task.arrays(rows, answers)
+    results.update({**task.scores(*arrays), "test_rows": len(rows), "meaning": task.meaning})
+    header, lines = task.table(rows, answers)
+    for name, cells in (more or {}).items():
+        header, lines = [*header, name], [[*line, cell] for line, cell in zip(lines, cells, strict=True)]
     write_text(folder / "predictions.csv", as_csv([header, *lines]))
     write_json(folder / "metrics.json", found)
     try:
         written = task.report(folder, *arrays)
     except OSError as error:
         raise cannot_write(folder, error) from None
-    print(f"\nTest, {len(test):,} examples, by epoch {best['epoch']}, with 95% intervals, and baselines:\n")
-    print(table(found))
-    print(f"\n{folder}: {', '.join(['metrics.json', 'predictions.csv', *written])}", flush=True)
-    return found
+    results.update(intervals.with_intervals(task, arrays))
+    if s.group_column != "":
+        results["by_group"] = intervals.by_group(task, arrays, [row.group for row in rows])
+    write_json(folder / "metrics.json", found)
+    return ["metrics.json", "predictions.csv", *written]
 
 
 def table(found: dict) -> str:
     """What metrics.json holds, for the terminal."""
-    baselines = found["baselines"]
+    baselines = found.get("baselines", {})
     width = max(map(len, baselines), default=0) + 2
     lines = [f"  {'':20} {'this model':>24}" + "".join(f"{name:>{width}}" for name in baselines)]
     for name in [name for name in found if f"{name}_ci95" in found]:
@@ -983,6 +1008,9 @@ def main(given: dict):
     s.columns = known_columns(s, earlier)
     splits = read_splits(s, machine.say)
     replaces = [] if init_from == "resume" else left_by_runs(folder)
+    if folds:
+        machine.say(f"{folds} trainings, each on {folds - 2} of {folds} parts of the data; one part chooses the "
+                    "best epoch, one is tested on")
     found = []
     for place, (train, val, test) in splits.items():
         if folds:
@@ -995,21 +1023,54 @@ def main(given: dict):
     machine.barrier()
 
 
-def summary_of_folds(folder: Path, found: list[dict], s: SimpleNamespace) -> str:
-    """Mean and standard deviation of each metric, in metrics.json too."""
-    lines = [f"\n{s.folds} folds, mean and standard deviation:\n"]
-    summary = {"task": s.task, "folds": s.folds}
-    for name in [name for name in found[0] if f"{name}_ci95" in found[0]]:
-        values = np.array([one[name] for one in found], dtype=float)
-        known = values[~np.isnan(values)]
-        mean = float(known.mean()) if len(known) else math.nan
-        std = float(known.std(ddof=1)) if len(known) > 1 else math.nan
-        summary.update({name: mean, f"{name}_std": std, f"{name}_folds": values.tolist()})
-        without = ", ".join(str(k + 1) for k in np.flatnonzero(np.isnan(values)))
-        lines.append(f"  {name:20} {mean:8.4f} +- {std:.4f}"
-                     + (f"  (not defined in fold {without}, which the mean leaves out)" if without else ""))
+def summary_of_folds(folder: Path, tested: list[Tested], s: SimpleNamespace) -> str:
+    """Mean and standard deviation of each metric; and of the predictions of all folds together the same as
+    of one test set: metrics.json, predictions.csv, pictures."""
+    found = [one.found for one in tested]
+    names = [name for name in found[0] if f"{name}_ci95" in found[0]]
+    summary = {"task": s.task, "folds": s.folds, "baselines": {}}
+    for baseline, scores in found[0]["baselines"].items():
+        each = [one["baselines"].get(baseline, {}) for one in found]
+        summary["baselines"][baseline] = {
+            name: mean_and_std([one.get(name, math.nan) for one in each])[0] for name in scores}
+    width = max(map(len, summary["baselines"]), default=0) + 2
+    heads = "".join(f"{name:>{width}}" for name in summary["baselines"])
+    lines = [f"\n{s.folds} folds, mean and standard deviation, and the baselines' means:\n",
+             f"  {'':40}{heads}" if heads else ""]
+    for name in names:
+        values = [one[name] for one in found]
+        mean, std = mean_and_std(values)
+        summary.update({name: mean, f"{name}_std": std, f"{name}_folds": values})
+        others = "".join(f"{scores[name]:{width}.4f}" for scores in summary["baselines"].values())
+        lines.append(f"  {name:20} {mean:8.4f} +- {std:.4f}{others}")
+        without = [str(k) for k, value in enumerate(values, start=1) if math.isnan(value)]
+        if without:
+            lines.append(f"  ({name} is not defined in fold {', '.join(without)}: the mean leaves it out)")
+    if all(one.task.labels == tested[0].task.labels for one in tested):
+        lines += pooled(folder, tested, summary, s)
+    else:
+        lines.append("\n(the folds have learned different labels: their predictions are not put together)")
     write_json(folder / "metrics.json", summary)
     return "\n".join(lines)
+
+
+def mean_and_std(values: list[float]) -> tuple[float, float]:
+    """Of those that are defined."""
+    known = np.array([value for value in values if not math.isnan(value)])
+    std = float(known.std(ddof=1)) if len(known) > 1 else math.nan
+    return float(known.mean()) if len(known) else math.nan, std
+
+
+def pooled(folder: Path, tested: list[Tested], summary: dict, s: SimpleNamespace) -> list[str]:
+    """The test rows of all folds as one: every row is answered once, by a model that has not seen it."""
+    task, rows, answers, fold = tested[0].task, [], [], []
+    for k, one in enumerate(tested, start=1):
+        rows += one.rows
+        answers += one.answers
+        fold += [k] * len(one.task.table(one.rows, one.answers)[1])  # tags have a line a word
+    written = write_results(folder, task, rows, answers, summary, s, "pooled", {"fold": fold})
+    return [f"\nAll {len(rows):,} examples, each by the fold that tested it:\n", table(summary["pooled"]),
+            f"\n{folder}: {', '.join(written)}"]
 
 
 if __name__ == "__main__":

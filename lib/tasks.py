@@ -447,9 +447,6 @@ class Regress(TextTask):
             p = np.full_like(p, p.mean())
         return y, p
 
-    def given(self, row):
-        return {"label": row.label}
-
     def baselines(self, train, test):
         mean = self.answers(test, [], [[self.targets(train).mean()]])
         return {"mean": mean * len(test), "bag_of_words": self.bag_of_words(train, test)}

@@ -18,7 +18,8 @@ import finetune
 import sample
 import train
 from config import SettingError, UserError
-from lib import tasks
+from lib import intervals, tasks
+from lib.rows import Row
 from lib.run import load_body
 from lib.tokenizer import make_tokenizer
 from model import Config, Transformer
@@ -120,8 +121,10 @@ CASES = {  # kind -> its rows, its settings, columns of predictions.csv, the bes
                ["text", "label", "prediction", "prob_bad", "prob_good"], ("accuracy", 0.6)),
     "labels": (label_rows, ("--multi_label",),
                ["text", "label", "prediction", "prob_bad", "prob_good", "prob_odd"], ("f1_macro", 0.6)),
-    "pairs together": (pair_rows, (*PAIRS, "--pair=together"), ["label", "prediction"], ("spearman", -1)),
-    "pairs apart": (pair_rows, (*PAIRS, "--pair=apart"), ["label", "prediction"], ("spearman", -1)),
+    "pairs together": (pair_rows, (*PAIRS, "--pair=together"),
+                       ["text", "text_pair", "label", "prediction"], ("spearman", -1)),
+    "pairs apart": (pair_rows, (*PAIRS, "--pair=apart"),
+                    ["text", "text_pair", "label", "prediction"], ("spearman", -1)),
     "tags": (tag_rows, ("--task=tag",), ["sentence", "text", "label", "prediction"], ("f1", 0.9)),
     "answers": (question_rows, ("--task=qa",), ["id", "question", "label", "prediction", "score"],
                 ("f1", 0.0)),
@@ -420,12 +423,30 @@ def test_a_signal_in_the_last_evaluation_of_a_fold_stops_the_folds(tmp_path, mon
     assert json.loads((out / "metrics.json").read_text(encoding="utf-8")) == metrics
 
 
-def test_a_fold_without_a_class_leaves_the_mean_of_the_others(tmp_path):
-    found = [{"roc_auc": value, "roc_auc_ci95": [0, 1]} for value in (0.5, math.nan, 0.7)]
-    s = SimpleNamespace(task="classify", folds=3)
-    assert "0.6000 +- 0.1414  (not defined in fold 2" in finetune.summary_of_folds(tmp_path, found, s)
+def test_folds_are_summed_up_one_by_one_and_all_together(tmp_path):
+    """Of the three folds one has a single class: it has no area below a curve."""
+    task = tasks.Classify({"labels": ["a", "b"], "max_length": 8, "paired": False, "apart": False}, None)
+    tested = []
+    for labels, right in ("abab", [0.9, 0.4, 0.8, 0.7]), ("aaaa", [0.8] * 4), ("abba", [0.6, 0.3, 0.9, 0.4]):
+        rows = [Row("", f"text {i}", label=label, group=label) for i, label in enumerate(labels)]
+        answers = [np.array([p, 1 - p] if label == "a" else [1 - p, p]) for p, label in zip(right, labels)]
+        found = intervals.with_intervals(task, task.arrays(rows, answers))
+        found["baselines"] = {"majority": {**dict.fromkeys(task.metrics, 0.25), "roc_auc": math.nan}}
+        tested.append(finetune.Tested(task, rows, answers, found))
+    s = SimpleNamespace(task="classify", folds=3, group_column="g")
+    told = finetune.summary_of_folds(tmp_path, tested, s)
     kept = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
-    assert kept["roc_auc"] == pytest.approx(0.6) and kept["roc_auc_folds"] == [0.5, None, 0.7]
+    assert kept["accuracy"] == pytest.approx(0.75) and kept["accuracy_folds"] == [0.75, 1, 0.5]
+    assert kept["roc_auc_folds"][1] is None and "(roc_auc is not defined in fold 2: " in told
+    assert kept["roc_auc"] == pytest.approx(np.mean([one.found["roc_auc"] for one in tested[::2]]))
+    assert kept["baselines"]["majority"]["accuracy"] == 0.25 and "bag" not in told
+    together = kept["pooled"]
+    assert together["test_rows"] == 12 and together["accuracy"] == pytest.approx(9 / 12)
+    assert together["by_group"]["groups"]["b"]["rows"] == 4 and "gap_ci95" in together["by_group"]["gaps"]["loss"]
+    table = json.loads((tmp_path / "curves.json").read_text(encoding="utf-8"))["confusion"]
+    assert table == [[7, 1], [2, 2]]
+    written = read_csv(tmp_path / "predictions.csv")
+    assert [row["fold"] for row in written] == [*"111122223333"] and written[1]["prediction"] == "a"
 
 
 def test_the_best_epoch_is_tested_and_the_test_set_read_once(tmp_path, monkeypatch):
