@@ -13,6 +13,7 @@ import re
 import string
 import unicodedata
 import warnings
+from array import array
 from collections import Counter, namedtuple
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -351,46 +352,83 @@ def words_of(row) -> list[str]:
     return [f"{mark} {word}" for mark, words in groups.items() for word in words]
 
 
-def tf_idf(rows, idf: dict) -> list[torch.Tensor]:
-    """As F.embedding_bag takes them: the words' numbers, where each text begins, values of length 1."""
-    number = {word: i for i, word in enumerate(idf)}
-    numbers, starts, values = [], [], []
+class TooLarge(Exception):
+    """For a baseline. It says of what there is too much."""
+
+
+WORDS_TIMES_OUTPUTS, WORDS_OF_ROWS = 10_000_000, 50_000_000  # what the baseline may take: about 1 GB each
+
+
+def counted_words(rows, number: dict, grow: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Each row's words as numbers, in the order in which they come, and how often; where each row begins.
+
+    grow: new words get the next numbers; else they are left out.
+    """
+    numbers, counts, starts = array("i"), array("i"), array("q")
     for row in rows:
-        counts = Counter(word for word in words_of(row) if word in idf)
-        found = np.array([(1 + math.log(n)) * idf[word] for word, n in counts.items()])
         starts.append(len(numbers))
-        numbers += [number[word] for word in counts]
-        values += (found / (np.linalg.norm(found) or 1)).tolist()
-    return [torch.tensor(numbers, dtype=torch.long), torch.tensor(starts), torch.tensor(values)]
+        for word, n in Counter(words_of(row)).items():
+            place = number.setdefault(word, len(number)) if grow else number.get(word)
+            if place is not None:
+                numbers.append(place)
+                counts.append(n)
+        if len(numbers) > WORDS_OF_ROWS:
+            raise TooLarge(f"more than {WORDS_OF_ROWS:,} words in all rows")
+    return tuple(np.array(one, dtype=np.int64) for one in (numbers, counts, starts))
+
+
+def tf_idf(numbers, counts, starts, idf) -> list[torch.Tensor]:
+    """As F.embedding_bag takes them: the words' numbers, where each text begins, values of length 1.
+
+    idf: of each number, nan for words that are left out; those that are not are numbered anew.
+    """
+    known = ~np.isnan(idf[numbers])
+    begins = np.append(0, np.cumsum(known))[starts]
+    numbers, counts = numbers[known], counts[known]
+    values = (1 + np.log(counts)) * idf[numbers]
+    numbers = (np.cumsum(~np.isnan(idf)) - 1)[numbers]
+    row = np.repeat(np.arange(len(begins)), np.diff(np.append(begins, len(numbers))))
+    lengths = np.sqrt(np.bincount(row, weights=values ** 2, minlength=len(begins)))
+    return [torch.from_numpy(numbers), torch.from_numpy(begins), torch.from_numpy(values / lengths[row]).float()]
 
 
 def bag_of_words(train, test, n_out: int, loss: Callable) -> np.ndarray:
     """The outputs of a linear model on TF-IDF of words for the rows of test, (N, n_out): before the softmax.
 
-    loss: a sum, of the outputs for the rows of train; so it is logistic regression, or least squares.
+    loss: a sum, of the outputs for the rows of train; so it is logistic regression, or least squares. Raises
+    TooLarge.
     """
-    count = Counter(word for row in train for word in set(words_of(row)))
-    known = sorted(word for word in count if count[word] > 1) or sorted(count) or [""]
-    n = 1 + len(train)
-    idf = {word: math.log(n / (1 + count[word])) + 1 for word in known}
-    features = tf_idf(train, idf)
-    weight = torch.zeros(len(known), n_out, requires_grad=True)
-    bias = torch.zeros(n_out, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=60, line_search_fn="strong_wolfe")
-
-    def linear(numbers, starts, values):
-        return F.embedding_bag(numbers, weight, starts, mode="sum", per_sample_weights=values) + bias
+    number = {}
+    words = counted_words(train, number, grow=True)
+    count = np.bincount(words[0], minlength=len(number))
+    often = count > (1 if (count > 1).any() else 0)
+    if often.sum() * n_out > WORDS_TIMES_OUTPUTS:
+        raise TooLarge(f"{often.sum():,} words times {n_out:,} outputs, more than {WORDS_TIMES_OUTPUTS:,}")
+    idf = np.where(often, np.log((1 + len(train)) / (1 + count)) + 1, math.nan)
+    numbers, starts, values = features = tf_idf(*words, idf)
+    weight, bias = torch.zeros(int(often.sum()), n_out), torch.zeros(n_out)
+    # the same by word, for the gradient: torch's own, which adds up row by row, takes five times as long
+    row = torch.repeat_interleave(torch.diff(starts, append=torch.tensor([len(numbers)])))
+    order = torch.argsort(numbers, stable=True)
+    of_word = row[order], torch.searchsorted(numbers[order], torch.arange(len(weight))), values[order]
+    # scikit-learn remembers as many steps: each is two copies of the weights
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=60, history_size=10, line_search_fn="strong_wolfe")
 
     def objective():
-        optimizer.zero_grad()
-        out = linear(*features)
-        penalty = 0.2 * weight.square().sum()  # scikit-learn's 1 / (2 C)
-        total = (loss(out) + penalty) / len(out)
+        out = (sum_of(weight, *features) + bias).requires_grad_()
+        with torch.enable_grad():
+            total = loss(out) / len(out)
         total.backward()
-        return total
+        weight.grad = sum_of(out.grad, *of_word) + 0.4 / len(out) * weight
+        bias.grad = out.grad.sum(0)
+        return total.detach() + 0.2 / len(out) * weight.square().sum()  # scikit-learn's 1 / (2 C)
 
     optimizer.step(objective)
-    return linear(*tf_idf(test, idf)).detach().numpy()
+    return (sum_of(weight, *tf_idf(*counted_words(test, number, grow=False), idf)) + bias).numpy()
+
+
+def sum_of(vectors, numbers, starts, values):
+    return F.embedding_bag(numbers, vectors, starts, mode="sum", per_sample_weights=values)
 
 
 # -----------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from lib import metrics
 from lib.metrics import ANSWER_METRICS, CLASS_METRICS, LABEL_METRICS, NUMBER_METRICS, TAG_METRICS, compute
 from lib.rows import Row
+from lib.tasks import Classify
 from tests.answers import CMRC, SQUAD
 from tests.helpers import synthetic
 
@@ -164,6 +165,16 @@ def test_the_bag_of_words_baseline_is_scikit_learn_s():
     assert np.abs(ours - model.predict_proba(theirs.transform(texts[80:]))[:, 1]).max() < 1e-3
     assert set(metrics.words_of(Row("", "a b", "b c"))) == {
         "1 a", "1 b", "1 a b", "2 b", "2 c", "2 b c", "= b", "! a", "! c", "! a b", "! b c"}
+
+
+@pytest.mark.parametrize("limit, said", [("WORDS_OF_ROWS", "more than 8 words in all rows"),
+                                         ("WORDS_TIMES_OUTPUTS", "10 words times 2 outputs, more than 8")])
+def test_a_baseline_that_is_too_large_is_left_out_aloud(limit, said, monkeypatch, capsys):
+    monkeypatch.setattr(metrics, limit, 8)
+    task = Classify({"labels": ["a", "b"], "max_length": 8, "paired": False, "apart": False}, None)
+    rows = [Row("", f"of {word} and none", label=label) for label in "ab" for word in ("x", "y")]
+    assert [*task.baselines(rows, rows)] == ["majority"]
+    assert capsys.readouterr().out == f"(baseline bag_of_words is left out: {said})\n"
 
 
 @pytest.mark.parametrize("several", [False, True])
