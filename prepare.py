@@ -37,7 +37,7 @@ from config import (SettingError, UserError, above, at_least, checked, launch, n
                     values_of)
 from lib.clean import Progress, collect, make_rules, near_groups
 from lib.text import BLOCK, BUILT_IN, UNPACK, documents, local_files, locked, note, source_parts
-from lib.tokenizer import SAFE, Tokenizer, encode_stream, make_tokenizer, read_texts, sample, with_prefix
+from lib.tokenizer import Tokenizer, encode_stream, make_tokenizer, read_texts, sample, with_prefix
 
 # -----------------------------------------------------------------------------
 # Settings
@@ -254,12 +254,12 @@ def build(folder: Path, s: SimpleNamespace, downloads: Path) -> str:
     print_shares(size, spool, index, s)
     codec = codec or train_tokenizer(s, spool, spans["train"], size["train"])
     if not codec.safe and index["size"].max() > 2**24:
-        print(f"the tokenizer reads a document at once, with 100 times its size in memory; the longest has "
+        print(f"the tokenizer reads a document at once, with 170 times its size in memory; the longest has "
               f"{index['size'].max() / 1e6:.0f} MB")
     tick = Progress("tokenizing", sum(size.values()))
     splits, lost = {}, Counter()
     for name, rows in spans.items():
-        texts = read_texts(spool, rows, codec.safe, tick)
+        texts = read_texts(spool, rows, codec, tick)
         if len(index) == 1:  # no ends inside
             texts = ((text, False) for text, _ in texts)
         ids = encode_stream(codec, texts, s.threads or os.cpu_count() or 1, lost)
@@ -475,7 +475,7 @@ def train_tokenizer(s: SimpleNamespace, spool: Path, spans: np.ndarray, size: in
         raise SettingError("--prefix=True: for a tokenizer with a template, not for a bpe")
     share = min(s.sample_mb * 1e6 / max(size, 1), 1)
     print(f"training a tokenizer of {s.vocab_size:,} tokens on {share * size / 1e6:.1f} MB")
-    codec = make_tokenizer("bpe", sample(read_texts(spool, spans, SAFE, lambda n: None), share), s.vocab_size)
+    codec = make_tokenizer("bpe", sample(read_texts(spool, spans, Tokenizer, lambda n: None), share), s.vocab_size)
     if codec.vocab_size < s.vocab_size:
         print(f"the text has pairs for {codec.vocab_size:,} tokens only")
     return codec

@@ -61,6 +61,7 @@ class Tokenizer:
     text is out of vocabulary.
     """
     safe = SAFE  # where a long text may be cut: it gives the same ids
+    heavy = False  # does it take much memory for a text?
     prefix = []  # ids that its model reads before every text
 
     def __init__(self, kind: str, pattern: str, ranks: list[bytes], specials: dict[str, int]):
@@ -95,7 +96,7 @@ class Tokenizer:
         def encoded(group: list[str]) -> list[np.ndarray]:
             return [np.array(self.encode(text), dtype=np.uint32) for text in group]
 
-        groups = [[text for text, _ in unit] for unit in units((text, True) for text in texts)]
+        groups = [[text for text, _ in unit] for unit in units(((text, True) for text in texts), UNIT)]
         if len(groups) == 1:
             return encoded(groups[0])
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
@@ -223,6 +224,7 @@ class HubTokenizer(Tokenizer):
     it cannot be used.
     """
     kind = "huggingface"
+    heavy = True  # 170 bytes a byte
 
     def __init__(self, json_text: str, roles: dict[str, str], ends: Iterable[int] = (),
                  config: dict | None = None):
@@ -698,11 +700,11 @@ def read_ranks(path: Path) -> list[bytes]:
 UNIT = 2**19  # characters tokenized at a time, by one thread
 
 
-def read_texts(path: Path, spans: np.ndarray, safe: re.Pattern | None,
+def read_texts(path: Path, spans: np.ndarray, tokenizer: Tokenizer | type[Tokenizer],
                tick: Callable) -> Iterator[tuple[str, bool]]:
-    """What lies in a file at `spans`, (texts, 2), in bytes; a long one in pieces, cut where it is safe, if
-    that is anywhere. tick(bytes)."""
-    size = 8 * UNIT if safe is SAFE else UNIT  # Hugging Face's library takes a hundred bytes for each
+    """What lies in a file at `spans`, (texts, 2), in bytes; a long one in pieces, cut where that is safe for
+    the tokenizer, if it is anywhere. tick(bytes)."""
+    safe, size = tokenizer.safe, UNIT // 8 if tokenizer.heavy else 8 * UNIT
     with open(path, "rb") as f:
         for start, end in zip(memoryview(spans[:, 0].copy()), memoryview(spans[:, 1].copy())):
             f.seek(start)
@@ -727,7 +729,8 @@ def encode_stream(tokenizer: Tokenizer, texts: Iterable[tuple[str, bool]], threa
     """Ids in the order of the text, with a few UNITs in memory. lost: gains the characters without an id."""
     waiting, lost = deque(), Counter() if lost is None else lost
     with ThreadPoolExecutor(threads) as pool:
-        for unit in itertools.chain(units(texts), [None] * 2 * threads):
+        size = UNIT // 8 if tokenizer.heavy else UNIT
+        for unit in itertools.chain(units(texts, size), [None] * 2 * threads):
             if unit:
                 found = Counter()
                 waiting.append((pool.submit(tokenizer.encode_documents, *zip(*unit), found), found))
@@ -749,13 +752,13 @@ def with_prefix(arrays: Iterable[np.ndarray], tokenizer: Tokenizer) -> Iterator[
         yield np.insert(ids, np.repeat(starts, len(prefix)), np.tile(prefix, len(starts)))
 
 
-def units(texts: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
+def units(texts: Iterable[tuple[str, bool]], most: int) -> Iterator[list[tuple[str, bool]]]:
     """Short texts together, so that a thread has something to do."""
     unit, size = [], 0
     for text in texts:
         unit.append(text)
         size += len(text[0])
-        if size >= UNIT:
+        if size >= most:
             yield unit
             unit, size = [], 0
     if unit:

@@ -403,7 +403,7 @@ def test_a_long_text_in_pieces_gives_the_same_tokens(tmp_path, monkeypatch, patt
         expected += [*tokenizer.encode(data[start:end].decode("utf-8", "ignore")), tokenizer.eot]
     for unit, threads in ((40, 1), (100, 2), (10**6, 3)):
         monkeypatch.setattr(tokenizer_file, "UNIT", unit)
-        pieces = list(tokenizer_file.read_texts(tmp_path / "spool", spans, tokenizer.safe, lambda n: None))
+        pieces = list(tokenizer_file.read_texts(tmp_path / "spool", spans, tokenizer, lambda n: None))
         assert unit == 10**6 or len(pieces) > 20
         ids = np.concatenate(list(tokenizer_file.encode_stream(tokenizer, pieces, threads)))
         assert ids.tolist() == expected
