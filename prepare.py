@@ -79,7 +79,8 @@ FORMAT = 1  # of meta.json and the .bin files
 SPLITS = ("train", "val", "test")
 OURS = ("train.bin", "val.bin", "test.bin", "meta.json", "report.png")  # all that a data set has
 NAME = re.compile(r"\w(?:[\w.+-]*\w)?")  # of a data set
-NEW = {"phones": "patterns", "split_on": "", "skip_bad_rows": False}  # settings that older data sets lack, and what they were made with
+# Settings that older data sets lack, and what they were made with.
+NEW = {"phones": "patterns", "split_on": "", "skip_bad_rows": False}
 
 
 # -----------------------------------------------------------------------------
@@ -153,8 +154,8 @@ def is_there(folder: Path, s: SimpleNamespace) -> bool:
         print(f"{s.source}: not here, so not compared with what {folder} was made of")
     elif before and before != now:
         raise SettingError(f"{folder}: its source has changed since ({before['files']:,} files, "
-                           f"{before['bytes']:,} bytes; now {now['files']:,} files, {now['bytes']:,} bytes, or "
-                           "their times or names): --overwrite makes it again")
+                           f"{before['bytes']:,} bytes; now {now['files']:,} files, {now['bytes']:,} bytes, "
+                           "or their times or names): --overwrite makes it again")
     return True
 
 
@@ -530,8 +531,9 @@ def read_meta(folder: Path) -> dict:
     if found != FORMAT:
         raise UserError(f"{path}: format {found}, wanted {FORMAT}: make the data set again, with --overwrite")
     try:
-        whole = meta["dtype"] in ("uint16", "uint32") and meta["tokenizer"] and meta["settings"]
-        whole = whole and all(meta["splits"][name]["tokens"] >= 0 for name in SPLITS) and meta["vocab_size"] > 0
+        whole = meta["dtype"] in ("uint16", "uint32") and meta["vocab_size"] > 0
+        whole = whole and meta["tokenizer"] and meta["settings"]
+        whole = whole and all(meta["splits"][name]["tokens"] >= 0 for name in SPLITS)
     except (KeyError, TypeError):
         whole = False
     if not whole:

@@ -107,8 +107,8 @@ ENDS = {"!--": re.compile("-->"), "?": re.compile(r"\?>"),
 ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[a-zA-Z][a-zA-Z0-9]{1,31});")
 LINES = frozenset("""
     address article aside blockquote body br caption center dd details dialog div dl dt fieldset figcaption
-    figure footer form h1 h2 h3 h4 h5 h6 head header hr html legend li main nav ol option p pre section summary
-    table tbody tfoot thead title tr ul""".split())  # tags that begin a line, and end one
+    figure footer form h1 h2 h3 h4 h5 h6 head header hr html legend li main nav ol option p pre section
+    summary table tbody tfoot thead title tr ul""".split())  # tags that begin a line, and end one
 
 
 class WithoutTags:

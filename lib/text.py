@@ -103,8 +103,8 @@ def encoding_of(path: str | Path) -> str:
 
 NO_TEXT = {b"PK\3\4": "a zip or Excel file", b"\xd0\xcf\x11\xe0": "an Excel file", b"PAR1": "a Parquet file",
            b"%PDF-": "a PDF", b"{\\rtf": "an RTF file", b"\x89PNG": "a picture", b"\xff\xd8\xff": "a picture",
-           b"GIF8": "a picture", b"\x1f\x8b": "a gzip file", b"BZh": "a bzip2 file", b"\xfd7zXZ": "an xz file",
-           b"\x28\xb5\x2f\xfd": "a zstd file", b"7z\xbc\xaf": "a 7z file"}
+           b"GIF8": "a picture", b"\x1f\x8b": "a gzip file", b"BZh": "a bzip2 file",
+           b"\xfd7zXZ": "an xz file", b"\x28\xb5\x2f\xfd": "a zstd file", b"7z\xbc\xaf": "a 7z file"}
 
 
 def is_gbk(data: bytes) -> bool:
@@ -511,7 +511,7 @@ def note(found: dict, what: str, example: str, times: int = 0, documents: int = 
 
 def file_documents(file: Path, title: str, encoding: str, errors: str, text_key: str, split_on: str | None,
                    skip_bad_rows: bool, found: dict, named: bool = False) -> Iterator[tuple[str, str]]:
-    """Each record is one, of .csv, .tsv, .jsonl and of a .json that has texts; else the file is, or its parts.
+    """Each record, of .csv, .tsv, .jsonl and of a .json that has texts; else the file, or its parts.
 
     named: a .json without such texts is refused. In a folder it is a text itself, as code is.
     """
@@ -522,8 +522,8 @@ def file_documents(file: Path, title: str, encoding: str, errors: str, text_key:
         text = itertools.chain([first], text)
         if not has_texts(first, text_key):
             if named and text_key:
-                raise UserError(f"{file}: no objects with a text under {text_key!r}: it begins {first[:60]!r}: "
-                                "give --text_key=NAME, or --text_key= to read it as plain text")
+                raise UserError(f"{file}: no objects with a text under {text_key!r}: it begins "
+                                f"{first[:60]!r}: give --text_key=NAME, or --text_key= to read it as plain text")
             note(found, "json_as_text", str(file))
             kind = ""
     if kind not in RECORDS or not text_key:
@@ -566,7 +566,7 @@ def parts_of(text: Iterable[str], title: str, split_on: str | None, found: dict,
     rest, name, n, blank_lines, within = "", title, 1, 0, 0
     for block, is_last in with_last(text):
         block, at = rest + block, 0
-        end = len(block) if is_last else max(len(block.rstrip()) - reach, 0)  # a separator may go on behind it
+        end = len(block) if is_last else max(len(block.rstrip()) - reach, 0)  # what divides may go on there
         if not is_last and not end and len(block) > 4 * BLOCK:
             end = len(block)
         for place in pattern.finditer(block) if split_on is not None else ():
