@@ -33,19 +33,20 @@ IP6 = re.compile(r":[0-9a-fA-F]{0,4}:[0-9a-fA-F:]*")
 VERSION = re.compile(r"(?:\b(?:v|ver|version|release|build|rev|section|chapter)|版本|バージョン|버전"
                      r"|[A-Za-z]/|[<>=~^!]=|[~^])[\s:`\"'(]*$", re.IGNORECASE)
 
-NUMBER = re.compile(r"[+(0-9][0-9 ()./-]{5,}[0-9]")
-CUE = re.compile(r"(?<![A-Za-z])(?:tel|telephone|phone|fax|mobile?|whatsapp|téléphone|telefono?|teléfono"
+NUMBER = re.compile(r"[+(0-9][0-9 ()./+-]{5,}[0-9]")
+CUE = re.compile(r"(?<![A-Za-z])(?:tel|telephone|ph|phone|fax|mobile?|whatsapp|téléphone|telefono?|teléfono"
                  r"|电话|手机|電話|携帯|전화|फ़ोन|फोन)[^0-9+(\n]{0,12}$", re.IGNORECASE)
 CODE = (r"(?:[17]|2[07]|3[0-469]|4[013-9]|5[1-8]|6[0-6]|8[1246]|9[0-58]"  # of a country
         r"|(?:2[1-689]|3[578]|42|5[09]|6[789]|8[58]|9[679])[0-9])")
 PHONE = re.compile("|".join((
     # +44 20 7946 0958, +49 (0)30 123456
-    rf"(?:\+|\b00){CODE}[ ./-]?(?:\(0?[0-9]{{1,5}}\)[ .-]?)?[0-9]{{1,5}}(?:[ ./-]?[0-9]{{2,8}}){{1,5}}",
+    rf"(?:\(?\+|\b00){CODE}\)?[ ./-]?(?:\(0?[0-9]{{1,5}}\)[ .-]?)?[0-9]{{1,5}}(?:[ ./-]?[0-9]{{2,8}}){{1,5}}",
     r"\(0?[1-9][0-9]{1,4}\) ?[0-9]{3,5}[ -]?[0-9]{3,5}(?:[ -][0-9]{2,4})?",  # (555) 123-4567, (030) 12345678
-    r"(?:1[-.])?[2-9][0-9]{2}([-.])[0-9]{3}\1[0-9]{4}",  # 555-123-4567
+    r"(?:1[-.])?[2-9][0-9]{2}([ .-])[0-9]{3}\1[0-9]{4}",  # 555-123-4567
     r"0[1-9]([ .-])[0-9]{2}(?:\2[0-9]{2}){3}",  # French: 01 42 68 53 00
     # 020 7946 0958, 030/1234567, 03-1234-5678
     r"0[1-9][0-9]{0,4}(?: ?[/-] ?| )[0-9]{3,8}(?:[ -][0-9]{2,8}){0,3}",
+    r"07[0-9]{9}|0[67][0-9]{8}|01[5-7][0-9]{8,9}|0[6-9][0-9]{9}",  # mobile ones without spaces
     r"1[3-9][0-9](?:[0-9]{8}|([ -])[0-9]{4}\3[0-9]{4})",  # Chinese: 13912345678
     r"0?[6-9][0-9]{4}[ -][0-9]{5}",  # Indian: 98765 43210
     r"[78][ -]?\(?[3-9][0-9]{2}\)?[ -][0-9]{3}-[0-9]{2}-[0-9]{2}",  # Russian: 8 (495) 123-45-67
@@ -154,6 +155,7 @@ def addresses(text: str) -> Iterator[tuple[int, int]]:
             continue
         groups = sum(map(bool, text[start:end].split(":")))
         joined = is_word(text[max(start - 1, 0):start]) or is_word(text[end:end + 1])
+        joined = joined or (text[end:end + 1] == "." and text[end + 1:end + 2].isdigit())  # ::ffff:10.1.2.3
         if groups > 1 and not joined and digits_in(text[start:end]):
             found.append((start, end))
     return iter(sorted(found))

@@ -523,7 +523,7 @@ def file_documents(file: Path, title: str, encoding: str, errors: str, text_key:
         if not has_texts(first, text_key):
             if named and text_key:
                 raise UserError(f"{file}: no objects with a text under {text_key!r}: it begins "
-                                f"{first[:60]!r}: give --text_key=NAME, or --text_key= to read it as plain text")
+                                f"{first[:60]!r}: give --text_key=NAME, or --text_key= for plain text")
             note(found, "json_as_text", str(file))
             kind = ""
     if kind not in RECORDS or not text_key:

@@ -724,7 +724,7 @@ def read_texts(path: Path, spans: np.ndarray, tokenizer: Tokenizer | type[Tokeni
                 at = len(text)
                 if start < end and not safe:
                     at = 0
-                elif start < end and at < 128 * UNIT:
+                elif start < end and at < 16 * UNIT:  # no such place for long: cut anywhere
                     at = max((place.end() for place in safe.finditer(text, max(at - 4096, 0))), default=0)
                 if at:
                     yield text[:at], start == end
@@ -834,7 +834,23 @@ def count_pieces(texts: Iterable[str]) -> Counter:
               f"{share} times")
         for piece in filter(is_clause, pieces):
             pieces[piece] *= share
+    cut_long(pieces)
     return pieces
+
+
+LONGEST = 2**12  # characters of a piece that is learned from whole
+
+
+def cut_long(pieces: Counter) -> None:
+    """Cut what has no end (letters without a space), and of a lot of it keep the first."""
+    room = CLAUSES
+    for piece in [piece for piece in pieces if len(piece) > LONGEST]:
+        times = pieces.pop(piece)
+        for i in range(0, min(len(piece), room), LONGEST):
+            pieces[piece[i:i + LONGEST]] += times
+        room -= min(len(piece), room)
+    if not room:
+        print(f"of words of over {LONGEST:,} characters, the tokenizer learns from the first {CLAUSES:,}")
 
 
 def is_clause(piece: str) -> bool:

@@ -58,7 +58,8 @@ def test_each_rule_cleans_its_own_and_is_counted(tmp_path, rule):
     assert rule != "scrub_pii" or "x.org" not in json.dumps(found)
 
 
-PRIVATE = ("-----BEGIN RSA PRIVATE KEY-----\n" + "MIIEowIBAAKCAQEAwX7Yz4hG0aQ2m5pQyK1vJ3nR8tLzXcVbNmAsDfGhJkLqWeRt\n" * 25
+PRIVATE = ("-----BEGIN RSA PRIVATE KEY-----\n"
+           + "MIIEowIBAAKCAQEAwX7Yz4hG0aQ2m5pQyK1vJ3nR8tLzXcVbNmAsDfGhJkLqWeRt\n" * 25
            + "-----END RSA PRIVATE KEY-----")
 
 
@@ -66,14 +67,20 @@ PRIVATE = ("-----BEGIN RSA PRIVATE KEY-----\n" + "MIIEowIBAAKCAQEAwX7Yz4hG0aQ2m5
     ("联系foo@bar.com谢谢", "联系[EMAIL]谢谢"), ("服务器192.168.1.10的地址", "服务器[IP]的地址"),
     ("x" * 64 + "foo@bar.com", "[EMAIL]"), ("手机13912345678，谢谢", "手机[PHONE]，谢谢"),
     ("Call 01 42 68 53 00 now", "Call [PHONE] now"), ("on 020 7946 0958.", "on [PHONE]."),
-    ("unter 030/12345678 oder", "unter [PHONE] oder"), ("+49 170 123-4567", "[PHONE]"), ("98765 43210", "[PHONE]"),
-    ("(030) 1234-5678", "[PHONE]"), ("fe80::1:2", "[IP]"), ("2001:db8:0:0:0:0:0:1", "[IP]"), ("255.1.0.9", "[IP]"),
-    ("a+b@c-d.co.uk", "[EMAIL]"), ("ghp_" + "x1" * 18, "[KEY]"), ("AKIA" + "A1" * 8, "[KEY]"), (PRIVATE, "[KEY]"),
+    ("unter 030/12345678 oder", "unter [PHONE] oder"), ("+49 170 123-4567", "[PHONE]"), ("98765 43210",
+    "[PHONE]"),
+    ("(030) 1234-5678", "[PHONE]"), ("(+44) 7911 123456", "[PHONE]"), ("07911123456", "[PHONE]"),
+    ("電話：9876543210", "電話：[PHONE]"), ("212 555 0123", "[PHONE]"), ("::ffff:192.168.1.10", "::ffff:[IP]"),
+    ("fe80::1:2", "[IP]"), ("2001:db8:0:0:0:0:0:1", "[IP]"), ("255.1.0.9", "[IP]"),
+    ("a+b@c-d.co.uk", "[EMAIL]"), ("ghp_" + "x1" * 18, "[KEY]"), ("AKIA" + "A1" * 8, "[KEY]"),
+    (PRIVATE, "[KEY]"),
     (PRIVATE[:-40] + " more", "[KEY] more"), (f"a{PRIVATE}b{PRIVATE}c", "a[KEY]b[KEY]c"),
     *[(same, same) for same in (
         "q@k.transpose(-2, -1)", "10 000 000", "hf_hub_download_of_all_files", "version 1.2.3.4", "`1.2.3.4`",
-        "version 3.11.7, 1.2.3.4.5", "2024-05-06 12:34:56", "std::vector foo::bar", "3.14159265", "x = a[1:2] 0:1",
-        "12345678901234567890", "@decorator\ndef f(self)", "5-7 and 10-12", "-----BEGIN RSA PRIVATE KEY----- is how",
+        "version 3.11.7, 1.2.3.4.5", "2024-05-06 12:34:56", "std::vector foo::bar", "3.14159265",
+        "x = a[1:2] 0:1",
+        "12345678901234567890", "@decorator\ndef f(self)", "5-7 and 10-12",
+        "-----BEGIN RSA PRIVATE KEY----- is how",
     )]])
 def test_what_looks_like_personal_data_and_what_does_not(text, expected):
     assert by("scrub_pii", text) == expected
@@ -82,7 +89,7 @@ def test_what_looks_like_personal_data_and_what_does_not(text, expected):
 
 @pytest.mark.parametrize("phones", ["patterns", pytest.param("library", marks=slow)])
 def test_personal_data_in_six_languages_code_logs_and_tables(phones):
-    """Precision: the share of what was replaced that had to be; recall: of what had to be, the share that was."""
+    """Precision: of what was replaced, the share that had to be; recall: of what had to be, what was."""
     finders = {"KEY": personal.keys, "EMAIL": personal.emails, "IP": personal.addresses,
                "PHONE": personal.likely_numbers}
     if phones == "library":
@@ -111,9 +118,11 @@ def test_what_was_replaced_is_shown_without_its_digits_and_not_stored(tmp_path):
 
 
 @pytest.mark.parametrize("text, expected", [
-    ("<table><tr><td>Zurich</td><td>1350</td></tr></table>", "Zurich\t1350"), ("<tr><th>a<th>b<tr><td>c", "a\tb\nc"),
+    ("<table><tr><td>Zurich</td><td>1350</td></tr></table>", "Zurich\t1350"), ("<tr><th>a<th>b<tr><td>c",
+    "a\tb\nc"),
     ('<a title="x > y" href=z>link</a>', "link"), ("<p\nclass='a>b'\n>x", "x"), ('<img alt="it\'s">q', "q"),
-    ("a < b and c > d", "a < b and c > d"), ("x<!-- a > <b> -->y", "xy"), ("<!-->z", "z"), ("<!-- open", "<!-- open"),
+    ("a < b and c > d", "a < b and c > d"), ("x<!-- a > <b> -->y", "xy"), ("<!-->z", "z"), ("<!-- open",
+    "<!-- open"),
     ("<script>if (a<b) x='</p>'</script>k<STYLE type=x>p{}</style >m", "km"), ("a<br/>b", "a\nb"),
     ("&lt;b&gt; AT&amp;T &#233;&#x4e2d; &no; &#99999999999;", "<b> AT&T é中 &no; &#99999999999;"),
     ("<!DOCTYPE html><?xml version='1.0'?>hi", "hi"), ('<a href="' + "x" * 500_000 + '">a</a>', "a")])
@@ -121,9 +130,11 @@ def test_html_as_it_is_read(text, expected):
     assert by("html", text).strip("\n") == expected
 
 
-UNITS = {"html": ["<a ", "<!--", "<", "</", "<?", "<?x", "<a b=\"", "<a b='\"", "<script>", "</script", "<a b=\"<a c='",
+UNITS = {"html": ["<a ", "<!--", "<", "</", "<?", "<?x", "<a b=\"", "<a b='\"", "<script>", "</script",
+                  "<a b=\"<a c='",
                   "&#", "<p>", "&lt;", "<a x=\"y>\" "],
-         "scrub_pii": ["-----BEGIN RSA PRIVATE KEY-----\n", "1 ", "1", "a@b.", "::", "a:", "(1", "sk-", "eyJ", "06 12 "],
+         "scrub_pii": ["-----BEGIN RSA PRIVATE KEY-----\n", "1 ", "1", "a@b.", "::", "a:", "(1", "sk-",
+         "eyJ", "06 12 "],
          "repeated_lines": ["a\n", "a"], "nfc": ["e\u0301"], "line_ends": ["\r"]}
 
 
@@ -141,7 +152,8 @@ def test_no_rule_takes_longer_than_its_text(rule):
 
 
 @pytest.mark.parametrize("rule, text", [
-    ("scrub_pii", PRIVATE), ("scrub_pii", "write to jo.e@x.org now"), ("html", '<td class="a>b">x</td><!-- > -->'),
+    ("scrub_pii", PRIVATE), ("scrub_pii", "write to jo.e@x.org now"),
+    ("html", '<td class="a>b">x</td><!-- > -->'),
     ("html", "<script>" + "a<b; " * 9 + "</script>&lt;"), ("repeated_lines", "same\nsame\nsame\nother\n"),
     ("line_ends", "a\r\nb\rc"), ("nfc", "Cafe\u0301 e\u0301 ")])
 def test_what_lies_across_the_edge_of_a_block_is_seen(monkeypatch, rule, text):
