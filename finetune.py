@@ -603,6 +603,7 @@ def fine_tune(run: Run, train: list[Row], val: list[Row], test: list[Row], given
     torch.manual_seed(s.seed)
     model = open_model(run, train, given, s)
     task = model.task
+    run.unit = task.unit
 
     # Examples, and when each comes. Those of the test rows too, so that a wrong label there is found now, not
     # after the training.

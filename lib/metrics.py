@@ -7,12 +7,10 @@ A metric is a line in one of the tables, and equals what scikit-learn, scipy or 
 computes; nan if it is not defined on these rows (ROC-AUC of a single class). It is a function of arrays with
 an entry a row.
 """
-import logging
 import math
 import re
 import string
 import unicodedata
-import warnings
 from array import array
 from collections import Counter, namedtuple
 from collections.abc import Callable, Sequence
@@ -23,6 +21,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from lib import pictures
 from lib.run import write_json, write_text
 
 
@@ -59,11 +58,17 @@ def confusion(y, probs) -> np.ndarray:
     return np.bincount(y * n + probs.argmax(1), minlength=n * n).reshape(n, n)
 
 
+def class_counts(y, probs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each class: rows that are called it and are it, that are it, that are called it; (K,) each."""
+    called, n = probs.argmax(1), probs.shape[1]
+    return tuple(np.bincount(one, minlength=n) for one in (y[called == y], y, called))
+
+
 def f1_macro(y, probs):
     """Mean over the classes that occur, in truth or in prediction."""
-    table = confusion(y, probs)
-    sizes = table.sum(0) + table.sum(1)
-    return f1(np.diag(table), sizes)[sizes > 0].mean()
+    right, true, called = class_counts(y, probs)
+    sizes = true + called
+    return f1(right, sizes)[sizes > 0].mean()
 
 
 def label_f1(y, probs, axis=None):
@@ -78,10 +83,10 @@ def label_f1_macro(y, probs):
 
 def matthews(y, probs):
     """Correlation of truth and prediction (Gorodkin 2004 for many classes); 0 if one of them is constant."""
-    table = confusion(y, probs).astype(float)
-    n, true, called = table.sum(), table.sum(1), table.sum(0)
+    right, true, called = (one.astype(float) for one in class_counts(y, probs))
+    n = true.sum()
     spread = (n * n - true @ true) * (n * n - called @ called)
-    return (np.trace(table) * n - true @ called) / math.sqrt(spread) if spread else 0.0
+    return (right.sum() * n - true @ called) / math.sqrt(spread) if spread else 0.0
 
 
 def one_vs_rest(y, probs) -> dict:
@@ -434,67 +439,45 @@ def sum_of(vectors, numbers, starts, values):
 # -----------------------------------------------------------------------------
 # The report, for classes
 
-def report(folder: Path, y: np.ndarray, probs: np.ndarray, labels: list[str]) -> list[str]:
-    """curves.json, and with scikit-learn and matplotlib report.txt and the pictures. Returns their names.
+CLASSES_DRAWN, CLASSES_CONFUSED = 20, 200
 
-    y: (N,) class numbers, or (N, K) of 0 and 1 if a row has several labels; probs: (N, K).
+
+def report(folder: Path, y: np.ndarray, probs: np.ndarray, labels: list[str]) -> list[str]:
+    """curves.json, with scikit-learn report.txt, with matplotlib the pictures. Returns their names.
+
+    y: (N,) class numbers, or (N, K) of 0 and 1 if a row has several labels; probs: (N, K). Curves have at most
+    a thousand points, and are of the twenty most frequent classes.
     """
+    table = None
     if y.ndim == 2:
-        called, table = probs > 0.5, None
+        called = probs > 0.5
         bins = calibration_bins(probs.ravel(), y.ravel() > 0.5)
     else:
-        called, table = probs.argmax(1), confusion(y, probs).tolist()
+        called = probs.argmax(1)
+        table = confusion(y, probs).tolist() if len(labels) <= CLASSES_CONFUSED else None
         bins = calibration_bins(probs.max(1), called == y)
+    classes = one_vs_rest(y, probs)
+    largest = sorted(classes, key=lambda k: -classes[k][0].sum())[:CLASSES_DRAWN]
+    if len(largest) < len(classes):
+        print(f"(curves of the {CLASSES_DRAWN} most frequent of {len(classes)} classes)", flush=True)
     curves = {}
-    for k, one in one_vs_rest(y, probs).items():
-        curves[labels[k]] = {name: np.array(values).tolist() for name, values in curve(*one).items()}
+    for k in sorted(largest):
+        one = curve(*classes[k])
+        at = pictures.thinned(len(one["precision"]))
+        curves[labels[k]] = {name: np.array(values)[at].tolist() if np.ndim(values) else float(values)
+                             for name, values in one.items()}
+        curves[labels[k]]["share"] = float(classes[k][0].mean())
     found = {"labels": labels, "curves": curves, "calibration": bins, "confusion": table}
     write_json(folder / "curves.json", found)
+    written = ["curves.json"]
     try:
         from sklearn.metrics import classification_report
-        pictures = draw(folder, **found)
-    except ImportError as error:
-        print(f"(report.txt and pictures need {error.name}: pip install scikit-learn matplotlib)")
-        return ["curves.json"]
-    text = classification_report(y, called, digits=4, zero_division=0, labels=range(len(labels)),
-                                 target_names=labels)
-    write_text(folder / "report.txt", text)
-    return ["curves.json", "report.txt", *pictures]
-
-
-def draw(folder: Path, labels: list, curves: dict, calibration: list, confusion: list | None) -> list[str]:
-    """The pictures of what is in curves.json. Returns the names of the files."""
-    import matplotlib
-    from matplotlib.figure import Figure
-    from sklearn.calibration import CalibrationDisplay
-    from sklearn.metrics import ConfusionMatrixDisplay
-    chinese = ["Noto Sans CJK SC", "Microsoft YaHei", "PingFang SC", "WenQuanYi Zen Hei"]
-    fonts = [*chinese, *matplotlib.rcParams["font.sans-serif"]]
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # fonts that are not there
-    plain = {"font.sans-serif": fonts, "text.parse_math": False}
-    with matplotlib.rc_context(plain), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a label in letters that no font here has
-        roc, recall, trust, table = (Figure(figsize=(5.5, 5)).add_subplot() for _ in range(4))
-        roc.set(title="ROC, and the area below", xlabel="False positive rate", ylabel="True positive rate")
-        recall.set(title="Precision and recall, and average precision", xlabel="Recall", ylabel="Precision")
-        for name, one in curves.items():
-            area, mean = one["roc_auc"], one["average_precision"]
-            # the space in front: a label that begins with _ is left out
-            label = f" {name} (AUC = {area:.2f})"
-            roc.plot(one["false_positive_rate"], one["true_positive_rate"], label=label)
-            recall.step(one["true_positive_rate"], one["precision"], label=f" {name} (AP = {mean:.2f})")
-        recall.set_ylim(-0.01, 1.01)
-        recall.legend()
-        roc.legend()
-        confidence, right, _ = zip(*calibration)
-        CalibrationDisplay(right, confidence, confidence).plot(ax=trust)
-        trust.set_title("Calibration")
-        pictures = {"roc.png": roc, "precision_recall.png": recall, "calibration.png": trust}
-        if confusion:
-            ConfusionMatrixDisplay(np.array(confusion), display_labels=labels).plot(
-                ax=table, cmap="Blues", include_values=len(labels) <= 30, xticks_rotation="vertical")
-            table.set_title("Confusion")
-            pictures["confusion.png"] = table
-        for name, axes in pictures.items():
-            axes.figure.savefig(folder / name, dpi=110, bbox_inches="tight")
-    return list(pictures)
+        text = classification_report(y, called, digits=4, zero_division=0, labels=range(len(labels)),
+                                     target_names=labels)
+        write_text(folder / "report.txt", text)
+        written.append("report.txt")
+    except ImportError:
+        print("(report.txt needs scikit-learn: pip install scikit-learn)")
+    if pictures.can_draw():
+        written += pictures.draw_classes(folder, **found)
+    return written

@@ -28,8 +28,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from config import SettingError, UserError
-from lib.text import (blocks, column_names, encoding_of, kind_of, lines, parse_json, records, refuse,
-                      standard_library)
+from lib.text import (blocks, column_names, encoding_of, is_formula, kind_of, lines, parse_json, records,
+                      refuse, standard_library)
 
 
 @dataclass(slots=True)
@@ -699,10 +699,14 @@ def split_rows(keys: Sequence, labels: Sequence | None, k: int, seed: int) -> np
 
 
 def as_csv(rows: Iterable[Sequence]) -> str:
-    """A line each. A carriage return is quoted like a line break: csv.reader takes it for one."""
+    """A line each. A carriage return is quoted like a line break: csv.reader takes it for one.
+
+    What a spreadsheet would take for a formula gets an apostrophe before it, which `lib.text.table` takes off.
+    """
     found = []
     for row in rows:
         line = io.StringIO(newline="")
+        row = ["'" + cell if isinstance(cell, str) and is_formula(cell) else cell for cell in row]
         csv.writer(line, lineterminator="\r\n").writerow(row)  # whatever is in that is quoted in a cell
         found.append(line.getvalue().removesuffix("\r\n") + "\n")
     return "".join(found)

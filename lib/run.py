@@ -35,6 +35,7 @@ from config import NO_MEMORY, OF_THE_COMMAND, SettingError, UserError, why
 from lib import group
 from lib.hub import folder_of_tokenizer, is_published
 from lib.optim import load_optimizer_state, optimizer_state
+from lib.pictures import plot_losses
 from lib.text import try_lock
 from lib.tokenizer import Tokenizer
 from model import Config, Transformer
@@ -569,6 +570,7 @@ class Run:
         self.forget = self.best_is_gone()  # the best so far, which no longer compares
         self.data_check = None  # a FileCheck
         self.before = 0.0  # seconds that earlier processes took
+        self.unit = ("nats a token", 1.0)  # of the training loss; validation losses times this have it
         self.watcher = None  # is told each row of the log, too
 
     def best_is_gone(self) -> bool:
@@ -736,7 +738,7 @@ class Run:
         """The end of the run, but not of the process."""
         self.stop.release()
         if self.machine.main:
-            plot(self.log_file, self.folder / "loss.png")
+            plot_losses(self.log_file, self.folder / "loss.png", *self.unit)
             self.lock.close()
         if self.watcher:
             self.watcher.finish()
@@ -871,25 +873,3 @@ WORDS = {"train_loss": "train loss {:.4f}", "val_loss": "val loss {:.4f}", "val_
 
 def in_words(metrics: dict[str, float]) -> str:
     return ", ".join(WORDS.get(name, name + " {:.4f}").format(value) for name, value in metrics.items())
-
-
-def plot(log: Path, picture: Path) -> None:
-    """The losses in log.jsonl as a picture, where matplotlib is installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    figure, axes = plt.subplots(figsize=(7, 4))
-    for key, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
-        points = [(row["iter"], row[key]) for row in rows if row.get(key) is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, ms=4, lw=1)
-    axes.set(xlabel="step", ylabel="loss, nats a token")
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend()
-    figure.savefig(picture, dpi=100, bbox_inches="tight")
-    plt.close(figure)

@@ -55,6 +55,7 @@ class Task:
     """
     metrics = {}  # name -> function of the arrays
     metric = "accuracy"  # of these, the one that tells the best epoch
+    unit = ("nats a target", 1.0)  # of the training loss, and what makes a validation loss one of it
     shares = frozenset()  # of these, those that say of each row whether it is right
     lower_is_better = False  # by that metric
     of_texts = False  # the outputs are of whole sequences, each pooled to a vector
@@ -433,6 +434,11 @@ class Regress(TextTask):
         if np.ptp(y) == 0:
             raise nothing_to_tell_apart(rows, f"the label {y[0]:g}")
         return {"labels": ["number"], "mean": float(y.mean()), "std": float(y.std())}
+
+    def __init__(self, head, tokenizer):
+        super().__init__(head, tokenizer)
+        variance = head.get("std", 1.0) ** 2
+        self.unit = ("squared error, in variances of the labels", 1 / variance)
 
     def target(self, row):
         return np.float32((number_of(row) - self.head["mean"]) / self.head["std"])

@@ -21,6 +21,7 @@ import io
 import itertools
 import json
 import lzma
+import math
 import os
 import re
 import stat
@@ -268,8 +269,23 @@ def table(path: str | Path, text: Iterable[str], kind: str, names: Collection[st
             refuse(f"{path}:{line}: {len(cells)} cells, but the columns are {', '.join(header)}: {remedy}, "
                    "or --skip_bad_rows=True", bad)
             continue
+        if any(cell.startswith("'") for cell in cells):
+            cells = [cell[1:] if cell.startswith("'") and is_formula(cell) else cell for cell in cells]
         pairs = zip(header, cells) if len(cells) >= len(header) else itertools.zip_longest(header, cells)
         yield line, dict(pairs)
+
+
+FORMULA = re.compile(r"'*[=+\-@\t]")
+
+
+def is_formula(cell: str) -> bool:
+    """Would a spreadsheet run it, or has it been kept from that by an apostrophe? Numbers are none."""
+    if not FORMULA.match(cell):
+        return False
+    try:
+        return not math.isfinite(float(cell))
+    except ValueError:
+        return True
 
 
 FIRST = 50  # lines that tell what ends a cell

@@ -19,7 +19,7 @@ from config import UserError
 from lib import text as text_file
 from lib.rows import (CLASS_NAMES, as_csv, open_conll, open_rows, python_packages, read_paragraphs,
                       read_squad, some, split_rows)
-from lib.text import documents, locked
+from lib.text import documents, locked, records
 from tests.helpers import CHINESE, MIXED, PAGES, ROOT, says, write_rows
 
 COLUMNS = {"text": "", "pair": "", "label": "", "group": "", "header": None}
@@ -283,3 +283,13 @@ def test_a_lock_is_waited_for_and_dies_with_its_process(tmp_path, capsys):
     (tmp_path / ".b.lock").mkdir()  # there can be none
     with locked(tmp_path / "b"):
         assert "no lock here" in capsys.readouterr().out
+
+
+def test_cells_that_a_spreadsheet_would_run_get_an_apostrophe_that_is_taken_off(tmp_path):
+    cells = {"=1+1": "'=1+1", "+a": "'+a", "-x": "'-x", "@SUM(A1)": "'@SUM(A1)", "\t=1": "'\t=1", "-inf": "'-inf",
+             "'=1": "''=1", "-5": "-5", "+1.5e3": "+1.5e3", "it's": "it's", "'tis": "'tis", "a=b": "a=b", "": ""}
+    written = as_csv([("text", "label"), *((cell, "x") for cell in cells)])
+    assert [row[0] for row in csv.reader(io.StringIO(written))][1:] == list(cells.values())
+    (tmp_path / "a.csv").write_text(written, encoding="utf-8")
+    read = [row for _, row in records(tmp_path / "a.csv", [written], True)]
+    assert [row["text"] for row in read] == list(cells)

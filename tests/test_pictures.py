@@ -1,0 +1,95 @@
+"""Pictures: what they show, and that they say what is missing."""
+import builtins
+import json
+
+import numpy as np
+import pytest
+
+from lib import metrics, pictures
+
+pytest.importorskip("matplotlib")
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """name of a file -> its axes."""
+    found, save = {}, pictures.save
+
+    def kept(axes, path):
+        found[path.name] = axes
+        return save(axes, path)
+
+    monkeypatch.setattr(pictures, "save", kept)
+    return found
+
+
+def texts(axes) -> list[str]:
+    return [one.get_text() for one in axes.get_legend().get_texts()]
+
+
+def test_pictures_of_classes_have_chance_and_shares_and_no_lines_through_them(tmp_path, drawn):
+    import matplotlib
+    y, probs = np.repeat([0, 1, 2], 10), np.full((30, 3), 0.3)
+    probs[np.arange(30), np.r_[y[:25], [0] * 5]] = 0.4
+    with matplotlib.rc_context({"axes.grid": True}):  # as in a user's matplotlibrc
+        metrics.report(tmp_path, y, probs, ["$a$", "_b", "c"])
+    table = drawn["confusion.png"]
+    assert not any(line.get_visible() for line in table.get_xgridlines())
+    assert "5\n50%" in [one.get_text() for one in table.texts]
+    assert texts(drawn["roc.png"])[-1] == "by chance" and texts(drawn["roc.png"])[1].startswith(" _b (AUC = ")
+    lines = [line.get_ydata() for line in drawn["precision_recall.png"].lines]
+    assert any(np.allclose(line, 1 / 3) for line in lines) and len(texts(drawn["precision_recall.png"])) == 4
+
+
+def test_curves_are_of_twenty_classes_and_a_thousand_points(tmp_path, drawn, capsys):
+    rng = np.random.default_rng(0)
+    y, probs = rng.integers(30, size=3000), rng.random((3000, 30))
+    y[:2000] = 7
+    metrics.report(tmp_path, y, probs, [str(k) for k in range(30)])
+    curves = json.loads((tmp_path / "curves.json").read_text(encoding="utf-8"))["curves"]
+    assert len(curves) == 20 and "7" in curves and len(curves["7"]["precision"]) == 1000
+    assert curves["7"]["true_positive_rate"][-1] == 1.0 and curves["7"]["share"] > 0.6
+    assert "(curves of the 20 most frequent of 30 classes)" in capsys.readouterr().out
+
+
+def test_letters_that_no_font_has_are_named_with_a_font_to_install(capsys, monkeypatch):
+    from matplotlib.font_manager import fontManager
+    shipped = [font for font in fontManager.ttflist if "DejaVu" in font.name or "Last Resort" in font.name]
+    monkeypatch.setattr(fontManager, "ttflist", shipped)
+    pictures.fonts_with.cache_clear()
+    for _ in range(2):
+        assert pictures.fonts_with("caf\u00e9") == pictures.fonts_with("\u597d\u8bc4 a") == ["DejaVu Sans"]
+    pictures.fonts_with.cache_clear()
+    said = capsys.readouterr().out
+    assert said.count("no font here has \u597d\u8bc4: install one, such as Noto Sans CJK") == 1
+
+
+def test_losses_have_a_title_a_unit_and_a_smoothed_line(tmp_path, drawn):
+    log = tmp_path / "log.jsonl"
+    rows = [{"iter": i, "loss": 5 + (-1) ** i} for i in range(1, 5001)]
+    rows += [{"iter": i, "val_loss": 16.0} for i in (2500, 5000)]
+    log.write_text("\n".join(map(json.dumps, rows)) + '\n{"iter": 50', encoding="utf-8")
+    pictures.plot_losses(log, tmp_path / "loss.png", "squares", 0.25)
+    axes = drawn["loss.png"]
+    assert axes.get_title() == f"Loss of {tmp_path.name}" and axes.get_ylabel() == "loss, squares"
+    raw, smooth, val = axes.lines
+    assert len(raw.get_xdata()) == 1000 and np.ptp(smooth.get_ydata()[20:]) < 0.1
+    assert val.get_ydata().tolist() == [4.0, 4.0]  # in the unit of the training loss
+
+
+def test_without_matplotlib_it_is_said_once(tmp_path, monkeypatch, capsys):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.partition(".")[0] == "matplotlib":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    pictures.can_draw.cache_clear()
+    for _ in range(2):
+        pictures.plot_losses(tmp_path / "log.jsonl", tmp_path / "loss.png")
+    written = metrics.report(tmp_path, np.array([0, 1]), np.eye(2), ["a", "b"])
+    pictures.can_draw.cache_clear()
+    assert written == ["curves.json", "report.txt"]
+    assert capsys.readouterr().out.count("matplotlib is not installed: pip install matplotlib") == 1
