@@ -11,6 +11,7 @@ import regex
 
 from config import UserError
 from lib import tokenizer as tokenizer_file
+from lib.hub_tokenizer import byte_symbols
 from lib.tokenizer import EOT, HARD, MASK, PIECES, Tokenizer, make_tokenizer, train_bpe
 from tests.helpers import MIXED, ROOT
 
@@ -108,7 +109,7 @@ LLAMA_NORMALIZER = {"type": "Sequence", "normalizers": [
 
 def bytes_vocab(extra: list[str] = ()) -> dict:
     """A BPE of bytes, as signs, and two merges."""
-    signs = [*tokenizer_file.byte_symbols().values()]
+    signs = [*byte_symbols().values()]
     merges = [["a", "b"], ["\u0120", "a"]]
     tokens = signs + ["".join(pair) for pair in merges] + list(extra)
     return {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges}
@@ -264,7 +265,7 @@ def test_lost_characters_are_counted(tmp_path):
         "unigram": ({"model": unigram(latin), "pre_tokenizer": METASPACE, "decoder": METASPACE}, "ab 中文 ，c",
                     {"中": 1, "文": 1, "，": 1}),
         "some bytes": ({"model": {"type": "BPE", "merges": [], "vocab": {
-            sign: i for i, sign in tokenizer_file.byte_symbols().items() if i < 200}},
+            sign: i for i, sign in byte_symbols().items() if i < 200}},
             "pre_tokenizer": BYTE_LEVEL, "decoder": BYTE_LEVEL}, "ab é中 中", {"中": 2}),
         "all bytes": ({"model": bytes_vocab(), "pre_tokenizer": BYTE_LEVEL, "decoder": BYTE_LEVEL}, "é中", {}),
         "byte fallback": (HUB["llama"](), "é龘", {}),
