@@ -143,7 +143,7 @@ def test_targets_of_minus_one_do_not_count_and_too_many_are_refused():
     (Config, {"rope_scaling": {"factor": 2}}, "rope_scaling={'factor': 2}: must have factor, low_freq"),
     (Sampling, {"temperature": -1}, "temperature=-1: must be float at least 0"),
     (Sampling, {"top_p": 1.5}, "top_p=1.5: must be float above 0 and at most 1 or None"),
-    (Sampling, {"repetition_penalty": 0}, "repetition_penalty=0: must be float above 0")])
+    (Sampling, {"repetition_penalty": 0}, "repetition_penalty=0: must be float at least 0.01")])
 def test_a_bad_setting_is_named(settings, given, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         settings(**{**(TINY if settings is Config else {}), **given})

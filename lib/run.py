@@ -391,8 +391,9 @@ def upgraded(checkpoint: dict) -> dict:
             settings["teacher_share"] = settings.pop("teacher_weight")
         checkpoint.update(version=VERSION, state=state, defaults={}, data=place,
                           compiled=place.get("compiled", False))
-    if checkpoint["defaults"].get("dataset") == "python":  # the scripts' default has changed, not its user's
-        checkpoint["defaults"].pop("dataset")
+    defaults = checkpoint.get("defaults", {})
+    if defaults.get("dataset") == "python":  # the script's default has changed, not its user's
+        del defaults["dataset"]
     if checkpoint["version"] != VERSION:
         raise ValueError(f"version {checkpoint['version']}")
     return checkpoint
@@ -554,7 +555,7 @@ class Run:
             self.init_from = stored_settings(folder)[0].get("init_from", origin)
             if self.init_from is None or any((self.folder / name).exists() for name in RESUME):
                 self.source, self.checkpoint = find_checkpoint(self.folder, RESUME)
-                if not self.checkpoint["optimizer"]:
+                if not self.checkpoint["optimizer"] and not self.checkpoint["rng"]:  # step 0 has no states yet
                     raise UserError(f"{self.source}: has no state of an optimizer, so it is no run to go on "
                                     f"with (a best.pt?): --init_from={self.folder} --out_dir=FOLDER begins "
                                     "one with its weights")
