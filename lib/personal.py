@@ -18,7 +18,7 @@ END_KEY = re.compile(r"-----(?:END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----|(B
 KEY_LINES = re.compile(r"(?:\s{0,4}[A-Za-z0-9+/=]{32,})+")
 KEY = re.compile(
     r"sk-[\w-]{20,}|hf_[A-Za-z0-9]{30,}|gh[opsur]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}"
-    r"|xox[abeprs]-[\w-]{16,}|AKIA[A-Z0-9]{16}|AIza[\w-]{30,}|[rs]k_live_[A-Za-z0-9]{16,}"
+    r"|xox[abeprs]-[\w-]{16,}|A[KS]IA[A-Z0-9]{16}|AIza[\w-]{30,}|[rs]k_live_[A-Za-z0-9]{16,}"
     r"|npm_[A-Za-z0-9]{30,}|eyJ(?<![\w-]eyJ)[\w-]{10,}\.[\w-]{10,}\.[\w-]{10,}", re.ASCII)
 
 LETTER = r"A-Za-z0-9\u00c0-\u024f"  # of an address: those of Western languages
@@ -26,7 +26,8 @@ DOMAIN = re.compile(rf"[@\uff20](?:[{LETTER}][{LETTER}-]{{0,62}}\.){{1,6}}"
                     r"([A-Za-z]{2,24})(?![A-Za-z0-9_-])")
 LOCAL = re.compile(rf"[{LETTER}_][{LETTER}_.%+'-]{{0,255}}$")
 TOP = frozenset("com org net edu gov mil int info biz dev app xyz online site shop tech store cloud email "
-                "club live pro".split())  # or any two letters, as of a country
+                "club live pro social blog news media agency digital studio solutions systems services "
+                "academy company museum travel gmbh".split())  # or any two letters, as of a country
 
 IP4 = re.compile(r"[0-9]{1,3}(?:\.[0-9]{1,3}){3}")
 IP6 = re.compile(r":[0-9a-fA-F]{0,4}:[0-9a-fA-F:]*")
@@ -34,14 +35,29 @@ VERSION = re.compile(r"(?:\b(?:v|ver|version|release|build|rev|section|chapter)|
                      r"|[A-Za-z]/|[<>=~^!]=|[~^])[\s:`\"'(]*$", re.IGNORECASE)
 
 NUMBER = re.compile(r"[+(0-9][0-9 ()./+-]{5,}[0-9]")
-CUE = re.compile(r"(?<![A-Za-z])(?:tel|telephone|ph|phone|fax|mobile?|whatsapp|téléphone|telefono?|teléfono"
-                 r"|电话|手机|電話|携帯|전화|फ़ोन|फोन)[^0-9+(\n]{0,12}$", re.IGNORECASE)
+CUE = re.compile(  # a word, alone or with "number", "(home)" or the like, directly before
+    r"(?:(?<![A-Za-z])(?:tel|telephone|ph|phone|fax|mobile?|whatsapp|téléphone|telefono?|teléfono|тел|телефон)"
+    r"(?![^\W\d_])|电话|手机|電話|携帯|전화|फ़ोन|फोन|मोबाइल)[^\w\n]{0,4}"
+    r"(?:no|nr|number|is|home|work|office|portable|号码?|番号|번호|नंबर)?[は는]?[^\w\n]{0,6}$", re.IGNORECASE)
+NUMBERED = re.compile(  # before the number of something else
+    r"(?<![A-Za-z])(?:ISBN(?:-1[03])?|ISSN|EAN|UPC|SKU|S/?N|ID|order|invoice|case|订单号?|编号)[^\w\n]{0,4}$",
+    re.IGNORECASE)
+YEAR = "(?:1[89]|20)[0-9]{2}"
+OTHER = re.compile("|".join((  # what looks like a telephone number, and is none
+    r"[+-]?[0-9]+\.[0-9]+",
+    r"0[0-9]{4}-[0-9]{4}",  # an American ZIP code
+    r"[01 -]+",
+    r"\(?[0-9]{1,3}(?: 000)+",
+    rf"\(?{YEAR}(?:[ ./-]+(?:{YEAR}|[0-9]{{1,2}}))+",  # 2019-2020, 2024-01-15
+    rf"(?:0[1-9]|1[0-2])[ ./-]{YEAR}(?![0-9]).*",
+)))
 CODE = (r"(?:[17]|2[07]|3[0-469]|4[013-9]|5[1-8]|6[0-6]|8[1246]|9[0-58]"  # of a country
         r"|(?:2[1-689]|3[578]|42|5[09]|6[789]|8[58]|9[679])[0-9])")
 PHONE = re.compile("|".join((
     # +44 20 7946 0958, +49 (0)30 123456
     rf"(?:\(?\+|\b00){CODE}\)?[ ./-]?(?:\(0?[0-9]{{1,5}}\)[ .-]?)?[0-9]{{1,5}}(?:[ ./-]?[0-9]{{2,8}}){{1,5}}",
-    r"\(0?[1-9][0-9]{1,4}\) ?[0-9]{3,5}[ -]?[0-9]{3,5}(?:[ -][0-9]{2,4})?",  # (555) 123-4567, (030) 12345678
+    # (555) 123-4567, (03) 9123 4567, but not (2004) 1234-1250
+    r"\((?:0[1-9][0-9]{0,4}|[1-9][0-9]{1,2})\) ?[0-9]{3,5}[ -]?[0-9]{3,5}(?:[ -][0-9]{2,4})?",
     r"(?:1[-.])?[2-9][0-9]{2}([ .-])[0-9]{3}\1[0-9]{4}",  # 555-123-4567
     r"0[1-9]([ .-])[0-9]{2}(?:\2[0-9]{2}){3}",  # French: 01 42 68 53 00
     # 020 7946 0958, 030/1234567, 03-1234-5678
@@ -126,9 +142,9 @@ def emails(text: str) -> Iterator[tuple[int, int]]:
         at, end = place.span()
         local = LOCAL.search(text, max(at - 256, 0), at)
         top, host = place[1], place[0].split(".")[0]
-        if not local or local[0] == "git" or not (top.islower() or top.isupper()):
+        if not local or local[0] == "git":
             continue
-        country = len(top) == 2 and len(host) > 2 and len(local[0]) > 1
+        country = len(top) == 2 and len(host) > 2 and len(local[0]) > 1 and (top.islower() or top.isupper())
         if top.lower() in TOP or (country and text[end:end + 1] not in ("(", "[")):
             yield local.start(), end
 
@@ -153,10 +169,12 @@ def addresses(text: str) -> Iterator[tuple[int, int]]:
             ipaddress.IPv6Address(text[start:end])
         except ValueError:
             continue
-        groups = sum(map(bool, text[start:end].split(":")))
+        groups = [group for group in text[start:end].split(":") if group]
         joined = is_word(text[max(start - 1, 0):start]) or is_word(text[end:end + 1])
         joined = joined or (text[end:end + 1] == "." and text[end + 1:end + 2].isdigit())  # ::ffff:10.1.2.3
-        if groups > 1 and not joined and digits_in(text[start:end]):
+        letters = not "".join(groups).isdigit()  # not x[1::2], nor b64::dec
+        long = len(groups) > 1 and (len(groups) > 3 or (letters and (len(groups) > 2 or len(groups[0]) == 4)))
+        if long and not joined and digits_in(text[start:end]):
             found.append((start, end))
     return iter(sorted(found))
 
@@ -165,12 +183,15 @@ def likely_numbers(text: str) -> Iterator[tuple[int, int]]:
     """Telephone numbers as many countries write them. 10 000 000 is none, nor is a row of a table."""
     for run in NUMBER.finditer(text):
         at, last = run.span()
-        if 7 <= digits_in(run[0]) <= 15 and CUE.search(text, max(at - 24, 0), at):
+        other = OTHER.fullmatch(run[0]) and run[0][0] != "+"
+        if 7 <= digits_in(run[0]) <= 15 and not other and CUE.search(text, max(at - 32, 0), at):
             yield at, last
             continue
         while place := PHONE.search(text, at, last):
             start, at = place.span()
-            if 9 <= digits_in(place[0]) <= 15 and stands_alone(text, start, at):
+            other = OTHER.fullmatch(place[0]) or NUMBERED.search(text, max(start - 16, 0), start)
+            alone = 9 <= digits_in(place[0]) <= 15 and stands_alone(text, start, at)
+            if alone and not other and not counts(place[0]):
                 yield start, at
             else:
                 at = start + 1
@@ -186,6 +207,13 @@ def library_numbers(text: str) -> Iterator[tuple[int, int]]:
             if found and digits_in(text[start:end]) >= 9 and stands_alone(text, start, end):
                 yield start, end
                 break
+
+
+def counts(text: str) -> bool:
+    """Three numbers or more with the same step: 0041 0042 0043."""
+    numbers = [int(one) for one in re.findall("[0-9]+", text)]
+    steps = {b - a for a, b in zip(numbers, numbers[1:])}
+    return len(numbers) > 2 and len(steps) == 1
 
 
 def digits_in(text: str) -> int:

@@ -75,12 +75,20 @@ PRIVATE = ("-----BEGIN RSA PRIVATE KEY-----\n"
     ("a+b@c-d.co.uk", "[EMAIL]"), ("ghp_" + "x1" * 18, "[KEY]"), ("AKIA" + "A1" * 8, "[KEY]"),
     (PRIVATE, "[KEY]"),
     (PRIVATE[:-40] + " more", "[KEY] more"), (f"a{PRIVATE}b{PRIVATE}c", "a[KEY]b[KEY]c"),
+    ("Jo@Example.Com", "[EMAIL]"), ("<jo@mail.social>", "<[EMAIL]>"), ("2001:db8::2", "[IP]"),
+    ("(03) 9123 4567", "[PHONE]"), ("Phone (home): 5551234567", "Phone (home): [PHONE]"),
+    ("मोबाइल नंबर: 9876543210", "मोबाइल नंबर: [PHONE]"), ("手机号码：13912345678", "手机号码：[PHONE]"),
+    ("Phone: +1.5551234567", "Phone: [PHONE]"), ("ASIA" + "A1" * 8, "[KEY]"),
     *[(same, same) for same in (
         "q@k.transpose(-2, -1)", "10 000 000", "hf_hub_download_of_all_files", "version 1.2.3.4", "`1.2.3.4`",
         "version 3.11.7, 1.2.3.4.5", "2024-05-06 12:34:56", "std::vector foo::bar", "3.14159265",
         "x = a[1:2] 0:1",
         "12345678901234567890", "@decorator\ndef f(self)", "5-7 and 10-12",
         "-----BEGIN RSA PRIVATE KEY----- is how",
+        "x[..., 1::2]", "a[0::4, 100::2] + t[1:2::3]", "b64::dec", "Phys. Rev. (1998) 5932-5935", "a[::]",
+        "mobile users 2019-2020", "phone 2024-01-15", "phones 10 000 000", "手机出货量 2019-2020",
+        "Cambridge, MA 02139-4307", "0041 0042 0043", "ISBN 0786904070", "0110 1001 1100", "08-2023 123456",
+        "[1., +1.12345679]",
     )]])
 def test_what_looks_like_personal_data_and_what_does_not(text, expected):
     assert by("scrub_pii", text) == expected
