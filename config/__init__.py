@@ -402,7 +402,7 @@ def check_used(script: dict, given: dict | None = None, **deciding) -> list[str]
 
 def with_what(other: str, values: tuple) -> str:
     """What makes a setting be of use, see check_used."""
-    known = "|".join(map(str, values))
+    known = ("|" if other else " or ").join(map(str, values))
     return f"{other}={known}" if other and known else known or other
 
 

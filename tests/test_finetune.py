@@ -237,7 +237,7 @@ def test_a_classifier_leaves_what_it_promised(tuned):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_model_learns_to_follow_instructions(tmp_path):
+def test_a_model_learns_to_follow_instructions(tmp_path, monkeypatch):
     pairs = [{"instruction": f"say {a}", "input": "", "output": a} for a in ("yes", "no", "maybe") * 20]
     (tmp_path / "data.json").write_text(json.dumps(pairs), encoding="utf-8")
     pairs.append({"instruction": "say", "output": "yes"})
@@ -249,6 +249,13 @@ def test_a_model_learns_to_follow_instructions(tmp_path):
     assert metrics["accuracy"] > 0.9 and metrics["perplexity"] == pytest.approx(math.exp(metrics["loss"]))
     said = run_here(sample, f"--out_dir={tmp_path / 'out'}", "--start=say no", "--temperature=0")
     assert "### Response:\nno\n" in said
+    asked = {"out_dir": str(tmp_path / "out"), "start": "say no", "samples": 10, "device": "cpu"}
+    for name, value in asked.items():
+        monkeypatch.setattr(explain, name, value)
+    explain.main()
+    page = (tmp_path / "out/explain.html").read_text(encoding="utf-8")
+    found = json.loads(re.search(r"const D = (.*)", page)[1])
+    assert "no".startswith(found["token"]) and "Response" in "".join(found["tokens"])
 
 
 # -----------------------------------------------------------------------------
@@ -576,6 +583,11 @@ NOTHING = json.dumps([{"text": f"t{i}", "label": [None]} for i in range(30)])
     ("a.csv", GOOD, ["--data="], ["data=''", ".csv"]),
     ("a.csv", GOOD, ["--freeze", "--lora_rank=2"], ["freeze=True", "--lora_rank=2"]),
     ("a.csv", GOOD, ["--task=regress", "--class_weight=balanced"], ["class_weight=balanced", "=regress"]),
+    ("a.csv", GOOD, ["--task=qa", "--label_smoothing=0.1"], ["label_smoothing=0.1", "=qa", "classify|tag|lm"]),
+    ("a.csv", GOOD, ["--lora_alpha=8"], ["lora_alpha=8.0", "only with lora_rank"]),
+    ("a.csv", GOOD, ["--teacher_share=0.1"], ["teacher_share=0.1", "only with teacher"]),
+    ("a.csv", GOOD, ["--muon_lr=0.1"], ["muon_lr=0.1", "only with optimizer=muon"]),
+    ("a.csv", GOOD, ["--batch_size_end=8"], ["batch_size_end=8", "from 16"]),
     ("a.txt", "one\n\ntwo", ["--task=lm", *CAUSAL], ["too few", "a.txt"]),
     ("a.txt", "\n\n".join("abcdefghijklmn"), ["--task=lm"], ["--task=lm", "causal"]),
 ])
@@ -613,3 +625,10 @@ def test_from_scratch_without_a_size_the_recipe_for_small_data_is_taken(tmp_path
     assert saved["settings"]["epochs"] == 1 and saved["settings"]["optimizer"] == "muon"
     given = finetune.sized_for_small_data({"n_embd": 32})
     assert given == {"n_embd": 32}
+
+
+def test_a_recipe_yields_to_a_flag_that_makes_its_settings_useless(tmp_path):
+    said = run_here(finetune, str(ROOT / "config/finetune_sentiment.py"), f"--out_dir={tmp_path / 'out'}",
+                    f"--data={class_rows(tmp_path, 60)}", "--epochs=1", "--optimizer=adamw", "--device=cpu")
+    assert "(muon_lr=0.005: of no use with optimizer=adamw, only with optimizer=muon)" in said
+    assert checkpoint(tmp_path / "out")["settings"]["muon_lr"] == 0.02

@@ -50,6 +50,8 @@ def test_sampling_needs_no_data_folder(home, tmp_path):
     (UserError, ["--start=FILE:nothing.txt"], "FILE:nothing.txt: cannot be read"),
     (SettingError, ["--stop=[1]"], r"stop=.1.: wanted texts"),
     (SettingError, ["--top_p=2"], "top_p: wanted"),
+    (SettingError, ["--export=there", "--quantize=int8"], "quantize=int8: of no use with --export"),
+    (SettingError, ["--export=there", "--start=x"], "start=x: of no use with --export"),
 ])
 def test_what_cannot_be_is_one_line(home, error, given, words):
     with pytest.raises(error, match=words):
@@ -60,6 +62,20 @@ def test_an_export_to_where_no_folder_can_be_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--export=.*file/here: "):
         sample.write_pretrained(tiny("gpt2"), make_tokenizer("bytes", [], 258), str(tmp_path / "file/here"))
+
+
+def test_a_prompt_is_read_as_training_reads_a_file(tmp_path):
+    (tmp_path / "prompt.txt").write_bytes("\ufeffa fine\r\nfilm\n".encode())
+    assert sample.read_prompt(f"FILE:{tmp_path / 'prompt.txt'}") == "a fine\nfilm\n"
+
+
+def test_what_a_classifier_has_no_use_for_is_refused_and_what_it_cuts_is_said(tuned):
+    out = f"--out_dir={tuned / 'out'}"
+    for given in ("--stream=False", "--top_k=5", "--num_samples=3", "--seed=1"):
+        with pytest.raises(SettingError, match=f"{given[2:]}: of no use with a fine-tuned model's answers, only "):
+            run_here(sample, out, "--start=w3 fine", given)
+    assert "(1 text longer than 64 tokens: cut there)" in run_here(sample, out, "--start=" + "w3 fine " * 60)
+    assert "(1 text empty)" in run_here(sample, out, "--start= ")
 
 
 def test_a_fine_tuned_model_answers(tuned, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Tasks: what becomes of rows, what is minimised, what the outputs mean."""
 from types import SimpleNamespace
 
+
 import numpy as np
 import pytest
 import torch
@@ -163,6 +164,23 @@ def test_answers_are_exact_and_in_some_window(kind):
             assert task.explained(row, example, out, "") == (text, 0, [2 * first, 2 * last + 1])
             answered.add(example.row)
     assert answered == set(range(40))
+
+
+def test_an_answer_may_be_as_long_as_the_longest_to_train_on():
+    context = "It was " + "a long answer, " * 4 + "they said."
+    answer = context[7:62]
+    task = Answer({**SPANS, "max_length": 128}, BYTES)
+    examples = task.examples([Row("", "what?", context, [(answer, 7)])])
+    out = np.full((len(examples[0].parts[0][0]), 2), -1.0, dtype=np.float32)
+    out[examples[0].target, [0, 1]] = 5
+    row = Row("", "what?", context)
+    assert task.answers([row], examples, [out])[0][0] != answer  # of old checkpoints: 40 tokens
+    for asked, found in ((None, True), (54, False)):
+        assert "the longest to train on has 55" in task.settle(examples, SimpleNamespace(max_answer=asked))
+        assert (task.answers([row], examples, [out])[0][0] == answer) is found
+    short = Answer({**SPANS, "max_length": 40}, BYTES)
+    short.examples([Row("", "what?", context, [(answer, 7)])])
+    assert short.notes["whose answer no window holds: it cannot be found"] == 1
 
 
 def test_the_best_answer_is_the_best_of_all_spans_that_are_not_too_long():
