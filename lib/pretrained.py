@@ -93,8 +93,8 @@ def read_model(cls: type[Transformer], source: Source, dropout: float, block_siz
     model.load_state_dict(state, assign=True, strict=False)  # each was checked above
     model.tie()
     model.published = published(source)
-    if model.head is None and kind == family.lm:
-        model.published["lacks"] = f"{family.head['head']}.weight"
+    if model.head is None and not of_task and (kind == family.lm or kind in TASKS):
+        model.published["lacks"] = f"{linear if kind in TASKS else family.head['head']}.weight"
     return model.eval(), head_of(source, of_task, model) if of_task else {}
 
 
@@ -108,8 +108,11 @@ def complete(source: Source, block_size: int | None, whole: bool) -> None:
     speaks = any(name.startswith(tuple(family.head.values())) for name in weights)
     if kind in TASKS or not speaks and (family.fixed.get("head") == "mlm" or not settings.get("tied", True)):
         settings["head"] = "none"  # else it is the embedding
-        if whole and pooler_name(family, "", kind) + ".weight" in weights:
+        pooler = pooler_name(family, "", kind) + ".weight"
+        if whole and pooler in weights:
             settings["pooler"] = family.pooler[0]
+        elif whole and TASKS.get(kind) == "classify" and family.fixed.get("head") == "mlm":
+            raise ValueError(f"{source.path}: has no weight {pooler}, which a classifier of its class needs")
     layers = {name.split(".")[family.blocks.count(".") + 1] for name in weights
               if name.startswith(family.blocks + ".")}
     if settings["n_layer"] != len(layers):
@@ -164,7 +167,7 @@ def open_source(path: str | Path) -> Source:
     weights = {canonical(name, family): read for name, read in weights.items()}
     ends = class_of(config).removeprefix(family.name)
     if adapter:
-        ends = add_adapter(weights, folder, adapter, family) or ends
+        ends = add_adapter(weights, folder, adapter, family, settings) or ends
     weights = {name.removeprefix(body_prefix(family, ends)): read for name, read in weights.items()}
     return Source(str(path), place, {**config, "model_type": kind}, family, settings, ends, weights)
 
@@ -172,18 +175,31 @@ def open_source(path: str | Path) -> Source:
 # -----------------------------------------------------------------------------
 # The files' names for weights, and an adapter's
 
-def add_adapter(weights: dict[str, Callable], folder: Path, adapter: dict, family: Family) -> str:
+def add_adapter(weights: dict[str, Callable], folder: Path, adapter: dict, family: Family,
+                settings: dict) -> str:
     """Add PEFT's low-rank matrices to the base's weights. Returns how its class is called, if said."""
     wanted = {"peft_type": ("LORA",), "use_dora": (False,), "fan_in_fan_out": (True, False)}
     for name, values in wanted.items():
         if adapter.get(name, values[0]) not in values:
             raise ValueError(f"adapter_config.json: {name}={adapter[name]!r}: only {values[0]} is supported")
-    added = {canonical(name.removeprefix("base_model.model.").replace(".modules_to_save", ""), family): read
+    begun = str(adapter.get("init_lora_weights"))
+    if begun.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        raise ValueError(f"adapter_config.json: init_lora_weights={begun!r}: such an adapter changes its base "
+                         "too: only those that do not are supported")
+    added = {canonical(re.sub(r"^base_model\.model\.|\.(modules_to_save|base_layer)\b", "", name), family): read
              for name, read in open_weights(folder, ADAPTER_FILES).items()}
+    whole = {name: read for name, read in added.items()  # trained as a whole
+             if ".lora_" not in name and ".original_module." not in name}
+    ends = [f"{family.names['wte']}.weight", f"{family.head.get('head')}.weight"]
+    if settings.get("tied") and set(ends) & set(whole):  # each may have been trained for itself
+        settings["tied"] = False
+        weights.setdefault(ends[1], weights[ends[0]])
+    if ends[0] in whole:
+        settings["vocab_size"] = len(whole[ends[0]]())  # there may be new tokens
+    weights |= whole
     for name, read in added.items():
         layer, low_rank, end = name.partition(".lora_")
         if not low_rank:
-            weights[name] = read  # trained as a whole
             continue
         if end not in ("A.weight", "B.weight") or f"{layer}.weight" not in weights:
             raise ValueError(f"{folder}: the adapter's {name} has no place in this model")

@@ -12,7 +12,7 @@ import finetune
 import sample
 from config import UserError
 from lib.hub import OWNERS
-from lib.run import save_checkpoint
+from lib.run import load_body, save_checkpoint
 from lib.tokenizer import make_tokenizer
 from model import Config, Transformer
 from test_model import MODERN, TINY
@@ -436,6 +436,9 @@ def test_sample_and_explain_use_a_published_head_and_finetune_goes_on_with_its_b
 ADAPTERS = [("gpt2", "", dict(target_modules=["c_attn", "c_fc"])),
             ("llama", "", dict(target_modules=["q_proj", "down_proj"], use_rslora=True)),
             ("qwen2", "", dict(target_modules=["q_proj", "v_proj"], alpha_pattern={"v_proj": 3})),
+            ("qwen2", "", dict(target_modules=["q_proj", "lm_head"], bias="all")),
+            ("llama grouped, tied", "", dict(target_modules=["q_proj"], modules_to_save=["embed_tokens"])),
+            ("llama grouped, tied", "", dict(target_modules=["q_proj"], modules_to_save=["lm_head"])),
             ("bert", "ForSequenceClassification", dict(target_modules=["query"], task_type="SEQ_CLS"))]
 
 
@@ -450,9 +453,11 @@ def test_an_adapter_is_added_to_its_base(name, end, how, tmp_path):
         their.save_pretrained(tmp_path / "base")
         write_tokenizer(tmp_path / "base", causal=True)
     their.name_or_path = str(tmp_path / "base")
+    if "lm_head" in how.get("modules_to_save", ()):
+        their.resize_token_embeddings(their.config.vocab_size + 3)  # as for new special tokens
     their = peft.get_peft_model(their, peft.LoraConfig(r=3, lora_alpha=5, **how)).eval()
-    for weight_name, p in their.named_parameters():
-        if "lora_" in weight_name or "classifier" in weight_name:
+    for p in their.parameters():
+        if p.requires_grad:
             p.add_(torch.randn_like(p) * 0.2)
     their.save_pretrained(tmp_path / "adapter")
     idx = tokens(2, 12, vocab_size=77)
@@ -667,7 +672,7 @@ def test_hostile_files_of_an_encoder_are_one_line(file, content, tmp_path):
 
 
 @pytest.mark.parametrize("change", [
-    {"peft_type": "IA3"}, {"use_dora": True}, {"lora_alpha": "x"}, {"alpha_pattern": {"(": 3}},
+    {"peft_type": "IA3"}, {"use_dora": True}, {"init_lora_weights": "pissa_niter_4"}, {"lora_alpha": "x"}, {"alpha_pattern": {"(": 3}},
     {"alpha_pattern": 3}, {"task_type": []}, {"base_model_name_or_path": None},
     {"base_model_name_or_path": ""}])
 def test_hostile_adapters_are_one_line(change, tmp_path):
@@ -804,6 +809,22 @@ def test_an_id_that_cannot_be_had_is_one_clear_exception(cache, monkeypatch):
         Transformer.from_pretrained("no/where")
     assert error.value.__suppress_context__
     says(error)
+
+
+@pytest.mark.parametrize("name, lost, words", [
+    ("bert", "bert.pooler.dense.weight", "has no weight pooler.dense.weight, which a classifier"),
+    ("roberta", "classifier.dense.weight", "has no weight classifier.dense.weight, which a classifier"),
+    ("bert", "classifier.weight", "has no classifier.weight, so it neither writes")])
+def test_a_classifier_without_a_part_of_its_head_says_which(name, lost, words, tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    published_head(tmp_path, name, "ForSequenceClassification")
+    weights = safetensors.load_file(tmp_path / "model.safetensors")
+    del weights[lost]
+    weights.pop("classifier.bias", None)
+    safetensors.save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=words):
+        run_here(sample, f"--out_dir={tmp_path}", "--start=ab")
+    assert load_body(tmp_path)[0].config.head == "none"  # which is whole
 
 
 def test_a_causal_model_without_its_head_says_what_is_missing(tmp_path):
