@@ -257,7 +257,8 @@ def answer_file(model: Tuned, path: str, machine: Machine) -> None:
     task.tell(warn)
     weights = io.BytesIO()
     torch.save(model.state_dict(), weights)
-    told = f"{count:,} rows, {1000 * seconds / count:.2f} ms each, by {weights.tell() / 1e6:.2f} MB of weights"
+    each = 1000 * seconds / count
+    told = f"{count:,} rows, {each:.2f} ms each, by {weights.tell() / 1e6:.2f} MB of weights"
     if scored:
         arrays = [np.concatenate(parts) for parts in zip(*scored)]
         told += f": {task.metric} {float(task.scores(*arrays)[task.metric]):.4f}"

@@ -583,7 +583,7 @@ NOTHING = json.dumps([{"text": f"t{i}", "label": [None]} for i in range(30)])
     ("a.csv", GOOD, ["--data="], ["data=''", ".csv"]),
     ("a.csv", GOOD, ["--freeze", "--lora_rank=2"], ["freeze=True", "--lora_rank=2"]),
     ("a.csv", GOOD, ["--task=regress", "--class_weight=balanced"], ["class_weight=balanced", "=regress"]),
-    ("a.csv", GOOD, ["--task=qa", "--label_smoothing=0.1"], ["label_smoothing=0.1", "=qa", "classify|tag|lm"]),
+    ("a.csv", GOOD, ["--task=qa", "--label_smoothing=0.1"], ["label_smoothing=0.1", "task=classify|tag|lm"]),
     ("a.csv", GOOD, ["--lora_alpha=8"], ["lora_alpha=8.0", "only with lora_rank"]),
     ("a.csv", GOOD, ["--teacher_share=0.1"], ["teacher_share=0.1", "only with teacher"]),
     ("a.csv", GOOD, ["--muon_lr=0.1"], ["muon_lr=0.1", "only with optimizer=muon"]),

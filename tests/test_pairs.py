@@ -133,7 +133,7 @@ def scores_alone(run, train, test, *_):
 @pytest.mark.parametrize("task, one, other", CASES)
 def test_what_two_settings_learn_alone_they_learn_together(task, one, other, learned, tmp_path, monkeypatch):
     monkeypatch.setattr(finetune, "report", scores_alone)
-    monkeypatch.setattr(run_module, "plot", lambda *_: None)
+    monkeypatch.setattr(run_module, "plot_losses", lambda *_: None)
     files, body = learned(task)
     pair = {one, other}
     args = [f"--{name}={body if name == 'teacher' else SETTINGS[name]}" for name in sorted(pair)]

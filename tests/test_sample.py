@@ -27,7 +27,8 @@ def test_int8_weights_are_a_quarter_of_the_size_and_nearly_as_good(home):
         x = torch.randn(3, model.config.n_embd) * torch.tensor([[1.0], [100.0], [0.0]])
         layer = small.blocks[0].mlp.up
         assert torch.equal(layer(x)[:1], layer(x[:1])) and torch.equal(layer(x)[2], layer(x[2]))
-    assert torch.equal(*(small.generate(ids[:, :5], 20, temperature=0, use_cache=use) for use in (True, False)))
+    cached, read_again = (small.generate(ids[:, :5], 20, temperature=0, use_cache=use) for use in (True, False))
+    assert torch.equal(cached, read_again)
     said = run_here(sample, "--out_dir=out/whole", "--quantize=int8", "--max_new_tokens=5", cwd=home)
     assert said.endswith("---------------\n")
 
@@ -72,7 +73,7 @@ def test_a_prompt_is_read_as_training_reads_a_file(tmp_path):
 def test_what_a_classifier_has_no_use_for_is_refused_and_what_it_cuts_is_said(tuned):
     out = f"--out_dir={tuned / 'out'}"
     for given in ("--stream=False", "--top_k=5", "--num_samples=3", "--seed=1"):
-        with pytest.raises(SettingError, match=f"{given[2:]}: of no use with a fine-tuned model's answers, only "):
+        with pytest.raises(SettingError, match=f"{given[2:]}: of no use with a fine-tuned model's answers, "):
             run_here(sample, out, "--start=w3 fine", given)
     assert "(1 text longer than 64 tokens: cut there)" in run_here(sample, out, "--start=" + "w3 fine " * 60)
     assert "(1 text empty)" in run_here(sample, out, "--start= ")
