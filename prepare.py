@@ -149,10 +149,10 @@ def is_there(folder: Path, s: SimpleNamespace) -> bool:
     if changed:
         raise SettingError(f"{folder}: is there already, made with other settings ({', '.join(changed)}): "
                            "--overwrite replaces it, --dataset=NAME makes another")
-    before, now = meta.get("files"), files_of(s.source)
-    if before and not now["files"]:
+    before, now = meta.get("files") or {"files": 0}, files_of(s.source)
+    if before["files"] and not now["files"]:
         print(f"{s.source}: not here, so not compared with what {folder} was made of")
-    elif before and before != now:
+    elif before["files"] and before != now:
         raise SettingError(f"{folder}: its source has changed since ({before['files']:,} files, "
                            f"{before['bytes']:,} bytes; now {now['files']:,} files, {now['bytes']:,} bytes, "
                            "or their times or names): --overwrite makes it again")
@@ -301,7 +301,7 @@ def read(spool: Path, s: SimpleNamespace, downloads: Path, found: dict) -> np.nd
     if s.scrub_pii:
         print_replaced(rules["scrub_pii"])
     if not len(index):
-        raise UserError(f"{s.source}: no document is left ({', '.join(found)})")
+        raise UserError(f"{s.source}: no document is left ({', '.join(found) or 'there is none in it'})")
     return index
 
 
@@ -316,6 +316,10 @@ NOTES = {  # of the report, in words
     "other_encodings": "passed over: in another encoding",
     "bad_rows": "rows passed over",
     "json_as_text": ".json files read as plain text",
+    "records_as_text": "files of JSON records read as plain text, braces and all: name them .jsonl",
+    "other_splits": "other splits of the data set, not read",
+    "no_header": "headers, for a column by its number; the first row",
+    "undivided": "files without --split_on in them, a document each",
     "divided": "documents, divided by --split_on or lines of <|endoftext|> (--split_on=None: not divided)",
     "blank_lines": 'blank lines in one document (--split_on="\\n\\n" makes each part one)',
     "ends_within": 'times <|endoftext|> in a line, read as plain text (--split_on="<|endoftext|>" divides)',

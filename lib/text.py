@@ -120,6 +120,19 @@ def is_gbk(data: bytes) -> bool:
     return pairs > 0.9 * len(wide) and (common > 0.02 * len(wide) or len(wide) < 50)
 
 
+def encoding_advice(data: bytes) -> str:
+    """For a text file that is not UTF-8. A Western encoding reads anything, and makes a mess of most."""
+    beyond = sum(byte > 127 for byte in data)
+    if sum(c > "\x7f" for c in data.decode("utf-8", "ignore")) > beyond / 4:
+        return "UTF-8 but for some bytes: --errors=replace"
+    guess = "what it is in (shift_jis, big5, euc_kr, cp1251...)"
+    if is_gbk(data) and any(c.encode("gbk") in data for c in "的一是不了在有"):
+        guess = "gb18030, for it looks like Chinese"
+    elif beyond < len(data) / 4 or len(data) < 8:
+        guess = "cp1252 or latin-1, or what it is in"
+    return f"--encoding={guess}, or --errors=replace"
+
+
 def blocks(path: str | Path, encoding: str = "utf-8", errors: str = "strict",
            labelled: bool = False) -> Iterator[str]:
     """A file's text, unpacked, some MB at a time, cut at line ends. Raises UserError, with the place.
@@ -141,7 +154,8 @@ def blocks(path: str | Path, encoding: str = "utf-8", errors: str = "strict",
                     if offset == 0 and not labelled:
                         raise NotText(f"{path}: {kind}, not text: unpack or convert it first")
                 if offset == 0 and data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and not wide:
-                    raise OtherEncoding(f"{path}: UTF-16, not {encoding.upper()}: --encoding=utf-16")
+                    bits = 32 if data.startswith(codecs.BOM_UTF32_LE) else 16  # it begins as UTF-16 does
+                    raise OtherEncoding(f"{path}: UTF-{bits}, not {encoding.upper()}: --encoding=utf-{bits}")
                 if offset == 0 and b"\0" in data and not wide and not labelled:
                     raise NotText(f"{path}: a binary file (byte 0 at offset {data.index(0)}), not text")
                 offset += len(data)
@@ -166,9 +180,7 @@ def blocks(path: str | Path, encoding: str = "utf-8", errors: str = "strict",
         at = offset - len(error.object) + error.start  # the object: what was left before, and data
         remedy = "convert it to UTF-8"
         if not labelled:
-            chinese = is_gbk(error.object) and any(c.encode("gbk") in error.object for c in "的一是不了在有")
-            guess = "gb18030, for it looks like Chinese" if chinese else "cp1252 or latin-1, or what it is in"
-            remedy = f"--encoding={guess}, or --errors=replace"
+            remedy = encoding_advice(rest.encode("utf-8", "replace") + error.object)
         kind = OtherEncoding if offset <= BLOCK else UserError  # nothing was yielded yet
         raise kind(f"{path}:{line}: not {encoding.upper()} (byte 0x{error.object[error.start]:02x} at offset "
                    f"{at}): {remedy}") from None
@@ -433,7 +445,7 @@ def documents(source: str, encoding: str = "utf-8", errors: str = "strict", text
         if part == PYTHON:
             yield from standard_library()
         elif part.startswith("hf:"):
-            yield from hub_documents(part, text_key)
+            yield from hub_documents(part, text_key, found)
         elif os.path.isdir(part):
             yield from folder_documents(Path(part), read, found)
         else:
@@ -467,6 +479,8 @@ def source_parts(source: str) -> list[str]:
 
 def local_files(part: str, found: dict | None = None) -> list[Path]:
     """The plain files of a source here: of a folder all below, as in walk()."""
+    if part.startswith("hf:") and os.path.isdir(hub_name(part)[0]):
+        part = hub_name(part)[0]
     if os.path.isdir(part):
         return list(walk(Path(part), {} if found is None else found))
     if part == PYTHON or part.startswith(("https://", "http://", "hf:")):
@@ -542,6 +556,11 @@ def file_documents(file: Path, title: str, encoding: str, errors: str, text_key:
                                 f"{first[:60]!r}: give --text_key=NAME, or --text_key= for plain text")
             note(found, "json_as_text", str(file))
             kind = ""
+    elif kind not in RECORDS and text_key:
+        first = next(text, "")
+        text = itertools.chain([first], text)
+        if has_texts(first, text_key):
+            note(found, "records_as_text", str(file))
     if kind not in RECORDS or not text_key:
         yield from parts_of(text, title, split_on, found, named)
         return
@@ -551,6 +570,8 @@ def file_documents(file: Path, title: str, encoding: str, errors: str, text_key:
 
     names = () if text_key.isdigit() else (text_key.lower(),)
     for line, record in records(file, text, names, bad=bad if skip_bad_rows else None):
+        if text_key.isdigit() and "no_header" not in found:
+            note(found, "no_header", f"{file}: {record.get(text_key)!r}", documents=0)
         try:
             yield f"{title}:{line}", text_of(record, text_key, f"{file}:{line}", "json" in kind)
         except UserError as error:
@@ -570,15 +591,26 @@ def has_texts(begin: str, text_key: str) -> bool:
 EOT_LINES = re.compile(r"(?:\A|(?<=\n))[ \t]*<\|endoftext\|>[ \t]*(?:\r?\n|\Z)")
 
 
+def separator(split_on: str) -> re.Pattern:
+    """With the white space around it, but for the indent of the line behind: code wants it."""
+    between = split_on
+    for escape, character in ((r"\n", "\n"), (r"\r", "\r"), (r"\t", "\t"), (r"\f", "\f")):
+        between = between.replace(escape, character)
+    breaks = between.count("\n")
+    if breaks > 1 and not between.strip():  # so many line ends, or more
+        return re.compile(rf"\r?\n(?:[ \t]*\r?\n){{{breaks - 1},}}")
+    itself = re.escape(between).replace("\\\n", r"\r?\n")
+    behind = r"(?:[ \t]*\r?\n)*" if between.endswith("\n") else r"(?:(?:[ \t]*\r?\n)+|[ \t]*)"
+    return re.compile(rf"\s*{itself}{behind}")
+
+
 def parts_of(text: Iterable[str], title: str, split_on: str | None, found: dict,
              named: bool) -> Iterator[tuple[str, str]]:
     """The documents of a text file. What may divide it, and was not asked for, is counted."""
     reach, pattern = 64, EOT_LINES
     if split_on:
-        between = split_on.replace("\\n", "\n").replace("\\t", "\t")
-        reach += 2 * len(between)
-        blank = not between.strip() and between.count("\n") > 1
-        pattern = re.compile(r"\r?\n(?:[ \t]*\r?\n)+" if blank else rf"\s*{re.escape(between)}\s*")
+        reach += 2 * len(split_on)
+        pattern = separator(split_on)
     rest, name, n, blank_lines, within = "", title, 1, 0, 0
     for block, is_last in with_last(text):
         block, at = rest + block, 0
@@ -605,6 +637,8 @@ def parts_of(text: Iterable[str], title: str, split_on: str | None, found: dict,
         rest = block[end:]
     if n > 1:
         note(found, "divided", title, documents=n - bool(name))
+    elif split_on:
+        note(found, "undivided", title)
     if named and n == 1 and blank_lines > 20 and split_on is not None:
         note(found, "blank_lines", title, documents=blank_lines)
     if within and split_on is not None:
@@ -650,16 +684,28 @@ def standard_library() -> Iterator[tuple[str, str]]:
             yield file.relative_to(root).as_posix(), text
 
 
-def hub_documents(source: str, text_key: str) -> Iterator[tuple[str, str]]:
-    """The train split of hf:NAME or hf:NAME#CONFIG, on the hub or a local folder (of parquet, say)."""
+def hub_name(source: str) -> tuple[str, str | None]:
+    """hf:NAME#CONFIG -> NAME and CONFIG."""
     name, _, subset = source.removeprefix("hf:").partition("#")
+    return name, subset or None
+
+
+def hub_documents(source: str, text_key: str, found: dict) -> Iterator[tuple[str, str]]:
+    """The train split of hf:NAME or hf:NAME#CONFIG, on the hub or a local folder (of parquet, say)."""
+    name, subset = hub_name(source)
     try:
         import datasets
     except ImportError:
         raise UserError(f"{source}: needs a package: pip install datasets") from None
     try:
-        rows = datasets.load_dataset(name, subset or None, split="train", streaming=True)
-        for n, row in enumerate(rows):
+        splits = datasets.load_dataset(name, subset, streaming=True)
+        if "train" not in splits:
+            raise UserError(f"{source}: has no split train, but {', '.join(splits)}: save the one that you want "
+                            "as .jsonl")
+        for split in splits:
+            if split != "train":
+                note(found, "other_splits", f"{name}: {split}")
+        for n, row in enumerate(splits["train"]):
             yield f"{name}:{n}", text_of(row, text_key, f"{source}: row {n}", may_be_null=True)
     except UserError:
         raise

@@ -461,10 +461,14 @@ def test_what_divides_a_file_is_used_or_proposed(tmp_path, capsys):
     found, said = made("<|endoftext|>".join(PAGES))
     assert "79 times <|endoftext|> in a line" in said and '--split_on="<|endoftext|>"' in said
     for between, split_on in (("<|endoftext|>", "<|endoftext|>"), ("\n \n\n", r"\n\n"), ("\r\n\r\n", "\n\n"),
-                              (" %% ", "%%"), ("\n----\n", r"\n----\n")):
+                              (" %% ", "%%"), ("\n----\n", r"\n----\n"), ("\r\n----\r\n", r"\n----\n"),
+                              ("\n\n \n", r"\n\n\n"), ("\r\n\r\n", r"\r\n\r\n"), ("\f", r"\f")):
         found, _ = made(between.join(PAGES), split_on=split_on)
         assert sorted(sum(found.values(), [])) == sorted(PAGES), between
     found, said = made("\n\n".join(PAGES))
+    assert sorted(sum(made("\n---\n    ".join(PAGES), split_on="---")[0].values(), [])) == sorted(
+        [PAGES[0], *(f"    {page}" for page in PAGES[1:])])  # an indent stays
+    assert "1 files without --split_on in them" in made("\n\n".join(PAGES), split_on=r"\n\n\n")[1]
     assert "1 documents read" in said and r'79 blank lines in one document (--split_on="\n\n"' in said
 
 
@@ -495,7 +499,9 @@ def test_a_file_is_divided_alike_in_any_blocks(size):
     ("a.pdf", b"%PDF-1.7\n\xe2\xe3\xcf\xd3", "a.pdf: a PDF"), ("a.txt", "x".encode("utf-16"),
     "--encoding=utf-16"),
     ("a.txt", "这是中文，不是别的。".encode("gbk"), "--encoding=gb18030"), ("a.txt", b"caf\xe9", "a.txt:1: .*cp1252"),
-    ("a.txt.zst", b"\x28\xb5\x2f\xfd1", "a zstd file"),
+    ("a.txt.zst", b"\x28\xb5\x2f\xfd1", "a zstd file"), ("a.txt", "x".encode("utf-32"), "--encoding=utf-32"),
+    ("a.txt", "今日はいい天気です。".encode("shift_jis"), "shift_jis, big5"),
+    ("a.txt", "é, à: café".encode() + b"\xc3", "but for some bytes: --errors=replace"),
 ])
 def test_what_is_read_of_a_file_that_is_named(tmp_path, name, content, expected):
     path = tmp_path / name
@@ -510,6 +516,17 @@ def test_what_is_read_of_a_file_that_is_named(tmp_path, name, content, expected)
             found = {}
             assert len(list(text_file.documents(str(path), skip_bad_rows=True, found=found))) < 3
             assert found["bad_rows"]["documents"] == 1
+
+
+def test_what_a_file_is_taken_for_is_said(tmp_path):
+    for name, content, what in (("a.txt", '{"text": "one"}\n{"text": "two"}\n', "records_as_text"),
+                                ("a.csv", "review,label\ngood,1\n", "no_header")):
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        found = {}
+        texts = [text for _, text in text_file.documents(str(tmp_path / name), found=found,
+                                                         text_key="text" if name == "a.txt" else "0")]
+        assert texts == ([content] if name == "a.txt" else ["review", "good"]) and what in found
+        assert what in prepare.NOTES
 
 
 def test_other_encodings_in_a_folder_are_passed_over_and_said(tmp_path, capsys):

@@ -19,7 +19,7 @@ from config import UserError
 from lib import text as text_file
 from lib.rows import (CLASS_NAMES, as_csv, open_conll, open_rows, python_packages, read_paragraphs,
                       read_squad, some, split_rows)
-from lib.text import documents, locked, records
+from lib.text import documents, local_files, locked, records
 from tests.helpers import CHINESE, MIXED, PAGES, ROOT, says, write_rows
 
 COLUMNS = {"text": "", "pair": "", "label": "", "group": "", "header": None}
@@ -222,7 +222,7 @@ def test_a_large_file_is_read_in_blocks_as_if_whole(tmp_path, monkeypatch):
         assert "".join(part for _, part in parts) == text
         assert len(parts) > 20 and not any(name for name, _ in parts[1:])
     path.write_bytes(b"fine \xc3\xa9\n" * 50 + b"abc\xff")
-    with pytest.raises(UserError, match="txt:51.*0xff at offset 403.*latin-1.*--errors=replace"):
+    with pytest.raises(UserError, match="txt:51.*0xff at offset 403.*but for some bytes: --errors=replace"):
         texts_of(path)
     assert texts_of(path, errors="replace")[-1].endswith("abc\ufffd")
 
@@ -235,6 +235,17 @@ def test_parquet_comes_by_the_datasets_library(tmp_path):
     (tmp_path / "hub").mkdir()
     parquet.write_table(pyarrow.table({"text": PAGES, "n": list(range(80))}), tmp_path / "hub/pages.parquet")
     assert texts_of(f"hf:{tmp_path}/hub") == PAGES
+    watched = local_files(f"hf:{tmp_path}/hub#default")  # for changes
+    assert [path.name for path in watched] == ["pages.parquet"]
+    (tmp_path / "two").mkdir()
+    for split in ("train", "test"):
+        parquet.write_table(pyarrow.table({"text": [split]}), tmp_path / f"two/{split}-0.parquet")
+    found = {}
+    assert [text for _, text in documents(f"hf:{tmp_path}/two", found=found)] == ["train"]
+    assert found["other_splits"]["example"].endswith("two: test")
+    (tmp_path / "two/train-0.parquet").unlink()
+    with pytest.raises(UserError, match="no split train, but test"):
+        texts_of(f"hf:{tmp_path}/two")
     with pytest.raises(UserError, match="--text_key"):
         texts_of(f"hf:{tmp_path}/hub", text_key="n")
 
