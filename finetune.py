@@ -37,7 +37,7 @@ from lib import intervals
 from lib.optim import Pruning
 from lib.run import (BadSteps, Machine, Pace, Run, State, cannot_write, find_checkpoint, in_words,
                      left_by_runs, load_body, main_process, memory_advice, model_of, refuse_to_replace,
-                     step_line, stored_settings, write_json, write_text)
+                     step_line, stored_settings, to_device, write_json, write_text)
 from lib.tasks import TASKS, Example, Task, Vectors, one_spelling, respell
 from lib.rows import IN_WORDS, WORDS, Row, as_csv, described, python_packages, text_key
 from lib.tokenizer import Tokenizer, make_tokenizer
@@ -188,12 +188,12 @@ class Tuned(nn.Module):
             nn.init.constant_(self.head.bias, -2.0)
 
     def forward(self, idx, pad_mask, segments=None, places=None, parts=1):
-        """places: (B, T), True at the n tokens whose outputs are wanted: (n, n_out). parts: sequences in each
+        """places: (n,), of B * T, those tokens whose outputs are wanted: (n, n_out). parts: sequences in each
         example, whose outputs go side by side; in idx, the first parts of all examples come first."""
         real = torch.ones_like(idx, dtype=torch.bool) if pad_mask is None else pad_mask
         x = self.body.hidden(idx, pad_mask, segments)  # (B, T, C)
         if places is not None:
-            x = x[places]  # (n, C)
+            x = x.flatten(0, 1)[places]  # (n, C); by a mask, a GPU would be waited for
         elif self.pool == "first":
             x = x[:, 0]  # (B, C)
         elif self.pool == "last":
@@ -384,16 +384,15 @@ def collate(examples: list[Example], task: Task, device) -> dict:
         real[i, :len(ids)] = True
     batch = {"idx": idx, "segments": segments, "pad_mask": None if real.all() else real}
     if task.by_token:
-        batch["places"] = np.zeros(idx.shape, dtype=bool)
-        for i, example in enumerate(examples):
-            batch["places"][i, example.places] = True
+        places = [i * T + example.places for i, example in enumerate(examples)]
+        batch["places"] = np.concatenate(places).astype(np.int64)
         batch["target"] = np.concatenate([example.target for example in examples])
     else:
         batch["target"] = np.array([example.target for example in examples])
     if batch["target"].dtype == np.int32:
         batch["target"] = batch["target"].astype(np.int64)  # as torch's losses want it
     for name, array in batch.items():
-        batch[name] = None if array is None else torch.from_numpy(array).to(device)
+        batch[name] = None if array is None else to_device(torch.from_numpy(array), device)
     return {**batch, "parts": n_parts}
 
 

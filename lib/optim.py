@@ -59,7 +59,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_copy_(buffers, list(momentum))
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"] * ok)
         torch._foreach_sub_(params, list(update))
-        torch._foreach_add_(steps, ok.float())
+        torch._foreach_add_(steps, [ok.float()] * len(steps))  # a single one would be read on the host
 
 
 class PerTensor(torch.optim.Optimizer):

@@ -100,9 +100,7 @@ class Machine:
 
     def to(self, tensor: torch.Tensor) -> torch.Tensor:
         """To the device, on CUDA without waiting for the copy."""
-        if self.device.type == "cuda":
-            return tensor.pin_memory().to(self.device, non_blocking=True)
-        return tensor.to(self.device)
+        return to_device(tensor, self.device)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Over all processes, in place."""
@@ -153,6 +151,13 @@ class Machine:
             torch.set_rng_state(states["cpu"][self.rank])
             if self.device.type == "cuda" and "cuda" in states:
                 torch.cuda.set_rng_state(states["cuda"][self.rank], self.device)
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """On CUDA without waiting for the copy."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def pick_device(device: str, local_rank: int = 0) -> torch.device:
