@@ -887,9 +887,11 @@ def read_files(s: SimpleNamespace, say) -> list[list[Row] | None]:
             s.columns = columns
             say(f"columns  {described(columns)}")
         everything = list(rows)
-        rows = task.with_labels(everything, s)
+        texts = [row for row in everything if any(map(str.strip, task.texts(row)))]
+        rows = task.with_labels(texts, s)
         for what, count in (("that cannot be read, " + str(bad[0] if bad else ""), len(bad)),
-                            ("without a label (empty, NaN or null)", len(everything) - len(rows))):
+                            ("without a text", len(everything) - len(texts)),
+                            ("without a label (empty, NaN or null)", len(texts) - len(rows))):
             if count:
                 say(f"          {path}: {count:,} rows left out {what}")
         if not rows:

@@ -10,11 +10,13 @@ Nothing here knows tokens, or tasks. How a file becomes text, and text becomes r
 """
 from __future__ import annotations
 
+import ast
 import codecs
 import csv
 import heapq
 import io
 import itertools
+import json
 import math
 import os
 import re
@@ -88,14 +90,16 @@ NUMBERS = words_of("""
 CLASS_NAMES = Names(ONE_TEXT, CLASSES, TWO_TEXTS)
 NUMBER_NAMES = Names(ONE_TEXT, NUMBERS + CLASSES, TWO_TEXTS)
 TAG_NAMES = Names(words_of("tokens words text sentence word"),
-                  words_of("ner_tags tags labels label ner entities pos_tags upos"))
+                  words_of("ner_tags tags labels label ner entities spans pos_tags upos"),
+                  together("tokens++ner_tags tokens++tags text++spans"))
 ANSWER_NAMES = Names(words_of("question query"), words_of("answers answer answer_text label"),
                      pairs=words_of("context passage paragraph document article text"),
                      starts=words_of("answer_start answer_starts start"), splits=("title",))
 LM_NAMES = Names(words_of("text content body document story article sentence review"), (), together("""
     instruction+input+output instruction+context+response instruction+input+response instruction++output
     instruction++response instruction++answer trans_instruction+trans_input+trans_output prompt++completion
-    prompt++response prompt++output prompt++answer question++answer question++response query++response
+    prompt++response prompt++output prompt++answer question+context+answer question+context+response
+    question++answer question++response query++response
     query++answer input++output input++target ask++answer source++target article++highlights dialogue++summary
     document++summary 问题++回答"""))
 BEFORE = Names(  # what checkpoints were made with that keep no resolved columns
@@ -103,7 +107,7 @@ BEFORE = Names(  # what checkpoints were made with that keep no resolved columns
     words_of("label labels tags target class score output response completion"),
     pairs=words_of("text_pair sentence2 input"))
 # where an instruction has no one answer
-TURNS = words_of("messages conversations conversation parent_id chosen instances")
+TURNS = words_of("messages conversations conversation history parent_id chosen instances")
 ROLES = ("text", "pair", "label", "group", "split", "start")
 
 
@@ -178,7 +182,8 @@ def has_header(first: list[dict], known: Collection[str]) -> bool | None:
     if cells == [str(i) for i in range(len(cells))] and len(cells) > 1:
         return True  # as pandas numbers them
     for key, cell in first[0].items():
-        again = any(record[key] == cell for record in first[1:])  # a name does not occur among the values
+        # a name does not occur among the values, unless files with headers were joined
+        again = any(record[key] == cell for record in first[1:] if record != first[0])
         if plain(cell or "") in known and not again:
             return True
     return None
@@ -286,15 +291,19 @@ def open_rows(path: str, columns: dict, usual: Names, labelled: bool = True,
         names = numbers = list(first[0])
         if columns["header"]:
             names = column_names(cell or "" for cell in first[0].values())
-            del peeked[0]
+            found = without_header(path, itertools.chain(peeked, found), first[0])
+            peeked = []
         keys = {}
         for role in (*ROLES, "id"):
             name = columns.get(role)
             keys[role] = None if name is None else numbers[names.index(name)]
         if "label" not in needed:
             may_lack.add("label")
-    nested = {**(nested or {}), **({} if labelled else {"label": (list, dict)})}
-    return columns, make_rows(path, itertools.chain(peeked, found), keys, columns, may_lack, nested, bad)
+    nested = nested or {}
+    types = {keys[role]: nested[role] for role in nested}
+    found = unwritten(itertools.chain(peeked, found), path, types, bad)
+    nested = {**nested, **({} if labelled else {"label": (list, dict)})}
+    return columns, make_rows(path, found, keys, columns, may_lack, nested, bad)
 
 
 def without_new_names(path: str, found: Iterable[tuple[int, dict]], names: list[str],
@@ -310,6 +319,18 @@ def without_new_names(path: str, found: Iterable[tuple[int, dict]], names: list[
                                 f"{late[0]} if it is of use")
             seen |= record.keys()
         yield line, record
+
+
+def without_header(path: str, found: Iterable[tuple[int, dict]], header: dict) -> Iterator[tuple[int, dict]]:
+    """The rows below it. Where files were joined, it comes again."""
+    times = -1
+    for line, record in found:
+        if record == header:
+            times += 1
+        else:
+            yield line, record
+    if times:
+        tell(f"{path}: passed over: {times:,} more lines that are its header")
 
 
 def of_names(path: str, names: list[str], columns: dict, usual: Names, needed: Collection[str],
@@ -409,9 +430,9 @@ def make_rows(path: str, found: Iterable[tuple[int, dict]], keys: dict, columns:
                 elif isinstance(cell, list):
                     cell = [one if isinstance(one, (list, dict)) else as_text(one) for one in cell]
             else:
+                cell = as_text(cell)
                 if cell is None and role not in may_lack:
                     fault = f"is missing: the row reads {str(record)[:60]}"
-                cell = as_text(cell)
             if fault:
                 refuse(f"{where}: {columns[role]!r} {fault}", bad)
                 break
@@ -428,7 +449,38 @@ def make_rows(path: str, found: Iterable[tuple[int, dict]], keys: dict, columns:
 def as_text(cell: Any) -> str | None:
     if isinstance(cell, bool):
         return "true" if cell else "false"
-    return None if cell is None else str(cell)
+    return None if cell is None or cell != cell else str(cell)  # NaN is none
+
+
+# as numpy prints an array, which Python would read as something else
+ARRAY = re.compile(r"""{.*:\s*array\(|\[\s*(-?[\d.]+|'[^']*'|"[^"]*")\s+[-\d.'"]""", re.DOTALL)
+
+
+def unwritten(found: Iterable[tuple[int, dict]], path: str, types: dict[str, tuple],
+              bad: Callable[[UserError], None] | None) -> Iterator[tuple[int, dict]]:
+    """The records, with the lists and dicts that JSON or Python wrote into cells. types: of columns' cells."""
+    for line, record in found:
+        for key, wanted in types.items():
+            cell = record.get(key)
+            if not isinstance(cell, str) or cell[:1] not in ("[", "{"):
+                continue
+            if ARRAY.match(cell):
+                refuse(f"{path}:{line}: {' '.join(cell.split())[:40]}: an array as numpy prints it: write the rows as JSON lines",
+                       bad)
+                break
+            value = parsed(cell)
+            record[key] = value if isinstance(value, wanted) else cell
+        else:
+            yield line, record
+
+
+def parsed(cell: str) -> Any:
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            return parse(cell)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return cell
 
 
 def some(path: str, rows: list[Row]) -> list[Row]:
@@ -545,27 +597,37 @@ def is_tag(cell: str, tags: set[str]) -> bool:
     return cell in tags or re.match(r"[BIESLU]-", cell) is not None
 
 
-def tags_of_spans(row: Row) -> tuple[list[str], list[str]]:
-    """Words and their BIO tags, from places in a text: [[begin, end, kind], ...], or CLUENER's
-    {kind: {words: [[begin, last], ...]}}."""
-    spans = []
+def tags_of_spans(row: Row) -> tuple[list[str], list[str], int]:
+    """Words and their BIO tags, from places in a text: [[begin, end, kind], ...], {start, end, label} as
+    doccano and Prodigy have them, or CLUENER's {kind: {words: [[begin, last], ...]}}.
+
+    And how many places are no words of the text, whole and of their own: a word has the longest.
+    """
+    spans, taken = [], {}
     try:
         if isinstance(row.label, dict):
             for kind, places in row.label.items():
                 spans += [(begin, last + 1, kind) for found in places.values() for begin, last in found]
         else:
-            spans = [(int(begin), int(end), str(kind)) for begin, end, kind, *_ in row.label]
-    except (TypeError, ValueError, AttributeError):
+            for place in row.label:
+                if isinstance(place, dict):
+                    ends = [place.get(name, place.get(f"{name}_offset")) for name in ("start", "end")]
+                    place = *ends, place["label"]
+                begin, end, kind, *_ = place
+                spans.append((int(begin), int(end), str(kind)))
+    except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"{row.where}: not the places of tags: {str(row.label)[:60]}: wanted [begin, end, "
                         "tag] of each") from None
     split = WORDS["punctuation" if " " in row.text else "characters"]
     words, tags = [], []
     for match in re.finditer(split, row.text):
         inside = [span for span in spans if span[0] < match.end() and match.start() < span[1]]
-        begin, _, kind = max(inside, key=lambda span: span[1] - span[0], default=(0, 0, ""))
+        span = begin, _, kind = max(inside, key=lambda span: span[1] - span[0], default=(0, 0, ""))
+        taken[span] = taken.get(span, "") + match.group()
         words.append(match.group())
         tags.append(f"{'B' if match.start() <= begin else 'I'}-{kind}" if kind else "O")
-    return words, tags
+    lost = [span for span in spans if "".join(row.text[span[0]:span[1]].split()) != taken.get(span)]
+    return words, tags, len(lost)
 
 
 WORDS = {  # how a text is cut into the words that get tags
@@ -615,9 +677,6 @@ def place_answers(row: Row) -> Row:
     if isinstance(given, dict):  # {"text": [...], "answer_start": [...]}
         given, starts = given.get("text"), given.get("answer_start", starts)
     if isinstance(given, str):
-        if given.startswith("{'text'"):
-            raise UserError(f"{row.where}: answers as Python writes them, {given[:40]}: write the rows as "
-                            "JSON lines")
         given, starts = [given] if given else [], [starts]
     if given is not None:
         given = [one if isinstance(one, dict) else {"text": str(one)} for one in given]
@@ -645,7 +704,7 @@ def read_squad(path: str, labelled: bool = True, encoding: str = "") -> list[Row
                     for name, text in (("context", context), ("question", one["question"])):
                         if not isinstance(text, str):
                             raise TypeError(f"{name} is {text!r}")
-                    answers = one.get("answers", [] if one.get("is_impossible") else None)
+                    answers = [] if one.get("is_impossible") else one.get("answers")
                     if answers is None and labelled:
                         raise KeyError("answers (an empty list, if there is none)")
                     row = Row(f"{path}: {one['id']}", one["question"], context, answers, title,
@@ -658,11 +717,19 @@ def read_squad(path: str, labelled: bool = True, encoding: str = "") -> list[Row
 
 
 def place_answer(answer: dict, context: str) -> tuple[str, int]:
-    text, begin = answer["text"], int(answer.get("answer_start", 0))
-    if context[begin:begin + len(text)] != text:
+    text, said = answer["text"], answer.get("answer_start")
+    begin = int(said or 0)
+    if said is None or context[begin:begin + len(text)] != text:
         places = [i for i in range(len(context)) if context.startswith(text, i)]
-        begin = min(places, key=lambda i: abs(i - begin), default=-1)
+        whole = [i for i in places if is_whole(context, i, i + len(text))]
+        begin = min(whole or places, key=lambda i: abs(i - begin), default=-1)
     return text, begin
+
+
+def is_whole(text: str, begin: int, end: int) -> bool:
+    """Is it a word of the text, or several, and not a part of one, as "is" is of "Paris"?"""
+    at_ends = [text[i - 1:i + 1] for i in (begin, end)]
+    return not any(len(two) == 2 and two.isalnum() and not UNSPACED.search(two) for two in at_ends)
 
 
 # -----------------------------------------------------------------------------
@@ -695,7 +762,10 @@ def split_rows(keys: Sequence, labels: Sequence | None, k: int, seed: int) -> np
         heapq.heapreplace(parts, (size + len(group), n))
         for i in group:
             part[i] = n
-    return np.array(part, dtype=np.int64)
+    part = np.array(part, dtype=np.int64)
+    if len(groups) >= k and len(groups[0]) > 2 * len(keys) / k:  # a text that is everywhere, say
+        part = k - 1 - part  # the first are tested on: it is better trained on
+    return part
 
 
 def as_csv(rows: Iterable[Sequence]) -> str:

@@ -25,7 +25,7 @@ from config import SettingError, UserError
 from lib import intervals, metrics
 from lib.rows import (ANSWER_NAMES, CLASS_NAMES, LM_NAMES, NUMBER_NAMES, TAG_NAMES, WORDS, Row, kind_of_words,
                       label_key, open_conll, open_questions, open_rows, read_lines, read_paragraphs, some,
-                      split_rows, tags_of_spans, text_key, to_number, without_columns)
+                      split_rows, tags_of_spans, tell, text_key, to_number, without_columns)
 from lib.text import kind_of
 
 
@@ -345,6 +345,8 @@ class Classify(TextTask):
     @staticmethod
     def learn(rows, s):
         labels = {label for row in rows for label in labels_of(row, s.multi_label)}
+        if s.multi_label:
+            check_several(rows, labels)
         if len(labels) < (1 if s.multi_label else 2):
             raise nothing_to_tell_apart(rows, f"the label {labels.pop()!r}" if labels else "no label")
         return {"labels": sorted(sorted(labels), key=to_number), "several": s.multi_label}  # numbers first
@@ -476,10 +478,13 @@ class Tag(Task):
         if kind_of(path) not in (".jsonl", ".json", ".csv"):
             return open_conll(path, columns, labelled, encoding)
         columns, rows = super().open(path, columns, labelled, encoding, bad)
-        return columns, map(with_words, rows)
+        return columns, each_with_words(path, rows)
 
     @staticmethod
     def learn(rows, s):
+        if len(rows) > 1 and all(len(row.words) == 1 for row in rows):
+            raise UserError(f"{file_of(rows)}: each row is one word: write a word and its tag a line, and an "
+                            "empty line between sentences, as CoNLL")
         labels = sorted({tag for row in rows for tag in row.label})
         return {"labels": labels, "words": s.words or kind_of_words(rows)}
 
@@ -810,6 +815,23 @@ def labels_of(row: Row, several: bool) -> list[str]:
     return [row.label]
 
 
+def check_several(rows: list[Row], labels: set[str]) -> None:
+    """Raises UserError if what should be several labels a row was not read as such."""
+    if all(len(row.label) < 2 for row in rows):
+        joined = next((label for label in sorted(labels) if re.search("[,;/]", label)), None)
+        if joined:
+            raise UserError(f"{file_of(rows)}: no row has several labels, as {joined!r} may be meant to be: "
+                            "write | between them, or a JSON list")
+    if {label_key(label) for label in labels} <= {0.0, 1.0, "true", "false"}:
+        if any(len(set(row.label)) < len(row.label) for row in rows):
+            raise UserError(f"{file_of(rows)}: a 0 or 1 for each label, {rows[0].label}: write the names of "
+                            "those that have a 1")
+
+
+def file_of(rows: list[Row]) -> str:
+    return rows[0].where.rpartition(":")[0]
+
+
 def number_of(row: Row) -> float:
     number = 0.0 if row.label is None else to_number(row.label)
     if number == math.inf:
@@ -817,15 +839,28 @@ def number_of(row: Row) -> float:
     return number
 
 
+def each_with_words(path: str, rows: Iterable[Row]) -> Iterator[Row]:
+    lost = 0
+    for row in rows:
+        if isinstance(row.text, str) and (isinstance(row.label, dict) or row.label == [] or
+                                          isinstance((row.label or [0])[0], (list, dict))):
+            row.words, row.label, n = tags_of_spans(row)
+            row.text = " ".join(row.words)
+            lost += n
+            yield row
+        else:
+            yield with_words(row)
+    if lost:
+        tell(f"{path}: {lost:,} places of tags overlap a longer one, or do not begin and end with a word: a "
+             "word has the longest that touches it")
+
+
 def with_words(row: Row) -> Row:
-    """A row of a list of words and one of tags, or of a text and the places of its entities."""
-    if isinstance(row.text, str) and (isinstance(row.label, dict) or isinstance((row.label or [0])[0], list)):
-        row.words, row.label = tags_of_spans(row)
-        row.text = " ".join(row.words)
-        return row
+    """A row of a list of words and one of tags."""
     words = row.text.split() if isinstance(row.text, str) else row.text
     tags = row.label.split() if isinstance(row.label, str) else row.label
-    if None in words or (tags is not None and (None in tags or len(tags) != len(words))):
+    tags_fit = tags is None or (None not in tags and len(tags) == len(words))
+    if not tags_fit or any(isinstance(word, (list, dict, type(None))) for word in words):
         raise UserError(f"{row.where}: wanted a list of words, and one of as many tags: it reads "
                         f"{str(row.text)[:40]}, {str(row.label)[:40]}")
     row.words = [str(word) for word in words]
@@ -863,8 +898,7 @@ def respell(rows: Iterable[Row], spelling: dict[str, str]) -> None:
 
 
 def nothing_to_tell_apart(rows: list[Row], what: str) -> UserError:
-    file = rows[0].where.rpartition(":")[0]
-    return UserError(f"{file}: all {len(rows)} examples to train on have {what}: there is nothing to tell "
+    return UserError(f"{file_of(rows)}: all {len(rows)} examples to train on have {what}: there is nothing to tell "
                      "apart")
 
 

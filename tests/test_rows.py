@@ -227,7 +227,20 @@ def squad(asked: dict) -> str:
     ("tag", "doccano.jsonl", lines_of({"text": "In Rome, nice", "label": [[3, 7, "LOC"]]}),
      "text: text, label: label",
      [["O", "B-LOC", "O", "O"]]),
+    ("tag", "doccano.jsonl", lines_of({"id": 1, "text": "In Rome", "entities": []}, {
+        "id": 2, "text": "In Rome", "entities": [{"start_offset": 3, "end_offset": 7, "label": "LOC"}]}),
+     "text: text, label: entities; not used: id", [["O", "O"], ["O", "B-LOC"]]),
+    ("tag", "prodigy.jsonl", lines_of({"text": "In Rome", "tokens": [{"text": "In", "start": 0, "end": 2}],
+                                       "spans": [{"start": 3, "end": 7, "label": "LOC"}]}),
+     "text: text, label: spans; not used: tokens", [["O", "B-LOC"]]),
+    ("tag", "pandas.csv", "tokens,tags\n\"['In', 'Rome']\",\"['O', 'B-LOC']\"\n",
+     "text: tokens, label: tags", [["O", "B-LOC"]]),
+    ("tag", "numpy.csv", "tokens,tags\n['In' 'Rome'],[0 3]\n", ["numpy.csv:2: ['In' 'Rome']", "JSON lines"],
+     None),
     ("tag", "kaggle.csv", "Sentence #,Word,POS,Tag\nSentence: 1,Thousands,NNS,O\n", ["Word", "CoNLL"], None),
+    ("lm", "sql.json", lines_of({"answer": "b", "question": "a", "context": "c"}),
+     "text: question, pair: context, label: answer", ["b"]),
+    ("lm", "chat.json", lines_of({**ALPACA, "history": [["a", "b"]]}), ["'history'", "several turns"], None),
     ("lm", "songs.txt", "one\n\ntwo\n", "text: each paragraph", [None, None]),
     # questions
     ("qa", "squad.json", squad(SQUAD), "text: question, pair: context, label: answers", [[("b", 2)]]),
@@ -246,11 +259,22 @@ def squad(asked: dict) -> str:
     ("qa", "a.jsonl", lines_of({"question": "q", "context": "c", "answers": [{"txt": "c"}]}),
      ["a.jsonl:1: not answers"], None),
     ("tag", "a.jsonl", lines_of({"text": "a", "label": [["x", "y"]]}), ["a.jsonl:1: not the places"], None),
+    ("qa", "json.csv", 'context,question,answers\na b b,q,"{""text"": [""b""], ""answer_start"": [4]}"\n',
+     "text: question, pair: context, label: answers", [[("b", 4)]]),
+    ("qa", "python.csv", "context,question,answers\na b b,q,\"{'text': ['b'], 'answer_start': [4]}\"\n",
+     "text: question, pair: context, label: answers", [[("b", 4)]]),
+    ("qa", "squad.json", squad({**SQUAD, "is_impossible": True}),
+     "text: question, pair: context, label: answers", [[]]),
+    ("qa", "part.jsonl", lines_of({"context": "his is", "question": "q", "answer": "is"},
+                                  {"context": "他是他", "question": "q", "answer": "是"}),
+     "text: question, pair: context, label: answer", [[("is", 4)], [("是", 1)]]),
     ("qa", "pandas.csv", "context,question,answers\na b,q,{'text': array(['b'])}\n", ["JSON lines"], None),
     # headers
     ("classify", "a.csv", "comment,type\ngood,pos\nbad,neg\nok,pos\n",
      ["comment, type", "--header=True --text_column=comment --label_column=type",
       "--header=False --text_column=0 --label_column=1"], None),
+    ("classify", "joined.csv", "text,label\na,x\ntext,label\nb,y\ntext,label\nc,x\n",
+     "text: text, label: label", ["x", "y", "x"]),
     ("classify", "a.csv", "good film,pos\nbad film,neg\nok,pos\n",
      "no header: text is column 0, label is column 1",
      ["pos", "neg", "pos"]),
@@ -356,6 +380,39 @@ def test_labels_that_are_one_are_said_to_be_and_missing_ones_left_out(tmp_path):
     splits, _ = splits_of(tmp_path / "a.jsonl", data_test=str(tmp_path / "b.csv"))
     (_, _, test), = splits.values()
     assert [row.label for row in test] == ["1"]
+
+
+@pytest.mark.parametrize("task, rows, said", [
+    ("classify", [{"label": "a,b"}, {"label": "b"}], ["'a,b'", "write |"]),
+    ("classify", [{"label": [0, 1, 0]}, {"label": [1, 0, 0]}], ["0 or 1 for each label", "names"]),
+    ("tag", [{"ner_tags": ["O"]}], ["each row is one word", "empty line"]),
+])
+def test_labels_that_would_be_mistaken_are_refused(tmp_path, task, rows, said):
+    rows = [{"text": f"text {i}", "tokens": [f"w{i}"], **rows[i % len(rows)]} for i in range(40)]
+    (tmp_path / "a.jsonl").write_text(lines_of(*rows), encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        splits_of(tmp_path / "a.jsonl", task=task, multi_label=task == "classify")
+    says(error, "a.jsonl", *said)
+
+
+def test_places_of_tags_that_words_do_not_fit_are_counted(tmp_path, capsys):
+    places = [[0, 8, "LOC"], [0, 14, "ORG"], [16, 17, "X"], [30, 40, "LOC"], [15, 20, "O.K."]]
+    row = {"text": "New York Times here ", "label": places}
+    (tmp_path / "a.jsonl").write_text(lines_of(row), encoding="utf-8")
+    _, (row,) = opened("tag", tmp_path / "a.jsonl")
+    assert row.label == ["B-ORG", "I-ORG", "I-ORG", "B-O.K."]
+    assert "3 places of tags overlap a longer one, or do not" in capsys.readouterr().err
+
+
+def test_rows_without_a_text_are_left_out_and_a_text_that_is_everywhere_is_trained_on(tmp_path):
+    rows = [{"text": " " if i % 3 == 0 else "again" if i % 3 == 1 else f"text {i}", "label": "xy"[i % 2]}
+            for i in range(90)]
+    (tmp_path / "a.jsonl").write_text(lines_of(*rows), encoding="utf-8")
+    splits, said = splits_of(tmp_path / "a.jsonl")
+    (train, val, test), = splits.values()
+    assert "30 rows left out without a text" in said
+    assert [sum(row.text == "again" for row in rows) for rows in (train, val, test)] == [30, 0, 0]
+    assert val and test
 
 
 def test_texts_that_are_alike_are_on_one_side():
