@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from config import UserError
-from lib.hub import folder_of
+from lib.hub import folder_of, read_json
 from lib.tokenizer import EOT, HARD, MARKS, MASK, UNIT, Tokenizer, same_ids, with_ends
 
 
@@ -227,7 +227,7 @@ class HubTokenizer(Tokenizer):
         config = self.config
         if "cls_token" in self.roles and any(segment for _, segment, _ in self.templates[1]):  # as BERT's
             config = {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"], **config}
-        write_hf_tokenizer(folder, context, self.roles, config, json.loads(self.json))
+        write(folder, context, self.roles, config, json.loads(self.json))
 
 
 def need_tokenizers():
@@ -241,9 +241,8 @@ def need_tokenizers():
 # -----------------------------------------------------------------------------
 # The files of a Hugging Face folder
 
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-         "config.json", "generation_config.json", "chat_template.jinja", "vocab.txt", "vocab.json",
-         "merges.txt")
+FACTS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json",
+         "generation_config.json")
 
 # The special tokens of families whose files do not name them: the first row that is whole in the vocabulary
 FAMILIES = {
@@ -258,6 +257,23 @@ FAMILIES = {
 TURN_ENDS = (EOT, "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>",
              "<|assistant_end|>")
 
+# What is built here from older files: a class of transformers, its family, file, pattern and normalizer
+QWEN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+        r"\s*[\r\n]+|\s+(?!\S)|\s+")
+BUILT = {
+    "BertTokenizer": ("BERT", "vocab.txt", None, None),
+    "DistilBertTokenizer": ("BERT", "vocab.txt", None, None),
+    "ElectraTokenizer": ("BERT", "vocab.txt", None, None),
+    "GPT2Tokenizer": ("GPT-2", "merges.txt", None, None),
+    "Qwen2Tokenizer": ("GPT-2", "merges.txt", QWEN, {"type": "NFC"}),
+    "RobertaTokenizer": ("RoBERTa", "merges.txt", None, None)}
+
+# The class of a model whose files do not name it
+CLASS_OF = {
+    "bert": "BertTokenizer", "distilbert": "BertTokenizer", "electra": "BertTokenizer",
+    "roberta": "RobertaTokenizer", "xlm-roberta": "XLMRobertaTokenizer", "t5": "T5Tokenizer",
+    "gpt2": "GPT2Tokenizer", "llama": "LlamaTokenizer", "qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer"}
+
 
 def read_hub_tokenizer(path: str | Path) -> HubTokenizer:
     """Of a folder or an id on the hub: tokenizer.json, or what older folders have. Raises UserError.
@@ -267,25 +283,21 @@ def read_hub_tokenizer(path: str | Path) -> HubTokenizer:
     generation_config.json, config.json.
     """
     try:
-        folder, found = folder_of(path, weights=False), {}
-    except FileNotFoundError as error:
+        folder = folder_of(path, weights=False)
+        facts = {name: read_json(folder / name) for name in FACTS}
+    except (FileNotFoundError, ValueError) as error:
         raise UserError(str(error)) from None
-    for name in FILES:
-        if name.startswith(("vocab", "merges")) and "tokenizer.json" in found:
-            continue
-        if (folder / name).is_file():
-            found[name] = (folder / name).read_text(encoding="utf-8")
-    facts = {name: as_dict(found.get(name, "{}"), f"{path}/{name}") for name in FILES if "json" in name}
     config = facts["tokenizer_config.json"]
     named = {}  # eos_token and so on -> the token, or None
     for role, token in {**facts["special_tokens_map.json"], **config}.items():
         token = token.get("content") if isinstance(token, dict) else token
         if role.endswith("_token") and not isinstance(token, (bool, list, int)):
             named[role] = token
-    roles = {role: token for role, token in named.items() if token is not None}
+    roles = {role: token for role, token in named.items() if token}
     try:
-        text = found.get("tokenizer.json") or built(path, found, facts, roles)
-        vocab = need_tokenizers().Tokenizer.from_str(text).get_vocab(with_added_tokens=True)
+        file = folder / "tokenizer.json"
+        text = file.read_text(encoding="utf-8") if file.is_file() else built(path, folder, facts, roles)
+        text, vocab = with_added(path, text, facts)
     except UserError:
         raise
     except Exception as error:  # the library has no kind of its own
@@ -304,19 +316,10 @@ def read_hub_tokenizer(path: str | Path) -> HubTokenizer:
     ends = [i for i in ends if i in set(vocab.values())]
     ends += [vocab[token] for token in TURN_ENDS if token in vocab]
     kept = {name: value for name, value in config.items() if name not in {"added_tokens_decoder", *named}}
-    if "chat_template.jinja" in found:
-        kept["chat_template"] = found["chat_template.jinja"]
+    template = folder / "chat_template.jinja"
+    if template.is_file():
+        kept["chat_template"] = template.read_text(encoding="utf-8")
     return HubTokenizer(text, roles, ends, kept)
-
-
-def as_dict(text: str, name: str) -> dict:
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{name}: damaged: {error}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{name}: holds no table of names and values")
-    return found
 
 
 def ids_of(facts: dict, role: str) -> list[int]:
@@ -324,91 +327,153 @@ def ids_of(facts: dict, role: str) -> list[int]:
     return [i for i in (found if isinstance(found, list) else [found]) if isinstance(i, int)]
 
 
-def built(path: str | Path, found: dict[str, str], facts: dict[str, dict], roles: dict) -> str:
+def with_added(path: str | Path, text: str, facts: dict[str, dict]) -> tuple[str, dict[str, int]]:
+    """A tokenizer.json with the tokens that only other files add to it; and its vocabulary."""
+    tokenizers = need_tokenizers()
+    fast = tokenizers.Tokenizer.from_str(text)
+    more = {i: {"content": token, "special": True} for token, i in facts["added_tokens.json"].items()}
+    listed = facts["tokenizer_config.json"].get("added_tokens_decoder", {})
+    more |= {int(i): token for i, token in listed.items()}
+    vocab = fast.get_vocab(with_added_tokens=True)
+    have = {token.content for token in fast.get_added_tokens_decoder().values()}
+    lacking = {i: more[i] for i in sorted(more) if more[i]["content"] not in have}
+    for i, flags in lacking.items():
+        flags = {name: value for name, value in flags.items() if name != "__type"}
+        fast.add_tokens([tokenizers.AddedToken(**flags)])
+        token = flags["content"]
+        if token not in vocab and fast.token_to_id(token) != i:
+            raise UserError(f"{path}: tokenizer_config.json adds {token!r} as id {i}, but "
+                            f"{fast.token_to_id(token)} is the next that is free")
+    return (fast.to_str() if lacking else text), fast.get_vocab(with_added_tokens=True)
+
+
+def class_of(path: str | Path, folder: Path, facts: dict[str, dict]) -> str:
+    """The class of transformers that reads a folder without a tokenizer.json."""
+    for name in ("tokenizer_config.json", "config.json"):
+        named = facts[name].get("tokenizer_class")
+        if named:
+            return str(named).removesuffix("Fast")
+    kind = facts["config.json"].get("model_type")
+    if kind and kind not in CLASS_OF:
+        raise UserError(f"{path}: has no tokenizer.json, and which tokenizer goes with model_type={kind} is "
+                        "not known here: tokenizer_class in tokenizer_config.json would say it")
+    guess = CLASS_OF.get(kind)
+    if guess and (guess not in BUILT or (folder / BUILT[guess][1]).is_file()):
+        return guess
+    if (folder / "vocab.txt").is_file():
+        guess = "BertTokenizer"
+    elif (folder / "merges.txt").is_file():
+        guess = "RobertaTokenizer" if "<mask>" in read_json(folder / "vocab.json") else "GPT2Tokenizer"
+    else:
+        raise UserError(f"{path}: has no tokenizer.json, no vocab.txt and no merges.txt, and its "
+                        "tokenizer_config.json names no tokenizer_class that would say what else it has")
+    print(f"{path}: names no tokenizer_class: read as a {guess}")
+    return guess
+
+
+def built(path: str | Path, folder: Path, facts: dict[str, dict], roles: dict) -> str:
     """tokenizer.json for a folder that has only older files."""
-    config = facts["tokenizer_config.json"]
-    if "vocab.txt" in found:
-        lines = found["vocab.txt"].removesuffix("\n").split("\n")
+    config, name = facts["tokenizer_config.json"], class_of(path, folder, facts)
+    family, file, pattern, normalizer = BUILT.get(name, ("", "", None, None))
+    more = config.get("add_bos_token") or config.get("add_eos_token")
+    if not family or more or not (folder / file).is_file():
+        return converted(path, folder, name, config, roles)
+    roles = {**FAMILIES[family], **roles}
+    lines = (folder / file).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    space = config.get("add_prefix_space", False)
+    if file == "vocab.txt":
         vocab = {token: i for i, token in enumerate(lines)}
-        roles = {**FAMILIES["BERT"], **roles}
+    else:
+        vocab = read_json(folder / "vocab.json")
+    if family != "GPT-2":
         cls, sep = ([roles[role], vocab.get(roles[role])] for role in ("cls_token", "sep_token"))
-        content = {
+    if family == "BERT":
+        parts = {
             "normalizer": {"type": "BertNormalizer", "clean_text": True,
                            "handle_chinese_chars": config.get("tokenize_chinese_chars", True),
                            "strip_accents": config.get("strip_accents"),
                            "lowercase": config.get("do_lower_case", True)},
             "pre_tokenizer": {"type": "BertPreTokenizer"},
-            "post_processor": {"type": "BertProcessing", "sep": sep, "cls": cls},
+            "post_processor": {"type": "BertProcessing", "cls": cls, "sep": sep},
             "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
             "model": {"type": "WordPiece", "unk_token": roles["unk_token"], "continuing_subword_prefix": "##",
                       "max_input_chars_per_word": 100, "vocab": vocab}}
-    elif "vocab.json" in found and "merges.txt" in found:
-        vocab = as_dict(found["vocab.json"], f"{path}/vocab.json")
-        lines = found["merges.txt"].removesuffix("\n").split("\n")
-        merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-        space = config.get("add_prefix_space", False)
-        byte_level = {"type": "ByteLevel", "add_prefix_space": space, "trim_offsets": True, "use_regex": True}
-        content = {
-            "normalizer": None, "pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level,
-            "model": {"type": "BPE", "vocab": vocab, "merges": merges}}
-        if vocab.keys() >= {"<s>", "</s>", "<mask>"}:
-            roles = {**FAMILIES["RoBERTa"], **roles}
-            cls, sep = ([roles[role], vocab.get(roles[role])] for role in ("cls_token", "sep_token"))
-            content["post_processor"] = {"type": "RobertaProcessing", "sep": sep, "cls": cls,
-                                         "trim_offsets": True, "add_prefix_space": space}
     else:
-        return converted(path)
-    more = {**facts["added_tokens.json"]}
-    for i, token in config.get("added_tokens_decoder", {}).items():
-        more[token["content"]] = int(i)
-    more |= {token: vocab[token] for token in roles.values() if token in vocab}
-    return json.dumps({"version": "1.0", "truncation": None, "padding": None, "added_tokens": added(more),
-                       **content})
+        merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+        parts = {"normalizer": normalizer, **by_bytes(pattern, space),
+                 "model": {"type": "BPE", "vocab": vocab, "merges": merges}}
+    if family == "RoBERTa":
+        parts["post_processor"] = {"type": "RobertaProcessing", "cls": cls, "sep": sep, "trim_offsets": True,
+                                   "add_prefix_space": space}
+    return json.dumps(tokenizer_json({t: vocab[t] for t in roles.values() if t in vocab}, parts))
 
 
-def added(specials: dict[str, int]) -> list[dict]:
-    """Special tokens as tokenizer.json lists them. A mask takes the space before it, as RoBERTa's does."""
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    rows = [{"id": i, "content": token, **flags, "special": True} for token, i in specials.items()]
-    for row in rows:
-        row["lstrip"] = row["content"] == "<mask>"
-    return sorted(rows, key=lambda row: row["id"])
+def tokenizer_json(specials: dict[str, int], parts: dict) -> dict:
+    """A mask takes the space before it, as RoBERTa's does."""
+    flags = dict.fromkeys(("single_word", "rstrip", "normalized"), False)
+    added = [{"id": i, "content": token, "lstrip": token == "<mask>", "special": True, **flags}
+             for token, i in sorted(specials.items(), key=lambda pair: pair[1])]
+    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+            "normalizer": None, "post_processor": None, **parts}
 
 
-def converted(path: str | Path) -> str:
-    """tokenizer.json of a SentencePiece file, by transformers' own conversion."""
+def by_bytes(pattern: str | None, space: bool = False) -> dict:
+    """How a text is cut, by GPT-2's own pattern if none is given, and how its bytes are written."""
+    level = {"type": "ByteLevel", "add_prefix_space": space, "trim_offsets": True, "use_regex": not pattern}
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    cut = {"type": "Sequence", "pretokenizers": [split, level]} if pattern else level
+    return {"pre_tokenizer": cut, "decoder": level}
+
+
+def converted(path: str | Path, folder: Path, name: str, config: dict, roles: dict) -> str:
+    """tokenizer.json of other files, such as SentencePiece's, by the class of transformers that they name.
+
+    roles: gains those that the class knows.
+    """
+    llama = name == "LlamaTokenizer"
+    begin = {"add_bos_token": True} if llama and "add_bos_token" not in config else {}
     try:
-        from transformers import AutoTokenizer
-        return AutoTokenizer.from_pretrained(path).backend_tokenizer.to_str()
+        import transformers
+        known = getattr(transformers, name, None) if name.endswith("Tokenizer") else None
+        if known is None:
+            raise ValueError(f"tokenizer_class={name} is known neither here nor to transformers")
+        if not any((folder / file).is_file() for file in known.vocab_files_names.values()):
+            raise ValueError(f"it has no file of a {name} ({', '.join(known.vocab_files_names.values())})")
+        made = known.from_pretrained(folder, **begin)
+        text = made.backend_tokenizer.to_str()
     except ImportError:
-        raise UserError(f"{path}: has no tokenizer.json, vocab.txt, or vocab.json and merges.txt; a "
-                        "tokenizer.model needs: pip install transformers sentencepiece protobuf") from None
+        raise UserError(f"{path}: has no tokenizer.json; other files of a {name} need: pip install "
+                        "transformers sentencepiece protobuf") from None
     except Exception as error:  # of many kinds
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{path}: has no tokenizer.json, vocab.txt, or vocab.json and merges.txt, and "
-                        f"transformers cannot convert it: {reason[:200]}") from None
+        raise UserError(f"{path}: has no tokenizer.json, and it cannot be made: {reason[:200]}") from None
+    print(f"{path}: has no tokenizer.json: converted by transformers' {name}")
+    roles |= {role: token for role, token in made.special_tokens_map.items()
+              if isinstance(token, str) and role not in roles}
+    if not llama or config.get("legacy") is False or config.get("add_prefix_space") is False:
+        return text
+    # a space before all, even before spaces, as in SentencePiece and the files that Llama came with
+    spaces = [{"type": "Prepend", "prepend": "\u2581"},
+              {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]
+    spaces = {"type": "Sequence", "normalizers": spaces}
+    return json.dumps({**json.loads(text), "normalizer": spaces, "pre_tokenizer": None})
 
 
 # -----------------------------------------------------------------------------
 # As transformers' AutoTokenizer reads them
 
 def export(tokenizer: Tokenizer, folder: str | Path, context: int) -> None:
-    """tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer reads."""
+    """A tokenizer of ours."""
     symbol = byte_symbols()
     name = {token: "".join(symbol[byte] for byte in token) for token in tokenizer.ranks if token}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-                  "use_regex": False}
     # {1,3}+ is possessive to tiktoken, but to the library that reads this a repetition of a repetition
     pattern = re.sub(r"((?:\\p\{\w+\}|\[[^]]*\]|\\?.)\{\d+,\d*\})\+", r"(?>\1)", tokenizer.pattern)
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     vocab = {name[token]: i for i, token in enumerate(tokenizer.ranks) if token} | tokenizer.specials
     merges = [[name[a], name[b]] for a, b in merges_of(tokenizer.ranks)]
+    model = {"type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": True}
     roles = {"eos_token": EOT, "bos_token": EOT, "pad_token": EOT, "mask_token": MASK}
-    write_hf_tokenizer(folder, context, roles, {}, {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added(tokenizer.specials),
-        "normalizer": None, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "post_processor": None, "decoder": byte_level,
-        "model": {"type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": True}})
+    write(folder, context, roles, {},
+          tokenizer_json(tokenizer.specials, {**by_bytes(pattern), "model": model}))
     if importlib.util.find_spec("tokenizers"):
         same_ids(read_hub_tokenizer(folder), tokenizer.encode, folder)
     else:
@@ -424,7 +489,7 @@ def merges_of(ranks: list[bytes]) -> Iterator[tuple[bytes, bytes]]:
                 yield token[:i], token[i:]
 
 
-def write_hf_tokenizer(folder: str | Path, context: int, roles: dict, config: dict, tokenizer: dict) -> None:
+def write(folder: str | Path, context: int, roles: dict, config: dict, tokenizer: dict) -> None:
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **config,
               "model_max_length": context, **roles}
     for name, content in (("tokenizer.json", tokenizer), ("tokenizer_config.json", config)):

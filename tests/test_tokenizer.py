@@ -108,9 +108,9 @@ LLAMA_NORMALIZER = {"type": "Sequence", "normalizers": [
 
 
 def bytes_vocab(extra: list[str] = ()) -> dict:
-    """A BPE of bytes, as signs, and two merges."""
+    """A BPE of bytes, as signs, and three merges."""
     signs = [*byte_symbols().values()]
-    merges = [["a", "b"], ["\u0120", "a"]]
+    merges = [["a", "b"], ["\u0120", "a"], ["1", "2"]]
     tokens = signs + ["".join(pair) for pair in merges] + list(extra)
     return {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges}
 
@@ -335,22 +335,35 @@ def test_roles_that_no_file_names_are_found_in_a_stated_order(tokens, files, exp
     assert Tokenizer.from_dict(tokenizer.to_dict()).ends == tokenizer.ends
 
 
-@pytest.mark.parametrize("kind", ["bert", "bert-cased", "gpt2", "roberta"])
-def test_older_vocabularies_give_transformers_ids(kind, tmp_path):
+@pytest.mark.parametrize("name, config, model", [
+    ("BertTokenizer", {"do_lower_case": True}, {}), ("BertTokenizer", {"do_lower_case": False}, {}),
+    ("GPT2Tokenizer", {}, {}), ("RobertaTokenizer", {}, {}),
+    ("GPT2Tokenizer", {"tokenizer_class": "GPT2TokenizerFast", "add_bos_token": True}, {}),
+    ("Qwen2Tokenizer", {"tokenizer_class": "Qwen2Tokenizer"}, {"model_type": "llama"}),
+    ("Qwen2Tokenizer", {}, {"model_type": "qwen3"}),
+    ("GPT2Tokenizer", {}, {"tokenizer_class": "GPT2Tokenizer"}),
+    ("MPNetTokenizer", {"tokenizer_class": "MPNetTokenizer", "do_lower_case": True}, {}),
+])
+def test_older_vocabularies_give_transformers_ids(name, config, model, tmp_path, capsys):
     """vocab.txt, or vocab.json and merges.txt, without a tokenizer.json; and what an export feeds a model."""
     transformers = pytest.importorskip("transformers")
-    config = {"do_lower_case": kind == "bert"}
-    if kind.startswith("bert"):
-        theirs, made = transformers.BertTokenizer, bert(letters(), True)["model"]["vocab"]
+    special = ["<s>", "<pad>", "</s>", "<unk>", "[UNK]", "<mask>"]
+    if name == "BertTokenizer":
+        special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    elif name in ("GPT2Tokenizer", "Qwen2Tokenizer"):
+        special = [EOT]
+    if name in ("BertTokenizer", "MPNetTokenizer"):
+        made = [*special, *letters(), *(f"##{c}" for c in letters())]
         (tmp_path / "vocab.txt").write_text("\n".join(made) + "\n", encoding="utf-8")
     else:
-        theirs = transformers.GPT2Tokenizer if kind == "gpt2" else transformers.RobertaTokenizer
-        special = [EOT] if kind == "gpt2" else ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
         made = {token: i for i, token in enumerate([*special, *bytes_vocab()["vocab"]])}
         (tmp_path / "vocab.json").write_text(json.dumps(made), encoding="utf-8")
-        (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n\u0120 a\n", encoding="utf-8")
+        (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n\u0120 a\n1 2\n", encoding="utf-8")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    ours, theirs = Tokenizer.from_pretrained(tmp_path), theirs.from_pretrained(tmp_path, **config)
+    theirs = getattr(transformers, name).from_pretrained(tmp_path, **config)
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    ours = Tokenizer.from_pretrained(tmp_path)
+    assert ("names no tokenizer_class" in capsys.readouterr().out) == (not model and len(config) < 2)
     (tmp_path / "out").mkdir()
     ours.save_pretrained(tmp_path / "out", 64)
     back = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -363,7 +376,76 @@ def test_older_vocabularies_give_transformers_ids(kind, tmp_path):
     for one in (theirs, back):
         assert one("a b", "c")["input_ids"] == pair[0]
         assert one("a b", "c").get("token_type_ids", pair[1]) == pair[1]
-    assert ("token_type_ids" in back("a")) == kind.startswith("bert")
+    assert ("token_type_ids" in back("a")) == (name == "BertTokenizer")
+
+
+@pytest.mark.parametrize("files, words", [
+    ({}, "names no tokenizer_class"),
+    ({"tokenizer_config.json": {"tokenizer_class": "OddTokenizer"}}, "OddTokenizer is known neither"),
+    ({"config.json": {"tokenizer_class": "GPT2Model"}}, "GPT2Model is known neither"),
+    ({"tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"}},
+     "it has no file of a PreTrainedTokenizer"),
+    ({"config.json": {"model_type": "odd"}, "vocab.txt": ["a"]}, "model_type=odd is not known here"),
+    ({"tokenizer_config.json": {"tokenizer_class": "BertTokenizer"}}, "it has no file of a BertTokenizer"),
+])
+def test_a_tokenizer_of_another_class_is_refused_by_name(files, words, tmp_path):
+    pytest.importorskip("transformers")
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=words):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+SENTENCEPIECE = {  # class and file; how its model is trained; ids around a text; by how much all are moved
+    "llama": ("LlamaTokenizer", "tokenizer.model", {"model_type": "bpe", "byte_fallback": True,
+              "normalization_rule_name": "identity", "remove_extra_whitespaces": False}, ([1], []), 0),
+    "xlm-roberta": ("XLMRobertaTokenizer", "sentencepiece.bpe.model", {}, ([0], [2]), 1),
+    "t5": ("T5Tokenizer", "spiece.model",
+           {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}, ([], [1]), 0),
+}
+
+
+@pytest.mark.parametrize("kind", SENTENCEPIECE)
+@pytest.mark.parametrize("by_class", [True, False])
+def test_sentencepiece_files_give_sentencepiece_ids(kind, by_class, tmp_path):
+    pytest.importorskip("transformers")
+    sentencepiece = pytest.importorskip("sentencepiece")
+    name, file, how, (before, behind), shift = SENTENCEPIECE[kind]
+    lines = iter([line for line in SOURCE.split("\n") if line.strip()])
+    with open(tmp_path / file, "wb") as f:
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=f, vocab_size=500,
+                                                 character_coverage=0.99, minloglevel=2, **how)
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / file))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    if by_class:
+        config = {"tokenizer_class": name, "eos_token": "</s>", "unk_token": "<unk>"}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours = Tokenizer.from_pretrained(tmp_path)
+    for text in HARD:
+        if "<s>" not in text:  # a piece of its vocabulary to Unigram, as in the published tokenizer.json
+            ids = [i + shift for i in theirs.encode(text)]  # <unk> is 0 there, 3 here
+            ids = [{1: 3}.get(i, i) if shift else i for i in ids]
+            assert ours.encode(text) == ids
+            assert ours.wrap(ids)[0] == before + ids + behind
+
+
+def test_tokens_that_only_other_files_add_are_added(tmp_path):
+    """By tokenizer_config.json or added_tokens.json to a tokenizer.json that lacks them, at their ids."""
+    of_the_hub(tmp_path, **HUB["qwen"]())
+    n = Tokenizer.from_pretrained(tmp_path).vocab_size
+    call = {"content": "<call>", "lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+    config = {"eos_token": "<end>", "added_tokens_decoder": {
+        str(n + 2): {**call, "special": False}, str(n + 1): {**call, "content": "<end>", "special": True}}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<first>": n}))
+    ours = Tokenizer.from_pretrained(tmp_path)
+    assert (ours.eot, ours.vocab_size, ours.specials["<first>"]) == (n + 1, n + 3, n)
+    assert ours.encode("<call>") == [n + 2] and n + 1 not in ours.encode("<end>")
+    assert ours.encode("<first><end>", specials=True) == [n, n + 1]
+    assert ours.token_bytes[n + 2] == b"<call>" and Tokenizer.from_dict(ours.to_dict()).eot == n + 1
+    (tmp_path / "added_tokens.json").unlink()
+    with pytest.raises(UserError, match=f"adds '<end>' as id {n + 1}, but {n} is the next"):
+        Tokenizer.from_pretrained(tmp_path)
 
 
 def test_many_clauses_train_by_a_part_of_them(monkeypatch, capsys):
