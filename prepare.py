@@ -221,6 +221,10 @@ def complete(dataset: str, given: dict) -> SimpleNamespace:
         raise SettingError(f"--test_fraction={s.test_fraction}: must be below 1 with val_fraction")
     if s.phones == "library" and importlib.util.find_spec("phonenumbers") is None:
         raise SettingError("--phones=library: needs a package: pip install phonenumbers")
+    if s.phones == "library" and not s.scrub_pii:
+        raise SettingError("--phones=library: only with --scrub_pii=True")
+    if s.prefix and s.tokenizer == "bpe":
+        raise SettingError("--prefix=True: for a tokenizer with a template, not for a bpe")
     try:
         codecs.lookup(s.encoding)
     except LookupError:
@@ -467,6 +471,7 @@ def print_shares(size: dict[str, int], spool: Path, index: np.ndarray, s: Simple
 def open_tokenizer(s: SimpleNamespace) -> Tokenizer:
     """The one that the settings name, which is there already."""
     codec = make_tokenizer(s.tokenizer, [], s.vocab_size)
+    print(f"tokenizer {s.tokenizer}: {codec.vocab_size:,} tokens")
     if codec.changes():
         print("the tokenizer does not give back all that it reads:", ", ".join(codec.changes()))
     if s.prefix and not codec.prefix:
@@ -476,8 +481,6 @@ def open_tokenizer(s: SimpleNamespace) -> Tokenizer:
 
 def train_tokenizer(s: SimpleNamespace, spool: Path, spans: np.ndarray, size: int) -> Tokenizer:
     """A bpe of the training text only: what the model is tested on stays unseen by the tokenizer too."""
-    if s.prefix:
-        raise SettingError("--prefix=True: for a tokenizer with a template, not for a bpe")
     share = min(s.sample_mb * 1e6 / max(size, 1), 1)
     print(f"training a tokenizer of {s.vocab_size:,} tokens on {share * size / 1e6:.1f} MB")
     codec = make_tokenizer("bpe", sample(read_texts(spool, spans, Tokenizer, lambda n: None), share), s.vocab_size)

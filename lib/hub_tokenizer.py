@@ -42,6 +42,8 @@ class HubTokenizer(Tokenizer):
         self.json, self.roles, self.config = json_text, roles, config or {}
         self.fast.no_padding()
         self.fast.no_truncation()
+        if stored["model"].get("dropout"):  # for training: a text would have other ids each time
+            self.fast.model.dropout = None
         vocab = self.fast.get_vocab(with_added_tokens=True)
         if len(set(vocab.values())) < len(vocab):
             raise UserError("tokenizer.json: two tokens have the same id")

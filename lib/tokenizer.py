@@ -263,7 +263,10 @@ def of_ranks(path: Path) -> Tokenizer:
         print(f"{path}: names no pattern: this project's own cuts the text (a file that is called "
               f"{' or '.join(names)} gets the pattern and special tokens of that)")
         return with_specials(path.stem, PIECES, ranks)
-    known = published("r50k_base" if name == "gpt2" else name)
+    name = "r50k_base" if name == "gpt2" else name
+    known, n = published(name), len(ranks) - ranks.count(b"")
+    if name in SIZES.values() and SIZES.get(n) != name:
+        print(f"{path}: {n:,} tokens, and not as many as {name} has: if it is meant to be that, it is damaged")
     return with_specials(path.stem, known["pat_str"], ranks, known["special_tokens"])
 
 
@@ -283,7 +286,7 @@ def read_ranks(path: Path) -> list[bytes]:
     try:
         lines = path.read_text(encoding="ascii").split("\n")
         pairs = [line.split() for line in lines if line]
-        token_of = {int(i): base64.b64decode(token) for token, i in pairs}
+        token_of = {int(i): base64.b64decode(token, validate=True) for token, i in pairs}
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a file of BPE ranks: {error}") from None
     tokens = set(token_of.values())

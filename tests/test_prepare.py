@@ -218,6 +218,7 @@ def test_a_data_set_is_replaced_only_on_demand(tmp_path, capsys):
     (dict(test_fraction=0.9), SettingError, "--test_fraction=0.9.*val_fraction"),
     (dict(errors="never"), SettingError, "--errors.*strict"),
     (dict(encoding="latin-0"), SettingError, "--encoding=latin-0"),
+    (dict(prefix=True, source="nowhere.txt"), SettingError, "--prefix=True.*not for a bpe"),
     (dict(dataset="b", source=""), SettingError, "--dataset=b.*built-in.*shakespeare.*--source"),
     (dict(source="nowhere.txt"), UserError, "nowhere.txt: no such file"),
     (dict(min_chars=10**6), UserError, "no document is left.*too_short"),

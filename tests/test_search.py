@@ -45,7 +45,8 @@ def main(fields):
     (Path(out_dir) / "ckpt.pt").write_text("large")
     with open(Path(out_dir) / "log.jsonl", "w", encoding="utf-8") as f:
         for i in range(1, 5):
-            row = {"iter": i, "val_loss": loss + 1 / i, "val_accuracy": -loss, "val_speed": n}
+            row = {"iter": i, "val_loss": loss + 1 / i, "val_accuracy": -loss, "val_speed": n,
+                   "val_odd": math.nan}
             print(json.dumps({"iter": i, "loss": -9.0, "accuracy": 9.0}), file=f)  # of a training batch
             print(json.dumps(row), file=f, flush=True)
             time.sleep(wait if loss > 1 else 0)
@@ -133,6 +134,7 @@ def test_a_hopeless_trial_is_stopped(stub, tmp_path):
      (("kind=a..b",), 2, ["low..high"]), (("x=3..1",), 2, ["x=3..1"]), (("n=0..9",), 2, ["at least 1", "0"]),
      (("x=1,2", "--n=0"), 2, ["at least 1", "0"]), (("x=1,2", "--trials=0"), 2, ["--trials", "at least 1"]),
      (("x=1,2", "--trails=3"), 2, ["--trails"]),
+     (("x=1,2", "x=3,4"), 2, ["x=3,4: is given twice"]), (("out_dir=a,b",), 2, ["each trial has its own"]),
      (("x=1,2", "--metric=speed"), 2, ["--metric=speed", "--goal=min"]),
      (("x=1,2", "--metric=f1_error"), 2, ["--metric=f1_error", "--goal=max"]),
      (("x=1,2", "--metric=f1", "--trials=1", "--method=random"), 1, ["no trial", "output.txt"])],
@@ -161,6 +163,14 @@ def test_a_damaged_search_is_said(stub, tmp_path, content):
     (tmp_path / "out/search").mkdir(parents=True)
     (tmp_path / "out/search/search.jsonl").write_text(content, encoding="latin-1")
     one_line(stub("x=1,2"), 2, "search.jsonl", "--out_dir")
+
+
+def test_what_a_search_leaves_out_is_said(stub, tmp_path):
+    done = stub("n=1,2,3", "x=1e-3,1e-2", "--method=grid", "--trials=4")
+    assert "6 combinations, of which --trials=4 are tried at most" in done.stdout
+    assert len(search_rows(tmp_path)) == 4
+    done = stub("n=3,4", "--metric=odd", "--goal=min", "--trials=1", "--method=random", "--out_dir=out/odd")
+    assert "val_odd was never a finite number" in done.stdout
 
 
 def test_a_log_is_read_once_and_what_is_no_row_is_passed_over(tmp_path):

@@ -12,7 +12,7 @@ import regex
 from config import UserError
 from lib import tokenizer as tokenizer_file
 from lib.hub_tokenizer import byte_symbols
-from lib.tokenizer import EOT, HARD, MASK, PIECES, Tokenizer, make_tokenizer, train_bpe
+from lib.tokenizer import BYTES, EOT, HARD, MASK, PIECES, Tokenizer, make_tokenizer, train_bpe
 from tests.helpers import MIXED, ROOT
 
 UNSEEN = "\0 unseen: żółć 漢字 🚀\r\n\t "
@@ -540,12 +540,26 @@ def test_a_text_is_wrapped_as_its_model_reads_it(tmp_path):
     assert ours.wrap([1, 2], [3]) == ([1, 2, 256, 3, 256], [0, 0, 0, 1, 1])
 
 
+def test_what_a_tokenizer_drops_at_random_in_training_stays(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    fast = tokenizers.Tokenizer(tokenizers.models.BPE(
+        {"a": 0, "b": 1, "ab": 2, "abab": 3, EOT: 4}, [("a", "b"), ("ab", "ab")], dropout=0.5))
+    fast.decoder = tokenizers.decoders.Fuse()
+    fast.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": EOT}))
+    ours = make_tokenizer(str(tmp_path), [], 0)
+    assert {tuple(ours.encode("abab" * 3)) for _ in range(9)} == {(3, 3, 3)}
+
+
 @pytest.mark.parametrize("name, words", [
     ("nonsense", "--tokenizer=nonsense: wanted bytes, bpe, gpt2"), ("folder", "has no tokenizer.json"),
-    ("missing.tiktoken", "not a file of BPE ranks"), ("bad.tiktoken", "not a file of BPE ranks")])
+    ("missing.tiktoken", "not a file of BPE ranks"), ("bad.tiktoken", "not a file of BPE ranks"),
+    ("damaged.tiktoken", "not a file of BPE ranks")])
 def test_a_tokenizer_that_cannot_be_had_is_named(tmp_path, monkeypatch, name, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     (tmp_path / "bad.tiktoken").write_text("eA== one\n")
+    ranks = "".join(f"{base64.b64encode(byte).decode()} {byte[0]}\n" for byte in BYTES)
+    (tmp_path / "damaged.tiktoken").write_text(ranks + "%% 256\n")
     with pytest.raises(UserError, match=words):
         make_tokenizer(name, [], 300)

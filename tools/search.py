@@ -127,6 +127,8 @@ def read_words(words: list[str], settings: dict[str, Setting]) -> tuple[dict, di
             shared.update(config.from_file(word, settings))
         elif name not in settings:
             raise config.unknown(word, name, settings)
+        elif name == "out_dir" or name in spaces:
+            raise SettingError(f"{word}: {'each trial has its own' if name == 'out_dir' else 'is given twice'}")
         else:
             spaces[name] = read_space(word, settings[name].kind)
     if not spaces:
@@ -288,6 +290,8 @@ def try_out(words: list[str], folder: Path, metric: str, best, others: list[list
     elif not curve.points:
         others = ", ".join(curve.others) or "no val_..."
         state, note = "failed", f"no {metric} in log.jsonl, which has {others}"
+        if metric in curve.others:
+            note = f"{metric} was never a finite number"
     value = best(value for _, value in curve.points) if state != "failed" else None
     return {"state": state, "value": value, "note": note, "seconds": round(time.time() - started, 1),
             "curve": curve.points}
@@ -379,6 +383,9 @@ def main(words: list[str]):
     lock = locked(folder / "run.lock")
     rows = read_rows(log, search) if log.exists() else []
 
+    if method == "grid":
+        points = len({json.dumps(point) for point in candidates(method, spaces, [], best, 0)})
+        print(f"grid      {points} combinations, of which --trials={trials} are tried at most")
     started = time.time()
     while len(rows) < trials and time.time() - started < 60 * (minutes or math.inf):
         point = propose(method, spaces, rows, best, search_seed)
