@@ -89,7 +89,9 @@ def load(folder: str | Path, device: str | torch.device = "cpu",
     model has .body, .task and predict(texts). dtype: of the weights; a fine-tuned model's stay float32.
     Raises UserError if the folder holds none of these, or it cannot be used.
     """
-    folder, names = newest_run(Path(folder)), (*USE, "lora.pt")
+    asked, folder, names = Path(folder), newest_run(Path(folder)), (*USE, "lora.pt")
+    if folder != asked:
+        warn(f"{folder}: the newest run in {asked}")
     if not any((folder / name).exists() for name in names):
         model, tokenizer, head = load_whole(folder, dtype)
         if head and dtype != torch.float32:

@@ -226,7 +226,7 @@ class TagScheme:
     """
 
     def __init__(self, labels: Sequence[str]):
-        tags = {*labels} - {"O"}
+        tags, self.has_outside = {*labels} - {"O"}, "O" in labels
         self.part = {}  # tag -> its prefix, as one of B I E S, and its kind; no others belong to entities
         for tag in tags:
             found = re.fullmatch(r"([BIMELSUW])[-_](.+)", tag, re.DOTALL)
@@ -243,6 +243,8 @@ class TagScheme:
         self.begins = {"B", "S"} if self.strict and "B" in self.used else {"B", "I", "E", "S"}
 
     def __str__(self) -> str:
+        if self.plain and not self.has_outside:
+            return "each word: no tag is O, so this is the accuracy"
         if self.plain:
             return "each word whose tag is not O (the tags have no B- or I-)"
         how = "only whole ones count" if self.strict else "an I- that continues nothing begins one"

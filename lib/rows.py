@@ -206,7 +206,8 @@ def guess_columns(path: str, first: list[dict], columns: dict, usual: Names, lab
         if len(texts) == len(labels) == 1:
             found = {"text": texts[0], "label": labels[0]}
         elif len(numbers) > 2:
-            one, two, label = [*texts, "0"][0], [*texts[1:], "1"][0], [*labels, "NUMBER"][0]
+            labels.sort(key=lambda key: len({record[key] for record in first}))  # numbers of rows are many
+            one, two, label = [*texts, "NUMBER"][0], [*texts[1:], "NUMBER"][0], [*labels, "NUMBER"][0]
             longest = max([*texts, one], key=lambda key: sum(len(record[key] or "") for record in first))
             raise UserError(
                 f"{path}:1: no header, and which of its {len(numbers)} columns are text and label? It reads "
@@ -268,7 +269,7 @@ def open_rows(path: str, columns: dict, usual: Names, labelled: bool = True,
     text = text_blocks(path, encoding)
     block = next(text)
     text = itertools.chain([block], text)
-    tagged = kind_of(path) == ".txt" and "__label__" in block.partition("\n")[0]
+    tagged = is_fasttext(path, block.partition("\n")[0])
     found = fasttext(lines(text, "\n")) if tagged else records(path, text, False, not labelled, bad)
     peeked = list(itertools.islice(found, PEEK))
     if not peeked:
@@ -395,6 +396,13 @@ def of_table(path: str, first: list[dict], columns: dict, usual: Names, labelled
             raise UserError(f"{path}: no column for the {role}: it has one, {shown(first[0].values())}")
     unused = [number for number in first[0] if number not in found.values()]
     return {**found, "id": None, "header": False, "unused": unused}
+
+
+def is_fasttext(path: str, first: str) -> bool:
+    """By its first line, whatever its name: fastText's own files are called .train and .valid."""
+    if kind_of(path) == ".txt":
+        return "__label__" in first
+    return re.match(r"__label__[^\s,;|]+\s", first) is not None
 
 
 def fasttext(text: Iterable[str]) -> Iterator[tuple[int, dict]]:

@@ -459,6 +459,10 @@ def model_of(checkpoint: dict, **changes) -> Transformer:
         weights = dict(checkpoint["model"])
         if "positions.wpe.weight" in weights:
             rows = model.config.pos_offset + model.config.block_size
+            if rows > len(weights["positions.wpe.weight"]):
+                known = checkpoint["model_args"]["block_size"]
+                raise SettingError(f"block_size={model.config.block_size}: the checkpoint's model knows "
+                                   f"{known} positions: leave it out, or start from scratch")
             weights["positions.wpe.weight"] = weights["positions.wpe.weight"][:rows]
         model.load_state_dict(weights)
         model.published = checkpoint.get("published", {})

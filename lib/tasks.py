@@ -618,7 +618,10 @@ class Answer(Task):
         lost = sum(begin < 0 for row in rows for _, begin in row.label)
         if lost:
             print(f"({lost} answers do not stand in their text: left out of training)")
-        return {"labels": ["first", "last"], "no_answer": any(not row.label for row in rows)}
+        none = sum(not row.label for row in rows)
+        if none:
+            print(f"({none:,} of {len(rows):,} questions to train on have no answer in their text)")
+        return {"labels": ["first", "last"], "no_answer": none > 0}
 
     def settle(self, examples, s):
         lengths = [1 + example.target[1] - example.target[0] for example in examples if example.target.any()]
@@ -734,7 +737,7 @@ class LM(Task):
 
     @classmethod
     def open(cls, path, columns, labelled=True, encoding="", bad=None):
-        if kind_of(path) == ".txt":
+        if kind_of(path) not in (".csv", ".tsv", ".json", ".jsonl"):
             without_columns(path, columns)
             return {"text": "each paragraph", "header": True, "unused": []}, read_paragraphs(path, encoding)
         return super().open(path, columns, labelled, encoding, bad)

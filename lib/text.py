@@ -260,14 +260,16 @@ class Lines:
 
 def table(path: str | Path, text: Iterable[str], kind: str, names: Collection[str] | bool, empty: bool,
           bad: Callable[[UserError], None] | None) -> Iterator[tuple[int, dict]]:
-    """CSV, or TSV, where quotes are plain characters. What ends a cell is seen from the first lines."""
+    """CSV, or TSV, where quotes are plain characters unless a column is quoted throughout, as R and pandas
+    may write it. What ends a cell is seen from the first lines."""
     text = lines(text, "")
     first = list(itertools.islice(text, FIRST))
     delimiter = delimiter_of(first, kind)
+    plain = delimiter == "\t" and not is_quoted(first)
     header, source = None, Lines(itertools.chain(first, text))
     if first and SEP.fullmatch(first[0]):
         next(source)
-    for line, cells in cells_of(path, source, delimiter, bad):
+    for line, cells in cells_of(path, source, delimiter, plain, bad):
         if header is None:
             named = names if isinstance(names, bool) else any(one.strip().lower() in names for one in cells)
             header = column_names(cells) if named else [str(i) for i in range(len(cells))]
@@ -322,6 +324,16 @@ def delimiter_of(first: list[str], kind: str) -> str:
     return ","
 
 
+def is_quoted(first: list[str]) -> bool:
+    """Has a column of tabs' table quotes around every cell below its header?"""
+    rows = [line.rstrip("\r\n").split("\t") for line in first[1:] if line.strip()]
+    in_quotes = [all(QUOTED.fullmatch(cell) for cell in column) for column in zip(*rows)]
+    return len(rows) > 1 and any(in_quotes)
+
+
+QUOTED = re.compile('"([^"]|"")*"')
+
+
 def column_names(cells: list[str]) -> list[str]:
     """A header's. One that is there twice gets its number, as does one without a name."""
     found = []
@@ -331,11 +343,13 @@ def column_names(cells: list[str]) -> list[str]:
     return found
 
 
-def cells_of(path: str | Path, source: Lines, delimiter: str,
+def cells_of(path: str | Path, source: Lines, delimiter: str, plain: bool,
              bad: Callable[[UserError], None] | None) -> Iterator[tuple[int, list[str]]]:
-    """(line, cells) of each row. One with a quote that is not closed, or too late, is a bad one."""
-    tabs = delimiter == "\t"
-    dialect = {"delimiter": delimiter, **({"quoting": csv.QUOTE_NONE} if tabs else {"strict": True})}
+    """(line, cells) of each row. One with a quote that is not closed, or too late, is a bad one.
+
+    plain: quotes are characters like others.
+    """
+    dialect = {"delimiter": delimiter, **({"quoting": csv.QUOTE_NONE} if plain else {"strict": True})}
     reader, width = csv.reader(source, **dialect), None
     source.next_row()
     while True:
@@ -348,7 +362,7 @@ def cells_of(path: str | Path, source: Lines, delimiter: str,
         except csv.Error as error:
             fault = str(error)
         if fault:
-            refuse(f"{path}:{source.line}: not a {'TSV' if tabs else 'CSV'} row ({fault}): a quotation mark "
+            refuse(f"{path}:{source.line}: not a {'TSV' if delimiter == chr(9) else 'CSV'} row ({fault}): a quotation mark "
                    "within quotes is written twice; or --skip_bad_rows=True", bad)
             source.go_on_after_first()
             reader = csv.reader(source, **dialect)

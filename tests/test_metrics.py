@@ -119,6 +119,11 @@ def test_entities_equal_seqeval_s(letters, scheme):
         assert ours.entities(tags) == expected
 
 
+def test_what_counts_as_an_entity_is_said():
+    for labels, said in (("0 3 4", "no tag is O"), ("PER O", "whose tag is not O"), ("B-a I-a O", "by B-, I-")):
+        assert said in str(metrics.TagScheme(labels.split()))
+
+
 def test_a_model_is_perfect_by_f1_only_if_it_is():
     gold = "B-a I-a E-a O S-b B-b E-b".split()
     scheme = metrics.TagScheme(gold)

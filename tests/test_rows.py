@@ -64,6 +64,12 @@ def test_records_are_found_however_they_are_kept(tmp_path, name, content):
     assert [record for _, record in read(tmp_path / name)] == OBJECTS
 
 
+def test_quotes_of_tabs_tables_are_read_if_a_column_has_them_throughout(tmp_path):
+    for rows, texts in (('"a ""b"""\t1\n"c"\t2\n', ['a "b"', "c"]), ('"a" b\t1\n"c"\t2\n', ['"a" b', '"c"'])):
+        (tmp_path / "a.tsv").write_text(f"text\tlabel\n{rows}", encoding="utf-8")
+        assert [record["text"] for _, record in read(tmp_path / "a.tsv")] == texts
+
+
 def test_texts_with_lines_and_other_delimiters_stay_whole(tmp_path):
     rows = "".join(f'"a, {i}\nb\nc";x\n' for i in range(40))  # the first lines end within a row
     (tmp_path / "c.csv").write_text(f"text;label\n{rows}", encoding="utf-8")
@@ -240,6 +246,7 @@ def squad(asked: dict) -> str:
     ("tag", "kaggle.csv", "Sentence #,Word,POS,Tag\nSentence: 1,Thousands,NNS,O\n", ["Word", "CoNLL"], None),
     ("lm", "sql.json", lines_of({"answer": "b", "question": "a", "context": "c"}),
      "text: question, pair: context, label: answer", ["b"]),
+    ("lm", "story.md", "one, a\nb\n\ntwo, c\n", "text: each paragraph", [None, None]),
     ("lm", "chat.json", lines_of({**ALPACA, "history": [["a", "b"]]}), ["'history'", "several turns"], None),
     ("lm", "songs.txt", "one\n\ntwo\n", "text: each paragraph", [None, None]),
     # questions
@@ -273,6 +280,13 @@ def squad(asked: dict) -> str:
     ("classify", "a.csv", "comment,type\ngood,pos\nbad,neg\nok,pos\n",
      ["comment, type", "--header=True --text_column=comment --label_column=type",
       "--header=False --text_column=0 --label_column=1"], None),
+    ("classify", "R.tsv", '"text"\t"label"\n"a ""b"""\t"x"\n"c"\t"y"\n', "text: text, label: label",
+     ["x", "y"]),
+    ("classify", "plain.tsv", 'text\tlabel\n"a" b\tx\n"c"\ty\n', "text: text, label: label", ["x", "y"]),
+    ("classify", "cooking.train", "__label__x a, b\n__label__y c\n", "text: text, label: __label__",
+     ["x", "y"]),
+    ("classify", "a.csv", "".join(f"{i},one {i},{'xy'[i % 2]}\n" for i in range(9)),
+     ["--text_column=1 --label_column=2,"], None),
     ("classify", "joined.csv", "text,label\na,x\ntext,label\nb,y\ntext,label\nc,x\n",
      "text: text, label: label", ["x", "y", "x"]),
     ("classify", "a.csv", "good film,pos\nbad film,neg\nok,pos\n",

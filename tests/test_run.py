@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import asdict
 from functools import partial
 
 import numpy as np
@@ -20,9 +21,9 @@ import sample
 import train
 from config import SettingError, UserError
 from lib import group
-from lib.run import REPORTS, RESUME, Machine, Pace, Run, State, Stop, find_checkpoint
+from lib.run import REPORTS, RESUME, Machine, Pace, Run, State, Stop, find_checkpoint, model_of
 from tests.helpers import (ROOT, TOY, checkpoint, full_disk, log_of, posix, run_here, same, script, slow,
-                           start, together)
+                           start, tiny, together)
 
 LEFT = {"best.pt", "ckpt.pt", "ckpt.prev.pt", "log.jsonl", "run.lock", "settings.json"}  # and loss.png
 
@@ -645,6 +646,14 @@ def test_what_cannot_be_is_one_line(home, error, given, words):
     with pytest.raises(error, match=words) as found:
         run(home, "none", *TOY, *given)
     assert "\n" not in str(found.value) and not (home / "out/none/best.pt").exists()
+
+
+def test_positions_that_were_not_learned_are_refused_by_name():
+    model = tiny("gpt2")
+    saved = {"model_args": asdict(model.config), "model": model.state_dict()}
+    assert model_of(saved, block_size=8).config.block_size == 8
+    with pytest.raises(SettingError, match=f"^block_size=999: .* {model.config.block_size} positions"):
+        model_of(saved, block_size=999)
 
 
 def test_a_tokenizer_with_fewer_tokens_than_asked_for_is_no_obstacle_to_going_on(home):

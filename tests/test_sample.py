@@ -38,6 +38,7 @@ def test_sampling_needs_no_data_folder(home, tmp_path):
     (tmp_path / "prompt.txt").write_text("class 漢", encoding="utf-8")
     done = script("sample.py", "--start=FILE:prompt.txt", "--max_new_tokens=40", cwd=tmp_path, PYTHONUTF8="1")
     assert done.returncode == 0 and done.stdout.startswith("class 漢"), done.stderr
+    assert "whole: the newest run in out)" in done.stderr
     again = run_here(sample, "--out_dir=out/whole", "--start=class 漢", "--max_new_tokens=40", cwd=tmp_path)
     assert again == done.stdout  # the newest run, and the same seed
     many = run_here(sample, "--stream=False", "--num_samples=3", "--max_new_tokens=5", cwd=tmp_path)
