@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal, NamedTuple, Optional, Union
+from typing import Literal, Optional, Union
 
 import numpy as np
 import torch
@@ -33,13 +33,14 @@ from torch.nn import functional as F
 
 from config import (SettingError, UserError, above, at_least, check_used, defaults_of, launch, place_of,
                     recipe, values_of)
-from lib import intervals
 from lib.optim import Pruning
-from lib.run import (BadSteps, Machine, Pace, Run, State, cannot_write, find_checkpoint, in_words,
+from lib.report import Tested, summary_of_folds, table, write_results
+from lib.rows import IN_WORDS, WORDS, Row, text_key
+from lib.run import (BadSteps, Machine, Pace, Run, State, find_checkpoint, in_words,
                      left_by_runs, load_body, main_process, memory_advice, model_of, refuse_to_replace,
-                     step_line, stored_settings, to_device, write_json, write_text)
-from lib.tasks import TASKS, Example, Task, Vectors, one_spelling, respell
-from lib.rows import IN_WORDS, WORDS, Row, as_csv, described, python_packages, text_key
+                     step_line, stored_settings, to_device, write_json)
+from lib.splits import known_columns, read_splits
+from lib.tasks import TASKS, Example, Task, Vectors
 from lib.tokenizer import Tokenizer, make_tokenizer
 from model import Config, Transformer, block_matrices
 from train import (BLOCKS_ONLY, OPTIMIZERS, SCHEDULES, lr_factor, make_optimizers, ready, set_lr, settle,
@@ -767,13 +768,6 @@ def introduce(model: Tuned, plan: Plan, train: list[Row], val: list[Row], test: 
     say(f"training  {plan.s.epochs} epochs, {len(plan.steps):,} steps, into {run.folder}\n")
 
 
-class Tested(NamedTuple):
-    task: Task
-    rows: list[Row]
-    answers: list
-    found: dict  # what metrics.json holds
-
-
 def report(run: Run, train: list[Row], test: list[Row], examples: list[Example], best: dict,
            s: SimpleNamespace) -> Tested:
     """The test rows, read once, by the best epoch: metrics.json, predictions.csv, and more where there is."""
@@ -792,131 +786,6 @@ def report(run: Run, train: list[Row], test: list[Row], examples: list[Example],
     print(table(found))
     print(f"\n{folder}: {', '.join(written)}", flush=True)
     return Tested(task, test, answers, found)
-
-
-def write_results(folder: Path, task: Task, rows: list[Row], answers: list, found: dict, s: SimpleNamespace,
-                  under: str = "", more: Optional[dict] = None) -> list[str]:
-    """metrics.json and predictions.csv at once; then intervals, groups and pictures, which may take long.
-
-    found: what metrics.json holds, to which the results are added, as its entry `under` if that is given.
-    more: columns of predictions.csv. Returns the names of the files.
-    """
-    results = found.setdefault(under, {}) if under else found
-    arrays = task.arrays(rows, answers)
-    results.update({**task.scores(*arrays), "test_rows": len(rows), "meaning": task.meaning})
-    header, lines = task.table(rows, answers)
-    for name, cells in (more or {}).items():
-        header, lines = [*header, name], [[*line, cell] for line, cell in zip(lines, cells, strict=True)]
-    write_text(folder / "predictions.csv", as_csv([header, *lines]))
-    write_json(folder / "metrics.json", found)
-    try:
-        written = task.report(folder, *arrays)
-    except OSError as error:
-        raise cannot_write(folder, error) from None
-    results.update(intervals.with_intervals(task, arrays))
-    if s.group_column != "":
-        results["by_group"] = intervals.by_group(task, arrays, [row.group for row in rows])
-    write_json(folder / "metrics.json", found)
-    return ["metrics.json", "predictions.csv", *written]
-
-
-def table(found: dict) -> str:
-    """What metrics.json holds, for the terminal."""
-    baselines = found.get("baselines", {})
-    width = max(map(len, baselines), default=0) + 2
-    lines = [f"  {'':20} {'this model':>24}" + "".join(f"{name:>{width}}" for name in baselines)]
-    for name in [name for name in found if f"{name}_ci95" in found]:
-        others = "".join(f"{scores[name]:{width}.4f}" for scores in baselines.values())
-        lines.append(f"  {name:20} {found[name]:8.4f} {interval(found[f'{name}_ci95']):16}{others}")
-    for name, gap in found.get("by_group", {}).get("gaps", {}).items():
-        lowest = f"{gap['lowest']} ({gap['lowest_rows']:,} rows) lowest"
-        highest = f"{gap['highest']} ({gap['highest_rows']:,}) highest"
-        lines.append(f"  {name}: {lowest}, {highest}, {gap['gap']:.4f} apart {interval(gap['gap_ci95'])}")
-    lines += [f"  ({name}: {what})" for name, what in found["meaning"].items()]
-    return "\n".join(lines)
-
-
-def interval(ends: list[float]) -> str:
-    """Nothing if nothing can be said."""
-    return "" if math.isnan(ends[0]) else f"[{ends[0]:6.4f}, {ends[1]:6.4f}]"
-
-
-BUILT_IN = {"python_packages": python_packages}  # --data= -> rows to train on, validate and test
-
-
-def read_splits(s: SimpleNamespace, say=print) -> dict[Path, list[list[Row]]]:
-    """The folder of each training -> its rows to train on, to validate and to test. Raises UserError.
-
-    s.columns: what each column is, if that is known; else it is found out.
-    """
-    task, folder = TASKS[s.task], Path(s.out_dir)
-    if s.data in BUILT_IN:
-        return {folder: BUILT_IN[s.data]()}
-    given = read_files(s, say)
-    rows, parts = given[0], s.folds or 10
-    part, splits = task.split(rows, parts, s.seed), {}
-    for k in range(s.folds or 1):
-        kinds = np.zeros(len(rows), dtype=int)  # 0: to train on, 1: to validate, 2: to test
-        if not given[1]:
-            kinds[part == (k + 1) % parts] = 1
-        if not given[2]:
-            kinds[part == k] = 2
-        split = [given[kind] if kind and given[kind] else [rows[i] for i in np.flatnonzero(kinds == kind)]
-                 for kind in range(3)]
-        if not all(split):
-            raise UserError(f"{s.data}: {len(rows)} examples are too few to train, validate and test on "
-                            "(equal texts stay together, and questions on one article)")
-        splits[folder / f"fold{k + 1}" if s.folds else folder] = split
-        if task.classes:  # a bad label in the last fold is found now, not hours later
-            learned = task(task.learn(split[0], s), None)
-            for row in split[1] + split[2]:
-                learned.target(row)
-    return splits
-
-
-def read_files(s: SimpleNamespace, say) -> list[list[Row] | None]:
-    """The labelled rows of data, data_val and data_test; of the latter None if they are not given."""
-    task, found, spelling = TASKS[s.task], [], None
-    for name in ("data", "data_val", "data_test"):
-        path, bad = getattr(s, name), []
-        if not path:
-            found.append(None)
-            continue
-        columns, rows = task.open(path, s.columns, True, s.encoding, bad.append if s.skip_bad_rows else None)
-        if name == "data":
-            s.columns = columns
-            say(f"columns  {described(columns)}")
-        everything = list(rows)
-        texts = [row for row in everything if any(map(str.strip, task.texts(row)))]
-        rows = task.with_labels(texts, s)
-        for what, count in (("that cannot be read, " + str(bad[0] if bad else ""), len(bad)),
-                            ("without a text", len(everything) - len(texts)),
-                            ("without a label (empty, NaN or null)", len(texts) - len(rows))):
-            if count:
-                say(f"          {path}: {count:,} rows left out {what}")
-        if not rows:
-            raise UserError(f"{path}: holds no examples")
-        if task.classes:
-            spelling = spelling or one_spelling(rows, say)
-            respell(rows, spelling)
-        found.append(rows)
-    train = {text_key(row) for row in found[0]} if found[1] or found[2] else set()
-    for name, rows in zip(("data_val", "data_test"), found[1:]):
-        if rows and {text_key(row) for row in rows} == train:
-            raise UserError(f"{name}={getattr(s, name)}: the very texts of data={s.data}: leave it out, and "
-                            "a tenth of data is held out")
-    return found
-
-
-def known_columns(s: SimpleNamespace, earlier: dict) -> dict:
-    """What is asked for of each column; or what each is, as the run that goes on has found out."""
-    asked = {"text": s.text_column, "pair": s.pair_column, "label": s.label_column, "group": s.group_column}
-    if earlier and "columns" not in earlier:  # begun before columns were kept
-        return asked
-    same = all(earlier.get(f"{role}_column") == name for role, name in asked.items())
-    if earlier and same and earlier["header"] == s.header and earlier["split_column"] == s.split_column:
-        return earlier["columns"]
-    return {**asked, "split": s.split_column, "header": s.header}
 
 
 def stored(folder: str) -> tuple[dict, dict]:
@@ -1023,56 +892,6 @@ def main(given: dict):
     if folds and machine.main:
         print(summary_of_folds(folder, found, s))
     machine.barrier()
-
-
-def summary_of_folds(folder: Path, tested: list[Tested], s: SimpleNamespace) -> str:
-    """Mean and standard deviation of each metric; and of the predictions of all folds together the same as
-    of one test set: metrics.json, predictions.csv, pictures."""
-    found = [one.found for one in tested]
-    names = [name for name in found[0] if f"{name}_ci95" in found[0]]
-    summary = {"task": s.task, "folds": s.folds, "baselines": {}}
-    for baseline, scores in found[0]["baselines"].items():
-        each = [one["baselines"].get(baseline, {}) for one in found]
-        summary["baselines"][baseline] = {
-            name: mean_and_std([one.get(name, math.nan) for one in each])[0] for name in scores}
-    width = max(map(len, summary["baselines"]), default=0) + 2
-    heads = "".join(f"{name:>{width}}" for name in summary["baselines"])
-    lines = [f"\n{s.folds} folds, mean and standard deviation, and the baselines' means:\n",
-             f"  {'':40}{heads}" if heads else ""]
-    for name in names:
-        values = [one[name] for one in found]
-        mean, std = mean_and_std(values)
-        summary.update({name: mean, f"{name}_std": std, f"{name}_folds": values})
-        others = "".join(f"{scores[name]:{width}.4f}" for scores in summary["baselines"].values())
-        lines.append(f"  {name:20} {mean:8.4f} +- {std:.4f}{others}")
-        without = [str(k) for k, value in enumerate(values, start=1) if math.isnan(value)]
-        if without:
-            lines.append(f"  ({name} is not defined in fold {', '.join(without)}: the mean leaves it out)")
-    if all(one.task.labels == tested[0].task.labels for one in tested):
-        lines += pooled(folder, tested, summary, s)
-    else:
-        lines.append("\n(the folds have learned different labels: their predictions are not put together)")
-    write_json(folder / "metrics.json", summary)
-    return "\n".join(lines)
-
-
-def mean_and_std(values: list[float]) -> tuple[float, float]:
-    """Of those that are defined."""
-    known = np.array([value for value in values if not math.isnan(value)])
-    std = float(known.std(ddof=1)) if len(known) > 1 else math.nan
-    return float(known.mean()) if len(known) else math.nan, std
-
-
-def pooled(folder: Path, tested: list[Tested], summary: dict, s: SimpleNamespace) -> list[str]:
-    """The test rows of all folds as one: every row is answered once, by a model that has not seen it."""
-    task, rows, answers, fold = tested[0].task, [], [], []
-    for k, one in enumerate(tested, start=1):
-        rows += one.rows
-        answers += one.answers
-        fold += [k] * len(one.task.table(one.rows, one.answers)[1])  # tags have a line a word
-    written = write_results(folder, task, rows, answers, summary, s, "pooled", {"fold": fold})
-    return [f"\nAll {len(rows):,} examples, each by the fold that tested it:\n", table(summary["pooled"]),
-            f"\n{folder}: {', '.join(written)}"]
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import finetune
 import sample
 import train
 from config import SettingError, UserError
-from lib import intervals, tasks
+from lib import intervals, report, tasks
 from lib.rows import Row
 from lib.run import load_body
 from lib.tokenizer import make_tokenizer
@@ -439,9 +439,9 @@ def test_folds_are_summed_up_one_by_one_and_all_together(tmp_path):
         answers = [np.array([p, 1 - p] if label == "a" else [1 - p, p]) for p, label in zip(right, labels)]
         found = intervals.with_intervals(task, task.arrays(rows, answers))
         found["baselines"] = {"majority": {**dict.fromkeys(task.metrics, 0.25), "roc_auc": math.nan}}
-        tested.append(finetune.Tested(task, rows, answers, found))
+        tested.append(report.Tested(task, rows, answers, found))
     s = SimpleNamespace(task="classify", folds=3, group_column="g")
-    told = finetune.summary_of_folds(tmp_path, tested, s)
+    told = report.summary_of_folds(tmp_path, tested, s)
     kept = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
     assert kept["accuracy"] == pytest.approx(0.75) and kept["accuracy_folds"] == [0.75, 1, 0.5]
     assert kept["roc_auc_folds"][1] is None and "(roc_auc is not defined in fold 2: " in told

@@ -9,6 +9,7 @@ import pytest
 import finetune
 import sample
 from config import SettingError, UserError
+from lib import splits
 from lib.rows import Row, described, split_rows
 from lib.tasks import TASKS, Tag
 from lib.text import blocks, records
@@ -375,8 +376,8 @@ def test_words_are_cut_as_the_training_words_were():
 def splits_of(path, **changes):
     """What finetune.py would train on, validate and test, and what it says of it."""
     said, s = [], SimpleNamespace(**{**finetune.values_of(vars(finetune)), "data": str(path), **changes})
-    s.columns = finetune.known_columns(s, {})
-    return finetune.read_splits(s, said.append), "\n".join(said)
+    s.columns = splits.known_columns(s, {})
+    return splits.read_splits(s, said.append), "\n".join(said)
 
 
 def test_labels_that_are_one_are_said_to_be_and_missing_ones_left_out(tmp_path):

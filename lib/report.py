@@ -1,0 +1,120 @@
+"""
+What the predictions of a test come to: metrics.json, predictions.csv, a table for the terminal; of folds too.
+"""
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple, Optional
+
+import numpy as np
+
+from lib import intervals
+from lib.rows import Row, as_csv
+from lib.run import cannot_write, write_json, write_text
+from lib.tasks import Task
+
+
+class Tested(NamedTuple):
+    task: Task
+    rows: list[Row]
+    answers: list
+    found: dict  # what metrics.json holds
+
+
+def write_results(folder: Path, task: Task, rows: list[Row], answers: list, found: dict, s: SimpleNamespace,
+                  under: str = "", more: Optional[dict] = None) -> list[str]:
+    """metrics.json and predictions.csv at once; then intervals, groups and pictures, which may take long.
+
+    found: what metrics.json holds, to which the results are added, as its entry `under` if that is given.
+    more: columns of predictions.csv. Returns the names of the files.
+    """
+    results = found.setdefault(under, {}) if under else found
+    arrays = task.arrays(rows, answers)
+    results.update({**task.scores(*arrays), "test_rows": len(rows), "meaning": task.meaning})
+    header, lines = task.table(rows, answers)
+    for name, cells in (more or {}).items():
+        header, lines = [*header, name], [[*line, cell] for line, cell in zip(lines, cells, strict=True)]
+    write_text(folder / "predictions.csv", as_csv([header, *lines]))
+    write_json(folder / "metrics.json", found)
+    try:
+        written = task.report(folder, *arrays)
+    except OSError as error:
+        raise cannot_write(folder, error) from None
+    results.update(intervals.with_intervals(task, arrays))
+    if s.group_column != "":
+        results["by_group"] = intervals.by_group(task, arrays, [row.group for row in rows])
+    write_json(folder / "metrics.json", found)
+    return ["metrics.json", "predictions.csv", *written]
+
+
+def table(found: dict) -> str:
+    """What metrics.json holds, for the terminal."""
+    baselines = found.get("baselines", {})
+    width = max(map(len, baselines), default=0) + 2
+    lines = [f"  {'':20} {'this model':>24}" + "".join(f"{name:>{width}}" for name in baselines)]
+    for name in [name for name in found if f"{name}_ci95" in found]:
+        others = "".join(f"{scores[name]:{width}.4f}" for scores in baselines.values())
+        lines.append(f"  {name:20} {found[name]:8.4f} {interval(found[f'{name}_ci95']):16}{others}")
+    for name, gap in found.get("by_group", {}).get("gaps", {}).items():
+        lowest = f"{gap['lowest']} ({gap['lowest_rows']:,} rows) lowest"
+        highest = f"{gap['highest']} ({gap['highest_rows']:,}) highest"
+        lines.append(f"  {name}: {lowest}, {highest}, {gap['gap']:.4f} apart {interval(gap['gap_ci95'])}")
+    lines += [f"  ({name}: {what})" for name, what in found["meaning"].items()]
+    return "\n".join(lines)
+
+
+def interval(ends: list[float]) -> str:
+    """Nothing if nothing can be said."""
+    return "" if math.isnan(ends[0]) else f"[{ends[0]:6.4f}, {ends[1]:6.4f}]"
+
+
+def summary_of_folds(folder: Path, tested: list[Tested], s: SimpleNamespace) -> str:
+    """Mean and standard deviation of each metric; and of the predictions of all folds together the same as
+    of one test set: metrics.json, predictions.csv, pictures."""
+    found = [one.found for one in tested]
+    names = [name for name in found[0] if f"{name}_ci95" in found[0]]
+    summary = {"task": s.task, "folds": s.folds, "baselines": {}}
+    for baseline, scores in found[0]["baselines"].items():
+        each = [one["baselines"].get(baseline, {}) for one in found]
+        summary["baselines"][baseline] = {
+            name: mean_and_std([one.get(name, math.nan) for one in each])[0] for name in scores}
+    width = max(map(len, summary["baselines"]), default=0) + 2
+    heads = "".join(f"{name:>{width}}" for name in summary["baselines"])
+    lines = [f"\n{s.folds} folds, mean and standard deviation, and the baselines' means:\n",
+             f"  {'':40}{heads}" if heads else ""]
+    for name in names:
+        values = [one[name] for one in found]
+        mean, std = mean_and_std(values)
+        summary.update({name: mean, f"{name}_std": std, f"{name}_folds": values})
+        others = "".join(f"{scores[name]:{width}.4f}" for scores in summary["baselines"].values())
+        lines.append(f"  {name:20} {mean:8.4f} +- {std:.4f}{others}")
+        without = [str(k) for k, value in enumerate(values, start=1) if math.isnan(value)]
+        if without:
+            lines.append(f"  ({name} is not defined in fold {', '.join(without)}: the mean leaves it out)")
+    if all(one.task.labels == tested[0].task.labels for one in tested):
+        lines += pooled(folder, tested, summary, s)
+    else:
+        lines.append("\n(the folds have learned different labels: their predictions are not put together)")
+    write_json(folder / "metrics.json", summary)
+    return "\n".join(lines)
+
+
+def mean_and_std(values: list[float]) -> tuple[float, float]:
+    """Of those that are defined."""
+    known = np.array([value for value in values if not math.isnan(value)])
+    std = float(known.std(ddof=1)) if len(known) > 1 else math.nan
+    return float(known.mean()) if len(known) else math.nan, std
+
+
+def pooled(folder: Path, tested: list[Tested], summary: dict, s: SimpleNamespace) -> list[str]:
+    """The test rows of all folds as one: every row is answered once, by a model that has not seen it."""
+    task, rows, answers, fold = tested[0].task, [], [], []
+    for k, one in enumerate(tested, start=1):
+        rows += one.rows
+        answers += one.answers
+        fold += [k] * len(one.task.table(one.rows, one.answers)[1])  # tags have a line a word
+    written = write_results(folder, task, rows, answers, summary, s, "pooled", {"fold": fold})
+    return [f"\nAll {len(rows):,} examples, each by the fold that tested it:\n", table(summary["pooled"]),
+            f"\n{folder}: {', '.join(written)}"]

@@ -1,0 +1,91 @@
+"""
+Labelled files to rows to train on, to validate and to test.
+"""
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+from config import UserError
+from lib.rows import Row, described, python_packages, text_key
+from lib.tasks import TASKS, one_spelling, respell
+
+
+BUILT_IN = {"python_packages": python_packages}  # --data= -> rows to train on, validate and test
+
+
+def read_splits(s: SimpleNamespace, say=print) -> dict[Path, list[list[Row]]]:
+    """The folder of each training -> its rows to train on, to validate and to test. Raises UserError.
+
+    s.columns: what each column is, if that is known; else it is found out.
+    """
+    task, folder = TASKS[s.task], Path(s.out_dir)
+    if s.data in BUILT_IN:
+        return {folder: BUILT_IN[s.data]()}
+    given = read_files(s, say)
+    rows, parts = given[0], s.folds or 10
+    part, splits = task.split(rows, parts, s.seed), {}
+    for k in range(s.folds or 1):
+        kinds = np.zeros(len(rows), dtype=int)  # 0: to train on, 1: to validate, 2: to test
+        if not given[1]:
+            kinds[part == (k + 1) % parts] = 1
+        if not given[2]:
+            kinds[part == k] = 2
+        split = [given[kind] if kind and given[kind] else [rows[i] for i in np.flatnonzero(kinds == kind)]
+                 for kind in range(3)]
+        if not all(split):
+            raise UserError(f"{s.data}: {len(rows)} examples are too few to train, validate and test on "
+                            "(equal texts stay together, and questions on one article)")
+        splits[folder / f"fold{k + 1}" if s.folds else folder] = split
+        if task.classes:  # a bad label in the last fold is found now, not hours later
+            learned = task(task.learn(split[0], s), None)
+            for row in split[1] + split[2]:
+                learned.target(row)
+    return splits
+
+
+def read_files(s: SimpleNamespace, say) -> list[list[Row] | None]:
+    """The labelled rows of data, data_val and data_test; of the latter None if they are not given."""
+    task, found, spelling = TASKS[s.task], [], None
+    for name in ("data", "data_val", "data_test"):
+        path, bad = getattr(s, name), []
+        if not path:
+            found.append(None)
+            continue
+        columns, rows = task.open(path, s.columns, True, s.encoding, bad.append if s.skip_bad_rows else None)
+        if name == "data":
+            s.columns = columns
+            say(f"columns  {described(columns)}")
+        everything = list(rows)
+        texts = [row for row in everything if any(map(str.strip, task.texts(row)))]
+        rows = task.with_labels(texts, s)
+        for what, count in (("that cannot be read, " + str(bad[0] if bad else ""), len(bad)),
+                            ("without a text", len(everything) - len(texts)),
+                            ("without a label (empty, NaN or null)", len(texts) - len(rows))):
+            if count:
+                say(f"          {path}: {count:,} rows left out {what}")
+        if not rows:
+            raise UserError(f"{path}: holds no examples")
+        if task.classes:
+            spelling = spelling or one_spelling(rows, say)
+            respell(rows, spelling)
+        found.append(rows)
+    train = {text_key(row) for row in found[0]} if found[1] or found[2] else set()
+    for name, rows in zip(("data_val", "data_test"), found[1:]):
+        if rows and {text_key(row) for row in rows} == train:
+            raise UserError(f"{name}={getattr(s, name)}: the very texts of data={s.data}: leave it out, and "
+                            "a tenth of data is held out")
+    return found
+
+
+def known_columns(s: SimpleNamespace, earlier: dict) -> dict:
+    """What is asked for of each column; or what each is, as the run that goes on has found out."""
+    asked = {"text": s.text_column, "pair": s.pair_column, "label": s.label_column, "group": s.group_column}
+    if earlier and "columns" not in earlier:  # begun before columns were kept
+        return asked
+    same = all(earlier.get(f"{role}_column") == name for role, name in asked.items())
+    if earlier and same and earlier["header"] == s.header and earlier["split_column"] == s.split_column:
+        return earlier["columns"]
+    return {**asked, "split": s.split_column, "header": s.header}
