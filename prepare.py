@@ -426,7 +426,7 @@ def split(spool: Path, index: np.ndarray, val_fraction: float, test_fraction: fl
         return {name: rows[which == i] for i, name in enumerate(SPLITS)}
     if len(index) > 1:
         print(f"{len(index):,} documents are too few to be split whole: each is cut into the three, from its "
-              "beginning to its end")
+              "beginning to its end (if more are added they stay whole, most of them in train)")
     edges = [starts]
     for part in (1 - val_fraction - test_fraction, 1 - test_fraction):
         wanted = (index["chars"] * part).astype(np.int64)

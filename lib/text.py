@@ -626,6 +626,7 @@ def parts_of(text: Iterable[str], title: str, split_on: str | None, found: dict,
         reach += 2 * len(split_on)
         pattern = separator(split_on)
     rest, name, n, blank_lines, within = "", title, 1, 0, 0
+    last = "\n"  # character before `rest`
     for block, is_last in with_last(text):
         block, at = rest + block, 0
         end = len(block) if is_last else max(len(block.rstrip()) - reach, 0)  # what divides may go on there
@@ -634,6 +635,8 @@ def parts_of(text: Iterable[str], title: str, split_on: str | None, found: dict,
         for place in pattern.finditer(block) if split_on is not None else ():
             if place.start() >= end:
                 break
+            if place.start() == 0 and pattern is EOT_LINES and last != "\n":  # within a line
+                continue
             if place.start() > at:
                 yield name, block[at:place.start()]
                 name = ""
@@ -648,6 +651,7 @@ def parts_of(text: Iterable[str], title: str, split_on: str | None, found: dict,
             within += piece.count("<|endoftext|>")
             yield name, piece
             name = ""
+        last = block[end - 1:end] or last
         rest = block[end:]
     if n > 1:
         note(found, "divided", title, documents=n - bool(name))

@@ -266,7 +266,7 @@ def of_ranks(path: Path) -> Tokenizer:
     name = "r50k_base" if name == "gpt2" else name
     known, n = published(name), len(ranks) - ranks.count(b"")
     if name in SIZES.values() and SIZES.get(n) != name:
-        print(f"{path}: {n:,} tokens, and not as many as {name} has: if it is meant to be that, it is damaged")
+        print(f"{path}: {n:,} tokens, which is not what {name} has: if it is meant to be that, it is damaged")
     return with_specials(path.stem, known["pat_str"], ranks, known["special_tokens"])
 
 

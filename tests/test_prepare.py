@@ -475,7 +475,7 @@ def test_what_divides_a_file_is_used_or_proposed(tmp_path, capsys):
 
 @pytest.mark.parametrize("size", [1, 7, 100, 1000, 10**6])
 def test_a_file_is_divided_alike_in_any_blocks(size):
-    text = "a b<|endoftext|>c\n<|endoftext|>\n \n  <|endoftext|>  \n\n d\n\n\n\ne" * 30
+    text = "a b<|endoftext|>\nc\n<|endoftext|>\n \n  <|endoftext|>  \n\n d\n\n\n\ne" * 30
     for split_on in ("", "<|endoftext|>", "\n\n", None):
         whole = list(text_file.parts_of([text], "t", split_on, {}, True))
         blocks = [text[i:i + size] for i in range(0, len(text), size)]

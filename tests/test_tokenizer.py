@@ -196,7 +196,7 @@ HOLES = {"r50k_base": None, "p50k_base": 50256, "cl100k_base": None, "o200k_base
 
 
 @pytest.mark.parametrize("name", HOLES)
-def test_openai_tokenizers_keep_ids_and_patterns(name, tmp_path, monkeypatch):
+def test_openai_tokenizers_keep_ids_and_patterns(name, tmp_path, monkeypatch, capsys):
     """By name, as a file of ranks, stored, exported: a hole among the ids, and ends far behind them."""
     pytest.importorskip("transformers")
     ranks = made_ranks(500, lambda i: i if i < 400 else i + 49_900)  # 49_899 and more are far away
@@ -208,6 +208,7 @@ def test_openai_tokenizers_keep_ids_and_patterns(name, tmp_path, monkeypatch):
     ours = make_tokenizer(name, [], 0)
     made = [ours, make_tokenizer(str(tmp_path / f"{name}.tiktoken"), [], 0),
             Tokenizer.from_dict(json.loads(json.dumps(ours.to_dict())))]
+    assert "500 tokens, which is not what" in capsys.readouterr().out
     ours.save_pretrained(tmp_path, 64)
     made.append(Tokenizer.from_pretrained(tmp_path))
     from transformers import AutoTokenizer

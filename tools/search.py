@@ -127,8 +127,10 @@ def read_words(words: list[str], settings: dict[str, Setting]) -> tuple[dict, di
             shared.update(config.from_file(word, settings))
         elif name not in settings:
             raise config.unknown(word, name, settings)
-        elif name == "out_dir" or name in spaces:
-            raise SettingError(f"{word}: {'each trial has its own' if name == 'out_dir' else 'is given twice'}")
+        elif name == "out_dir":
+            raise SettingError(f"{word}: each trial has its own")
+        elif name in spaces:
+            raise SettingError(f"{word}: is given twice")
         else:
             spaces[name] = read_space(word, settings[name].kind)
     if not spaces:
