@@ -36,30 +36,33 @@ class HubTokenizer(Tokenizer):
         tokenizers = need_tokenizers()
         try:
             self.fast = tokenizers.Tokenizer.from_str(json_text)
-            stored = json.loads(json_text)
         except Exception as error:  # the library has no kind of its own
             raise UserError(f"tokenizer.json: cannot be read: {error}") from None
         self.json, self.roles, self.config = json_text, roles, config or {}
         self.fast.no_padding()
         self.fast.no_truncation()
-        if stored["model"].get("dropout"):  # for training: a text would have other ids each time
+        if getattr(self.fast.model, "dropout", None):  # for training: a text would have other ids each time
             self.fast.model.dropout = None
         vocab = self.fast.get_vocab(with_added_tokens=True)
         if len(set(vocab.values())) < len(vocab):
             raise UserError("tokenizer.json: two tokens have the same id")
         self.vocab_size = max(vocab.values()) + 1
         have = {token.content for token in self.fast.get_added_tokens_decoder().values()}
-        self.fast.add_special_tokens(sorted({t for t in roles.values() if t in vocab and t not in have}))
-        self.specials = {token.content: i for i, token in self.fast.get_added_tokens_decoder().items()
-                         if token.special}
         special = {role: vocab[token] for role, token in roles.items() if token in vocab}
+        self.fast.add_special_tokens(sorted({roles[role] for role in special} - have))
+        added = self.fast.get_added_tokens_decoder().items()
+        self.specials = {token.content: i for i, token in added if token.special}
         self.eot = special.get("eos_token", special.get("sep_token"))
         if self.eot is None:
             raise UserError("tokenizer_config.json: names neither an eos_token nor a sep_token")
         self.mask, self.pad = special.get("mask_token"), special.get("pad_token", self.eot)
         self.ends = {self.eot, *ends}
+        self.read_decoder(json.loads(json_text), vocab)
+        self.check()
+        self.read_template()
 
-        # how a token's name becomes its text
+    def read_decoder(self, stored: dict, vocab: dict[str, int]) -> None:
+        """How a token's name becomes its text."""
         decoder, model = stored.get("decoder") or {}, stored["model"]
         steps = {step["type"] for step in [decoder, *decoder.get("decoders", ())] if step}
         self.byte = {}  # name of a byte, or sign for it -> the byte
@@ -74,14 +77,11 @@ class HubTokenizer(Tokenizer):
         self.unknown = vocab.get(unknown) if unknown is not None else model.get("unk_id")
         self.missing = {i for name, i in self.byte.items() if name not in vocab}  # bytes without a token
         self.cache = {}
-        self.check()
-        self.read_template()
 
     def check(self) -> None:
         """Raises UserError if a hard text is decoded otherwise than by the library."""
-        self.fast.encode_special_tokens = True
         for text in HARD:
-            ids = self.fast.encode(text, add_special_tokens=False).ids
+            ids = self.encode(text)
             theirs = self.fast.decode(ids, skip_special_tokens=False)
             if theirs != self.decode(ids) and "\ufffd" not in theirs:
                 raise UserError(f"tokenizer.json: its decoder is of a kind that is not known here: {text!r} "
@@ -122,12 +122,18 @@ class HubTokenizer(Tokenizer):
     @functools.cached_property
     def token_bytes(self) -> list[bytes]:
         """The text that each id stands for, of those that stand for any."""
-        found = [self.own_bytes(self.fast.id_to_token(i), i) for i in range(self.vocab_size)]
+        found = [self.own_bytes(i) for i in range(self.vocab_size)]
         for i, token in self.fast.get_added_tokens_decoder().items():
             found[i] = b"" if token.special else token.content.encode()
         if self.unknown is not None:
             found[self.unknown] = b""
         return found
+
+    def own_bytes(self, i: int) -> bytes:
+        token = self.fast.id_to_token(i)
+        if self.spaced and token is not None:
+            return token.removeprefix(self.continuing).encode()
+        return self.said(i)
 
     def byte_lengths(self, ids: np.ndarray, size: int | None) -> np.ndarray | None:
         """What it puts before a text, a space for one, is taken off at the end of the text before that."""
@@ -139,30 +145,25 @@ class HubTokenizer(Tokenizer):
             found += lengths[ids[i:i + UNIT]].sum()
         return lengths if found == size else None
 
-    def own_bytes(self, token: str | None, i: int) -> bytes:
-        if self.spaced and token is not None:
-            return token.removeprefix(self.continuing).encode()
-        return self.said(i)
-
     def encode(self, text: str, specials: bool = False) -> list[int]:
         self.fast.encode_special_tokens = not specials
         return self.fast.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         self.fast.encode_special_tokens = True
-        return [np.array(one.ids, dtype=np.uint32)
-                for one in self.fast.encode_batch_fast(texts, add_special_tokens=False)]
+        found = self.fast.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(one.ids, np.uint32) for one in found]
 
     def encode_documents(self, texts: list[str], ends: list[bool], lost: Counter | None = None) -> np.ndarray:
         if lost is None or self.byte and not self.missing:
             return with_ends(self.encode_batch(texts), ends, self.eot)
         self.fast.encode_special_tokens = True
-        found = self.fast.encode_batch(texts, add_special_tokens=False)
+        found = self.fast.encode_batch(texts, add_special_tokens=False)  # slower, with offsets
         for text, one in zip(texts, found):
             lost.update(self.lost(text, one))
         return with_ends([np.array(one.ids, np.uint32) for one in found], ends, self.eot)
 
-    def lost(self, text: str, found=None) -> Counter:
+    def lost(self, text: str, found) -> Counter:
         """How often each character comes that ends in no id, or in the unknown one alone.
 
         White space does not count, nor what the tokenizer's own normalizer takes out. found: what the
@@ -171,9 +172,6 @@ class HubTokenizer(Tokenizer):
         if self.by_sign:
             signs = {c: set(c.encode("utf-8", "replace")) for c in set(text)}
             return Counter({c: text.count(c) for c, its in signs.items() if its & self.missing})
-        if found is None:
-            self.fast.encode_special_tokens = True
-            found = self.fast.encode(text, add_special_tokens=False)
         spans = np.array(found.offsets, dtype=np.int64).reshape(-1, 2)
         spans = spans[np.array(found.ids, dtype=np.int64) != (-1 if self.unknown is None else self.unknown)]
         begun, ended = (np.bincount(edge, minlength=len(text) + 1) for edge in spans.T)
@@ -194,8 +192,8 @@ class HubTokenizer(Tokenizer):
     @functools.cached_property
     def safe(self) -> re.Pattern | None:
         """Where a long text may be cut, as tried on hard texts; None: nowhere."""
-        marks = [mark for mark in MARKS if self.cuts_before(mark)]
-        return re.compile(rf"[^\W\d_](?=[{''.join(marks)}])") if marks else None
+        marks = "".join(mark for mark in MARKS if self.cuts_before(mark))
+        return re.compile(rf"[^\W\d_](?=[{marks}])") if marks else None
 
     def cuts_before(self, mark: str) -> bool:
         for before, after in zip(HARD, HARD[7:] + HARD[:7]):
@@ -290,11 +288,7 @@ def read_hub_tokenizer(path: str | Path) -> HubTokenizer:
     except (FileNotFoundError, ValueError) as error:
         raise UserError(str(error)) from None
     config = facts["tokenizer_config.json"]
-    named = {}  # eos_token and so on -> the token, or None
-    for role, token in {**facts["special_tokens_map.json"], **config}.items():
-        token = token.get("content") if isinstance(token, dict) else token
-        if role.endswith("_token") and not isinstance(token, (bool, list, int)):
-            named[role] = token
+    named = {**named_in(facts["special_tokens_map.json"]), **named_in(config)}
     roles = {role: token for role, token in named.items() if token}
     try:
         file = folder / "tokenizer.json"
@@ -304,24 +298,41 @@ def read_hub_tokenizer(path: str | Path) -> HubTokenizer:
         raise
     except Exception as error:  # the library has no kind of its own
         raise UserError(f"{path}: tokenizer cannot be read: {error}") from None
-    ends = ids_of(facts["generation_config.json"], "eos") + ids_of(facts["config.json"], "eos")
+    id_files = facts["generation_config.json"], facts["config.json"]
     if not {"eos_token", "sep_token"} & set(roles):
         family = next((one for one in FAMILIES if vocab.keys() >= set(FAMILIES[one].values())), None)
         if family:
-            roles = {**FAMILIES[family], **roles}
             print(f"{path}: its files name no special tokens: those of {family}")
-        for facts_of in (facts["generation_config.json"], facts["config.json"]):
-            for role in ("bos", "eos", "pad"):
-                names = [token for token, i in vocab.items() if i in ids_of(facts_of, role)[:1]]
-                if names and not family:
-                    roles.setdefault(f"{role}_token", names[0])
-    ends = [i for i in ends if i in set(vocab.values())]
+        roles = {**(FAMILIES[family] if family else named_by_ids(id_files, vocab)), **roles}
+    known = set(vocab.values())
+    ends = [i for file in id_files for i in ids_of(file, "eos") if i in known]
     ends += [vocab[token] for token in TURN_ENDS if token in vocab]
     kept = {name: value for name, value in config.items() if name not in {"added_tokens_decoder", *named}}
     template = folder / "chat_template.jinja"
     if template.is_file():
         kept["chat_template"] = template.read_text(encoding="utf-8")
     return HubTokenizer(text, roles, ends, kept)
+
+
+def named_in(facts: dict) -> dict[str, str | None]:
+    """eos_token and so on: the token, or None."""
+    found = {}
+    for role, token in facts.items():
+        token = token.get("content") if isinstance(token, dict) else token
+        if role.endswith("_token") and (token is None or isinstance(token, str)):
+            found[role] = token
+    return found
+
+
+def named_by_ids(files: Iterable[dict], vocab: dict[str, int]) -> dict[str, str]:
+    """By eos_token_id and so on, in the first file that has it."""
+    token_of, found = {i: token for token, i in vocab.items()}, {}
+    for facts in files:
+        for role in ("bos", "eos", "pad"):
+            for i in ids_of(facts, role)[:1]:
+                if i in token_of:
+                    found.setdefault(f"{role}_token", token_of[i])
+    return found
 
 
 def ids_of(facts: dict, role: str) -> list[int]:

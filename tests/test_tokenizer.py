@@ -280,7 +280,7 @@ def test_lost_characters_are_counted(tmp_path):
         of_the_hub(tmp_path / name, **made)
         tokenizer, lost = Tokenizer.from_pretrained(tmp_path / name), Counter()
         tokenizer.encode_documents([text, "a"], [True, True], lost)
-        assert lost == expected == tokenizer.lost(text), name
+        assert lost == expected, name
     assert make_tokenizer("bytes", [], 300).changes() == []
     changes = Tokenizer.from_pretrained(tmp_path / "bert").changes()
     assert {"'A' -> 'a'", "'é' -> 'e'", "'a\\na' -> 'a a'", "'a  a' -> 'a a'"} <= {*changes}
