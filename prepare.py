@@ -322,6 +322,7 @@ NOTES = {  # of the report, in words
     "json_as_text": ".json files read as plain text",
     "records_as_text": "files of JSON records read as plain text, braces and all: name them .jsonl",
     "other_splits": "other splits of the data set, not read",
+    "headers_again": "rows passed over: the header again",
     "no_header": "headers, for a column by its number; the first row",
     "undivided": "files without --split_on in them, a document each",
     "divided": "documents, divided by --split_on or lines of <|endoftext|> (--split_on=None: not divided)",

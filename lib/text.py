@@ -586,6 +586,9 @@ def file_documents(file: Path, title: str, encoding: str, errors: str, text_key:
     for line, record in records(file, text, names, bad=bad if skip_bad_rows else None):
         if text_key.isdigit() and "no_header" not in found:
             note(found, "no_header", f"{file}: {record.get(text_key)!r}", documents=0)
+        if names and "json" not in kind and all((cell or "").strip() == name for name, cell in record.items()):
+            note(found, "headers_again", f"{file}:{line}")  # where files were joined
+            continue
         try:
             yield f"{title}:{line}", text_of(record, text_key, f"{file}:{line}", "json" in kind)
         except UserError as error:
@@ -594,12 +597,17 @@ def file_documents(file: Path, title: str, encoding: str, errors: str, text_key:
 
 def has_texts(begin: str, text_key: str) -> bool:
     """Does this JSON begin with an object that has one, alone, on a line of its own or in a list?"""
-    start = re.match(r'\s*(?:{\s*"[^"]*"\s*:\s*(?=\[\s*{))?(?:\[\s*)?(?={)', begin)
-    try:
-        first, _ = json.JSONDecoder().raw_decode(begin, start.end() if start else 0)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(first, dict) and text_key in first
+    # the list may be in an object, behind words and numbers: {"version": "1", "data": [{
+    within = r'\s*{\s*(?:"[^"]*"\s*:\s*(?:"[^"]*"|[\w.-]+)\s*,\s*)*"[^"]*"\s*:\s*\[\s*(?={)'
+    for pattern in (r"\s*(?:\[\s*)?(?={)", within):
+        start = re.match(pattern, begin)
+        try:
+            first, _ = json.JSONDecoder().raw_decode(begin, start.end() if start else 0)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(first, dict) and text_key in first:
+            return True
+    return False
 
 
 EOT_LINES = re.compile(r"(?:\A|(?<=\n))[ \t]*<\|endoftext\|>[ \t]*(?:\r?\n|\Z)")

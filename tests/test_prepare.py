@@ -490,7 +490,9 @@ def test_a_file_is_divided_alike_in_any_blocks(size):
 @pytest.mark.parametrize("name, content, expected", [
     ("a.json", '[{"url": "u", "text": "one"}, {"text": "two"}]', ["one", "two"]),
     ("a.json", '{"url": "u", "text": "one"}\n{"text": "two"}\n', ["one", "two"]),  # C4's
-    ("a.json", '{"data": [{"text": "one"}]}', ["one"]), ("a.ndjson", '{"text": "one"}\n', ["one"]),
+    ("a.json", '{"version": "1", "data": [{"text": "one"}]}', ["one"]),
+    ("a.json", '{"data": [{"text": "one"}]}', ["one"]),
+    ("a.json", '{"of": [{"n": 1}], "text": "one"}\n{"text": "two"}', ["one", "two"]), ("a.ndjson", '{"text": "one"}\n', ["one"]),
     ("a.json", '[{"body": "one"}]', "--text_key=NAME"), ("a.json", '["one", "two"]', "--text_key="),
     ("a.json", '{"body": "one"}\n{"body": "two"}\n', "--text_key=NAME"),
     ("a.csv", "id,text\n7,Hello, world\n", "a.csv:2: .*--skip_bad_rows=True"),
@@ -521,12 +523,14 @@ def test_what_is_read_of_a_file_that_is_named(tmp_path, name, content, expected)
 
 def test_what_a_file_is_taken_for_is_said(tmp_path):
     for name, content, what in (("a.txt", '{"text": "one"}\n{"text": "two"}\n', "records_as_text"),
+                                ("b.csv", "id,text\n1,one\nid, text\n2,two\n", "headers_again"),
                                 ("a.csv", "review,label\ngood,1\n", "no_header")):
         (tmp_path / name).write_text(content, encoding="utf-8")
         found = {}
         texts = [text for _, text in text_file.documents(str(tmp_path / name), found=found,
-                                                         text_key="text" if name == "a.txt" else "0")]
-        assert texts == ([content] if name == "a.txt" else ["review", "good"]) and what in found
+                                                         text_key="0" if name == "a.csv" else "text")]
+        assert texts == {"a.txt": [content], "a.csv": ["review", "good"], "b.csv": ["one", "two"]}[name]
+        assert what in found
         assert what in prepare.NOTES
 
 
