@@ -268,10 +268,16 @@ def splitting(n, folder):
     return lambda: TASKS["classify"].split(rows, 10, 0)
 
 
-def baselines(n, folder, labels=2, each=1):
-    """n rows, or n labels with so many rows each."""
-    labels = labels or n
-    rows, task = rows_of(n * each, labels), classifier(labels)
+def baselines(n, folder):
+    return of_words(rows_of(n), 2)
+
+
+def baselines_labels(n, folder):
+    return of_words(rows_of(10_000, n), n)
+
+
+def of_words(rows, labels):
+    task = classifier(labels)
     return lambda: task.baselines(rows, rows[:len(rows) // 10])
 
 
@@ -361,7 +367,7 @@ PARTS = {
                          "rows and ids"),
     "encode": Part(encoding, "short texts", 64_000, 10**6, "texts and ids"),
     "baselines": Part(baselines, "rows", 16_000, 10**6, "the words of each row"),
-    "baselines_labels": Part(partial(baselines, labels=0, each=10), "labels", 400, 10_000, "words x labels"),
+    "baselines_labels": Part(baselines_labels, "labels of 10,000 rows", 400, 10_000, "words x labels"),
     "bootstrap": Part(bootstrap, "rows", 16_000, 10**6, "the rows"),
     "bootstrap_labels": Part(partial(bootstrap, labels=0), "labels", 640, 10_000, "rows x labels"),
     "groups": Part(groups, "groups", 320, 1000, "the rows"),
@@ -440,7 +446,7 @@ def grow(name: str) -> bool:
     largest = one.full if full else one.quick
     sizes = [largest // STEP**2, largest // STEP, largest]
     best = None
-    for _ in range(1 if full else 2):  # again, if it may have been noise
+    for _ in range(1 if full else 3):  # again, if it may have been noise
         found, reason = in_a_process(name, sizes)
         if reason:
             print(f"| {name} | {largest:,} {one.unit} | {reason} | | | |", flush=True)
