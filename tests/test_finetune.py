@@ -633,3 +633,17 @@ def test_a_recipe_yields_to_a_flag_that_makes_its_settings_useless(tmp_path):
                     f"--data={class_rows(tmp_path, 60)}", "--epochs=1", "--optimizer=adamw", "--device=cpu")
     assert "(muon_lr=0.005: of no use with optimizer=adamw, only with optimizer=muon)" in said
     assert checkpoint(tmp_path / "out")["settings"]["muon_lr"] == 0.02
+
+
+def test_dropout_by_bytes_drops_its_share_and_keeps_the_mean():
+    x = torch.ones(200, 500, requires_grad=True)
+    for p in (0.001, 0.1, 0.5, 0.9):
+        out = finetune.ByteDropout(p)(x)
+        share = round(256 * p) / 256 or 1 / 256
+        assert (out == 0).float().mean().item() == pytest.approx(share, abs=5 * (share / 1e5) ** 0.5)
+        assert out.mean().item() == pytest.approx(1, abs=5 * (share / (1 - share) / 1e5) ** 0.5)
+        kept = out.detach()
+        out.sum().backward()
+        assert torch.equal(x.grad, kept)
+        x.grad = None
+    assert torch.equal(finetune.ByteDropout(0.5).eval()(x), x)
