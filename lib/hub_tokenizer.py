@@ -173,13 +173,15 @@ class HubTokenizer(Tokenizer):
             signs = {c: set(c.encode("utf-8", "replace")) for c in set(text)}
             return Counter({c: text.count(c) for c, its in signs.items() if its & self.missing})
         spans = np.array(found.offsets, dtype=np.int64).reshape(-1, 2)
-        spans = spans[np.array(found.ids, dtype=np.int64) != (-1 if self.unknown is None else self.unknown)]
+        unknown = -1 if self.unknown is None else self.unknown
+        spans = spans[np.array(found.ids, dtype=np.int64) != unknown]
         begun, ended = (np.bincount(edge, minlength=len(text) + 1) for edge in spans.T)
         left = Counter(text[i] for i in np.flatnonzero((begun - ended).cumsum()[:-1] <= 0))
         return Counter({c: n for c, n in left.items() if self.normalized(c).strip(" \u2581")})
 
     def normalized(self, text: str) -> str:
-        return text if self.fast.normalizer is None else self.fast.normalizer.normalize_str(text)
+        normalizer = self.fast.normalizer
+        return normalizer.normalize_str(text) if normalizer else text
 
     def changes(self) -> list[str]:
         """What its normalizer changes and its words leave out, by examples: 'A' -> 'a'."""
@@ -394,31 +396,34 @@ def built(path: str | Path, folder: Path, facts: dict[str, dict], roles: dict) -
     roles = {**FAMILIES[family], **roles}
     lines = (folder / file).read_text(encoding="utf-8").removesuffix("\n").split("\n")
     space = config.get("add_prefix_space", False)
-    if file == "vocab.txt":
+    if family == "BERT":
         vocab = {token: i for i, token in enumerate(lines)}
+        parts = word_pieces(vocab, roles["unk_token"], config)
+        around = {"type": "BertProcessing"}
     else:
         vocab = read_json(folder / "vocab.json")
-    if family != "GPT-2":
-        cls, sep = ([roles[role], vocab.get(roles[role])] for role in ("cls_token", "sep_token"))
-    if family == "BERT":
-        parts = {
-            "normalizer": {"type": "BertNormalizer", "clean_text": True,
-                           "handle_chinese_chars": config.get("tokenize_chinese_chars", True),
-                           "strip_accents": config.get("strip_accents"),
-                           "lowercase": config.get("do_lower_case", True)},
-            "pre_tokenizer": {"type": "BertPreTokenizer"},
-            "post_processor": {"type": "BertProcessing", "cls": cls, "sep": sep},
-            "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
-            "model": {"type": "WordPiece", "unk_token": roles["unk_token"], "continuing_subword_prefix": "##",
-                      "max_input_chars_per_word": 100, "vocab": vocab}}
-    else:
         merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-        parts = {"normalizer": normalizer, **by_bytes(pattern, space),
-                 "model": {"type": "BPE", "vocab": vocab, "merges": merges}}
-    if family == "RoBERTa":
-        parts["post_processor"] = {"type": "RobertaProcessing", "cls": cls, "sep": sep, "trim_offsets": True,
-                                   "add_prefix_space": space}
-    return json.dumps(tokenizer_json({t: vocab[t] for t in roles.values() if t in vocab}, parts))
+        model = {"type": "BPE", "vocab": vocab, "merges": merges}
+        parts = {"model": model, "normalizer": normalizer, **by_bytes(pattern, space)}
+        around = {"type": "RobertaProcessing", "trim_offsets": True, "add_prefix_space": space}
+    if "cls_token" in FAMILIES[family]:
+        cls, sep = roles["cls_token"], roles["sep_token"]
+        parts["post_processor"] = {**around, "cls": [cls, vocab.get(cls)], "sep": [sep, vocab.get(sep)]}
+    specials = {token: vocab[token] for token in roles.values() if token in vocab}
+    return json.dumps(tokenizer_json(specials, parts))
+
+
+def word_pieces(vocab: dict[str, int], unknown: str, config: dict) -> dict:
+    """BERT's cuts and words."""
+    return {
+        "normalizer": {"type": "BertNormalizer", "clean_text": True,
+                       "handle_chinese_chars": config.get("tokenize_chinese_chars", True),
+                       "strip_accents": config.get("strip_accents"),
+                       "lowercase": config.get("do_lower_case", True)},
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
+        "model": {"type": "WordPiece", "unk_token": unknown, "continuing_subword_prefix": "##",
+                  "max_input_chars_per_word": 100, "vocab": vocab}}
 
 
 def tokenizer_json(specials: dict[str, int], parts: dict) -> dict:

@@ -13,6 +13,7 @@ import codecs
 import functools
 import heapq
 import itertools
+import json
 import os
 import re
 import zlib
@@ -83,11 +84,11 @@ class Tokenizer:
         encode = self.encoding.encode_ordinary
         if specials:
             encode = functools.partial(self.encoding.encode, allowed_special="all")
-        cuts = long_gaps(text)
-        if not cuts:
-            return encode(text)
-        parts = [encode(text[start:end]) for start, end in zip([0, *cuts], [*cuts, len(text)])]
-        return [i for part in parts for i in part]
+        ids, start = [], 0
+        for end in (*long_gaps(text), len(text)):
+            ids += encode(text[start:end])
+            start = end
+        return ids
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """Texts to arrays of ids, on all cores if there is enough to do (tiktoken releases Python's lock)."""
@@ -199,13 +200,15 @@ def same_ids(tokenizer: Tokenizer, encode: Callable, name: object) -> None:
 
 def same_tokenizer(a: dict, b: dict) -> bool:
     """Whether two, as they are stored, give the same ids: what else their files say is no matter."""
-    other = ("ends", "config")
-    return {k: v for k, v in a.items() if k not in other} == {k: v for k, v in b.items() if k not in other}
+    a, b = ({"json": "null", **stored, "ends": None, "config": None} for stored in (a, b))
+    a["json"], b["json"] = json.loads(a["json"]), json.loads(b["json"])  # in any order
+    return a == b
 
 
 def with_ends(arrays: list[np.ndarray], ends: list[bool], eot: int) -> np.ndarray:
-    return np.concatenate([part for ids, end in zip(arrays, ends)
-                           for part in (ids.astype(np.uint32), np.full(int(end), eot, np.uint32))])
+    """The arrays as one, with eot behind those that end a document."""
+    parts = [np.append(ids, eot) if end else ids for ids, end in zip(arrays, ends)]
+    return np.concatenate(parts).astype(np.uint32)
 
 
 # -----------------------------------------------------------------------------
@@ -221,6 +224,11 @@ def make_tokenizer(name: str, texts: Iterable[str], vocab_size: int) -> Tokenize
         return of_ranks(Path(name))
     if Path(name).is_dir() or "/" in name or name in OWNERS and name != "gpt2":
         return Tokenizer.from_pretrained(name)
+    return of_openai(name)
+
+
+def of_openai(name: str) -> Tokenizer:
+    """One of tiktoken's, which keeps its ranks, or downloads them."""
     try:
         known = tiktoken.get_encoding("r50k_base" if name == "gpt2" else name)
     except ValueError:
@@ -230,10 +238,8 @@ def make_tokenizer(name: str, texts: Iterable[str], vocab_size: int) -> Tokenize
         reason = str(error).split("\n")[0][:120]
         raise UserError(f"--tokenizer={name}: tiktoken cannot download it ({reason}): set TIKTOKEN_CACHE_DIR "
                         "to a folder that has it, or use --tokenizer=bpe") from None
-    ranks = [b""] * (max(known._mergeable_ranks.values()) + 1)  # p50k_base has no token 50256
-    for token, i in known._mergeable_ranks.items():
-        ranks[i] = token
-    tokenizer = with_specials(name, known._pat_str, ranks, known._special_tokens)
+    token_of = {i: token for token, i in known._mergeable_ranks.items()}
+    tokenizer = with_specials(name, known._pat_str, in_order(token_of), known._special_tokens)
     same_ids(tokenizer, known.encode_ordinary, name)
     return tokenizer
 
@@ -256,15 +262,15 @@ SIZES = {50256: "r50k_base", 50280: "p50k_base", 100256: "cl100k_base", 199998: 
 def of_ranks(path: Path) -> Tokenizer:
     """A .tiktoken file has the ranks alone: pattern and specials are those of the encoding that it is named
     after, or that has so many ranks."""
-    ranks = read_ranks(path)
-    names = tiktoken.list_encoding_names()
-    name = path.stem if path.stem in names else SIZES.get(len(ranks) - ranks.count(b""))
+    ranks, names = read_ranks(path), tiktoken.list_encoding_names()
+    n = len(ranks) - ranks.count(b"")
+    name = path.stem if path.stem in names else SIZES.get(n)
     if name is None:
         print(f"{path}: names no pattern: this project's own cuts the text (a file that is called "
               f"{' or '.join(names)} gets the pattern and special tokens of that)")
         return with_specials(path.stem, PIECES, ranks)
     name = "r50k_base" if name == "gpt2" else name
-    known, n = published(name), len(ranks) - ranks.count(b"")
+    known = published(name)
     if name in SIZES.values() and SIZES.get(n) != name:
         print(f"{path}: {n:,} tokens, which is not what {name} has: if it is meant to be that, it is damaged")
     return with_specials(path.stem, known["pat_str"], ranks, known["special_tokens"])
@@ -293,6 +299,11 @@ def read_ranks(path: Path) -> list[bytes]:
     if len(tokens) < len(pairs) or not tokens >= set(BYTES) or min(token_of) < 0 or max(token_of) >= 2**24:
         raise UserError(f"{path}: not a file of BPE ranks: each token must come once, with an id of its own "
                         f"from 0 to {2**24 - 1:,}, and all single bytes must be among them")
+    return in_order(token_of)
+
+
+def in_order(token_of: dict[int, bytes]) -> list[bytes]:
+    """Tokens by their ids, b"" for an id of none: p50k_base has no 50256."""
     return [token_of.get(i, b"") for i in range(max(token_of) + 1)]
 
 
