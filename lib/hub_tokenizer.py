@@ -464,7 +464,8 @@ def converted(path: str | Path, folder: Path, name: str, config: dict, roles: di
                         "transformers sentencepiece protobuf") from None
     except Exception as error:  # of many kinds
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{path}: has no tokenizer.json, and it cannot be made: {reason[:200]}") from None
+        raise UserError(f"{path}: has no tokenizer.json, which would be read, and none can be made: "
+                        f"{reason[:200]}") from None
     print(f"{path}: has no tokenizer.json: converted by transformers' {name}")
     roles |= {role: token for role, token in made.special_tokens_map.items()
               if isinstance(token, str) and role not in roles}

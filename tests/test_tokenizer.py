@@ -14,7 +14,7 @@ import regex
 from config import UserError
 from lib import tokenizer as tokenizer_file
 from lib.hub_tokenizer import byte_symbols
-from lib.tokenizer import BYTES, EOT, HARD, MASK, PIECES, Tokenizer, make_tokenizer, train_bpe
+from lib.tokenizer import BYTES, EOT, HARD, MASK, PIECES, Tokenizer, make_tokenizer, same_tokenizer, train_bpe
 from tests.helpers import MIXED, ROOT
 
 LONG = 6000 if os.environ.get("SLOW") else 2000  # characters that are tried where trying takes long
@@ -173,6 +173,10 @@ def test_a_foreign_tokenizer_gives_its_own_ids_and_text(name, tmp_path):
     fast = of_the_hub(tmp_path / "in", **HUB[name]())
     tokenizer = Tokenizer.from_pretrained(tmp_path / "in")
     stored = Tokenizer.from_dict(json.loads(json.dumps(tokenizer.to_dict())))
+    a = tokenizer.to_dict()
+    b = {**a, "json": json.dumps(json.loads(a["json"]), sort_keys=True), "ends": [], "config": {"more": 1}}
+    assert same_tokenizer(a, b) and not same_tokenizer(a, {**b, "roles": {}})
+    assert not same_tokenizer(a, {**b, "json": b["json"].replace("null", "[]", 1)})
     (tmp_path / "out").mkdir()
     tokenizer.save_pretrained(tmp_path / "out", 64)
     fast.encode_special_tokens = True
