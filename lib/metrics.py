@@ -214,10 +214,13 @@ TAG_METRICS = {
 
 
 PREFIXES = {"B": "B", "I": "I", "M": "I", "E": "E", "L": "E", "S": "S", "U": "S", "W": "S"}
+SPELLINGS = (rf"(?P<part>[{''.join(PREFIXES)}])[-_:](?P<kind>.+)",  # B-PER, b_per
+             rf"(?P<kind>.+)[-_:](?P<part>[{''.join(PREFIXES)}])")  # PER-B
 
 
 class TagScheme:
-    """How a set of tags spells entities: B- and I-, with E- and S- (BIOES) or L- and U- (BILOU), BMES, IOE.
+    """How a set of tags spells entities: B- and I-, with E- and S- (BIOES) or L- and U- (BILOU), BMES, IOE;
+    behind the kind too (PER-B), and in lower case.
 
     B- and I- alone are read as conlleval reads them: an I- that continues nothing begins an entity. If the set
     has marks of ends, only whole entities count, as in seqeval's strict mode: a B- I- that no E- ends is none.
@@ -226,12 +229,16 @@ class TagScheme:
     """
 
     def __init__(self, labels: Sequence[str]):
-        tags, self.has_outside = {*labels} - {"O"}, "O" in labels
+        tags = {*labels} - {"O", "o"}
+        self.has_outside = tags != {*labels}
         self.part = {}  # tag -> its prefix, as one of B I E S, and its kind; no others belong to entities
-        for tag in tags:
-            found = re.fullmatch(r"([BIMELSUW])[-_](.+)", tag, re.DOTALL)
-            if found:
-                self.part[tag] = PREFIXES[found[1]], found[2]
+        for spelling in SPELLINGS:
+            for tag in tags:
+                found = re.fullmatch(spelling, tag, re.DOTALL | re.IGNORECASE)
+                if found:
+                    self.part[tag] = PREFIXES[found["part"].upper()], found["kind"]
+            if self.part:
+                break
         if tags & {"B", "I"} and tags <= {*PREFIXES}:  # of a single kind
             self.part = {tag: (PREFIXES[tag], "") for tag in tags}
         self.plain = 2 * len(self.part) < len(tags)

@@ -85,6 +85,11 @@ def test_metrics_that_are_not_defined_are_not_made_up():
     ("B-a I-b", "B-a I-b", {("a", 0, 1), ("b", 1, 2)}),
     ("B-a-b I-a-b", "B-a-b I-a-b", {("a-b", 0, 2)}),
     ("B_a I_a", "B_a I_a", {("a", 0, 2)}),
+    ("b-per i-per o", "o b-per i-per o", {("per", 1, 3)}),
+    ("B:a I:a O", "B:a I:a O", {("a", 0, 2)}),
+    ("PER-B PER-I O", "PER-B PER-I O PER-B", {("PER", 0, 2), ("PER", 3, 4)}),
+    ("per o", "o per", {("per", 1, 2)}),
+    ("NN NN-S VB", "NN-S VB", {("NN-S", 0, 1), ("VB", 1, 2)}),  # one of three: no scheme
     ("B I O", "O B I I B", {("", 1, 4), ("", 4, 5)}),
     ("B I O", "O O", set()),
     # with marks of ends only whole entities count
@@ -120,7 +125,7 @@ def test_entities_equal_seqeval_s(letters, scheme):
 
 
 def test_what_counts_as_an_entity_is_said():
-    for labels, said in (("0 3 4", "no tag is O"), ("PER O", "whose tag is not O"), ("B-a I-a O", "by B-, I-")):
+    for labels, said in (("0 3 4", "no tag is O"), ("PER O", "whose tag is not O"), ("PER o", "whose tag is not O"), ("B-a I-a O", "by B-, I-")):
         assert said in str(metrics.TagScheme(labels.split()))
 
 
