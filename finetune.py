@@ -20,7 +20,7 @@ import copy
 import hashlib
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,7 +39,7 @@ from lib.rows import IN_WORDS, WORDS, Row, text_key
 from lib.run import (BadSteps, Machine, Pace, Run, State, find_checkpoint, in_words,
                      left_by_runs, load_body, main_process, memory_advice, model_of, refuse_to_replace,
                      step_line, stored_settings, to_device, write_json)
-from lib.splits import known_columns, read_splits
+from lib.splits import BUILT_IN, known_columns, read_splits
 from lib.tasks import TASKS, Example, Task, Vectors
 from lib.tokenizer import Tokenizer, make_tokenizer
 from model import Attention, Config, Transformer, block_matrices
@@ -243,9 +243,17 @@ class Tuned(nn.Module):
 
     def predict(self, texts: list, batch_size: int = 64) -> list[dict]:
         """What it says about each text, or (text, second text): a dict as a row of predictions.csv."""
-        pairs = [(one, None) if isinstance(one, str) else one for one in texts]
-        rows = [self.task.row(f"text {n}", *pair) for n, pair in enumerate(pairs, start=1)]
-        return [self.task.said(answer) for answer in predict(self, rows, batch_size)]
+        if isinstance(texts, str):
+            raise UserError("predict: wanted a list of texts, got one text: predict([text])[0]")
+        rows = []
+        for n, one in enumerate(texts, start=1):
+            pair = [one, None] if isinstance(one, str) else one
+            are_two = isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str)
+            if not are_two or not isinstance(pair[1], (str, type(None))):
+                raise UserError(f"text {n}: wanted a text, or two as (text, second text), got {one!r}")
+            rows.append(self.task.row(f"text {n}", *pair))
+        answers = predict(self, rows, batch_size) if rows else []
+        return [self.task.said(answer) for answer in answers]
 
 
 def tuned_of(checkpoint: dict) -> Tuned:
@@ -356,6 +364,9 @@ def new_head(body: Transformer, tokenizer, train: list[Row], origin: str, s: Sim
         if pool not in ("first", "last", "mean"):
             raise SettingError(f"pool=auto: {origin} pools by {pool}, which is not supported: --pool=mean?")
     paired = train[0].pair is not None
+    if s.pair == "apart" and not paired:
+        raise SettingError(f"pair=apart: {s.data} has one text a row: leave it out, or name the second one's "
+                           "--pair_column")
     apart = task.of_texts and paired and s.pair == "apart"
     # transformers has no bias in the head of a causal model's last token, so it could not be exported
     bias = not (task is TASKS["classify"] and pool == "last" and body.config.causal and not apart)
@@ -839,6 +850,20 @@ ONLY = [  # a setting, the one that decides whether it is of use, and for which 
 ]
 
 
+def models_that_have_seen(s: SimpleNamespace) -> Iterator[str]:
+    """Warnings: which models that are built on were trained on the same file, split otherwise."""
+    for name in ("init_from", "teacher"):
+        folder = getattr(s, name)
+        its = stored(folder)[0] if folder else {}
+        if s.data in BUILT_IN or "data" not in its or Path(its["data"]).resolve() != Path(s.data).resolve():
+            continue
+        split_by = ("seed", "folds", "split_column", "data_val", "data_test")
+        other = [f"{key}={its.get(key)}" for key in split_by if its.get(key) != getattr(s, key)]
+        if other or s.folds:
+            yield (f"warning: {name}={folder} was trained on rows of {s.data} too, and knows some that "
+                   f"are tested here: scores are too good (split by {', '.join(other) or 'folds'})")
+
+
 def check_settings(s: SimpleNamespace) -> None:
     """Raises SettingError for settings that do not go together."""
     if not s.data:
@@ -850,6 +875,9 @@ def check_settings(s: SimpleNamespace) -> None:
         raise SettingError(f"sparsity={s.sparsity}: prunes what is trained: leave out freeze and lora_rank")
     if s.freeze and s.lora_rank:
         raise SettingError(f"freeze=True: trains the head alone: leave out --lora_rank={s.lora_rank}")
+    if s.freeze and s.optimizer in BLOCKS_ONLY:
+        raise SettingError(f"optimizer={s.optimizer}: is for the blocks' matrices, which freeze=True leaves as "
+                           f"they are: --optimizer={BLOCKS_ONLY[s.optimizer]}")
     if s.folds and (s.data_val or s.data_test):
         raise SettingError(f"folds={s.folds}: cuts data itself: leave out --data_val and --data_test")
 
@@ -904,6 +932,8 @@ def main(given: dict):
         machine.say(f"({', '.join(unused)}: not used, the body from {origin} is made already)")
     s.columns = known_columns(s, earlier)
     splits = read_splits(s, machine.say)
+    for warning in models_that_have_seen(s):
+        machine.say(warning)
     replaces = [] if init_from == "resume" else left_by_runs(folder)
     if folds:
         machine.say(f"{folds} trainings, each on {folds - 2} of {folds} parts of the data; one part chooses the "

@@ -51,6 +51,7 @@ text_column: Union[str, int] = ""  # of a table by FILE:, its name or number; em
 pair_column: Union[str, int] = ""  # of the second text; empty: as in training
 label_column: Union[str, int] = ""  # to be compared with; empty: as in training
 encoding: str = ""  # of that file; empty: UTF-8, or UTF-16 or GBK if it is that
+skip_bad_rows: bool = False  # pass over its rows that cannot be read, and count them
 num_samples: at_least(1) = 1  # texts to write
 max_new_tokens: at_least(1) = 300  # length of each, at most
 stop: Union[str, list] = ""  # end before this text, or the first of several: --stop="['#', 'def ']"
@@ -76,7 +77,8 @@ OF_WRITING = ("num_samples", "max_new_tokens", "stop", "stream", "seed", "compil
 ONLY = [  # a setting, and what it is of use with; see check_used
     *((name, "", (WRITES,)) for name in OF_WRITING),
     *((name, "", (WRITES, FILLS, ANSWERS)) for name in ("start", "quantize")),
-    *((name, "", (ANSWERS,)) for name in ("text_column", "pair_column", "label_column", "encoding")),
+    *((name, "", (ANSWERS,)) for name in ("text_column", "pair_column", "label_column", "encoding",
+                                          "skip_bad_rows")),
 ]
 
 
@@ -231,7 +233,8 @@ def answer_file(model: Tuned, path: str, machine: Machine) -> None:
     asked = {"text": text_column, "pair": pair_column, "label": label_column}
     columns = {**task.head["columns"], **{role: name for role, name in asked.items() if name != ""}}
     remembered = "unused" in columns  # a checkpoint of before, or of others, keeps none
-    columns, rows = task.to_answer(path, columns, encoding)
+    bad = []
+    columns, rows = task.to_answer(path, columns, encoding, bad.append if skip_bad_rows else None)
     if not remembered:
         print(f"columns  {described(columns)}", file=sys.stderr)
     count = seconds = unknown = 0
@@ -257,6 +260,8 @@ def answer_file(model: Tuned, path: str, machine: Machine) -> None:
     if not count:
         raise UserError(f"{path}: holds no examples")
     task.tell(warn)
+    if bad:
+        warn(f"{path}: {len(bad):,} rows left out that cannot be read, {bad[0]}")
     weights = io.BytesIO()
     torch.save(model.state_dict(), weights)
     each = 1000 * seconds / count

@@ -58,8 +58,8 @@ def table(found: dict) -> str:
         others = "".join(f"{scores[name]:{width}.4f}" for scores in baselines.values())
         lines.append(f"  {name:20} {found[name]:8.4f} {interval(found[f'{name}_ci95']):16}{others}")
     for name, gap in found.get("by_group", {}).get("gaps", {}).items():
-        lowest = f"{gap['lowest']} ({gap['lowest_rows']:,} rows) lowest"
-        highest = f"{gap['highest']} ({gap['highest_rows']:,}) highest"
+        lowest = f"{gap['lowest'] or '(no group)'} ({gap['lowest_rows']:,} rows) lowest"
+        highest = f"{gap['highest'] or '(no group)'} ({gap['highest_rows']:,}) highest"
         lines.append(f"  {name}: {lowest}, {highest}, {gap['gap']:.4f} apart {interval(gap['gap_ci95'])}")
     lines += [f"  ({name}: {what})" for name, what in found["meaning"].items()]
     return "\n".join(lines)

@@ -122,7 +122,12 @@ def choose(path: str, names: list[str], columns: dict, usual: Names) -> dict[str
         of_plain.setdefault(plain(name), []).append(name)
     found = {role: find_column(path, role, names, columns[role]) for role in ROLES
              if columns.get(role, "") not in ("", None)}
-    free = {name: which for name, which in of_plain.items() if not set(which) & set(found.values())}
+    learned = {}  # a group may be the label too
+    for role, name in found.items():
+        if role not in ("group", "split") and learned.setdefault(name, role) != role:
+            raise UserError(f"{path}: the column {name} is asked for as the {learned[name]} and as the {role}: "
+                            f"it is one of them; there are {', '.join(names)}")
+    free = {name: which for name, which in of_plain.items() if learned.keys().isdisjoint(which)}
     asked = {role: plain(name) for role, name in found.items()}
     wanted = {}
     for reading in usual.readings:

@@ -165,13 +165,14 @@ class Task:
         except UserError:
             return False
 
-    def to_answer(self, path: str, columns: dict, encoding: str = "") -> tuple[dict, Iterable[Row]]:
+    def to_answer(self, path: str, columns: dict, encoding: str = "",
+                  bad: Callable | None = None) -> tuple[dict, Iterable[Row]]:
         """Rows of a file in use, with the columns of training; of a .txt, a text a line. See open_rows."""
         plain_text = kind_of(path) == ".txt" and self.is_plain(path, columns, encoding)
         if plain_text:
             columns, rows = {"text": "0"}, read_lines(path, self.head["paired"], encoding)
         else:
-            columns, rows = self.open(path, columns, False, encoding)
+            columns, rows = self.open(path, columns, False, encoding, bad)
         return columns, map(self.ready, rows)
 
     def is_plain(self, path: str, columns: dict, encoding: str) -> bool:

@@ -582,6 +582,9 @@ NOTHING = json.dumps([{"text": f"t{i}", "label": [None]} for i in range(30)])
     ("a.csv", GOOD, ["--teacher=nowhere"], ["nowhere", "no checkpoint"]),
     ("a.csv", GOOD, ["--data="], ["data=''", ".csv"]),
     ("a.csv", GOOD, ["--freeze", "--lora_rank=2"], ["freeze=True", "--lora_rank=2"]),
+    ("a.csv", GOOD, ["--freeze", "--optimizer=muon"], ["optimizer=muon", "freeze=True", "=adamw"]),
+    ("a.csv", GOOD, ["--pair=apart"], ["pair=apart", "a.csv has one text"]),
+    ("a.csv", GOOD, ["--label_column=text", "--text_column=0"], ["the column text", "as the text and as the label"]),
     ("a.csv", GOOD, ["--task=regress", "--class_weight=balanced"], ["class_weight=balanced", "=regress"]),
     ("a.csv", GOOD, ["--task=qa", "--label_smoothing=0.1"], ["label_smoothing=0.1", "task=classify|tag|lm"]),
     ("a.csv", GOOD, ["--lora_alpha=8"], ["lora_alpha=8.0", "only with lora_rank"]),
@@ -598,6 +601,25 @@ def test_what_cannot_be_learned_is_one_line(tmp_path, monkeypatch, name, content
     with pytest.raises(UserError) as error:
         tune("out", f"--data={name}", *QUICK, *args)
     says(error, *words)
+
+
+def test_a_group_may_be_the_label_itself(tmp_path):
+    found = tune(tmp_path / "out", f"--data={class_rows(tmp_path, 60)}", "--group_column=label", "--epochs=1",
+                 *QUICK)
+    groups = found["by_group"]["groups"]
+    assert np.mean([one["accuracy"] for one in groups.values()]) == pytest.approx(found["accuracy"])
+
+
+def test_what_was_trained_on_the_same_file_by_another_split_is_said(tuned):
+    settings = finetune.stored(tuned / "out")[0]
+    same = SimpleNamespace(**{**settings, "init_from": "scratch", "teacher": str(tuned / "out")})
+    assert not list(finetune.models_that_have_seen(same))
+    for name, value in (("seed", 1), ("folds", 5)):
+        warning, = finetune.models_that_have_seen(SimpleNamespace(**{**vars(same), name: value}))
+        assert f"(split by {name}={settings[name]})" in warning and "teacher=" in warning
+    same.data = "another.csv"
+    same.seed = 1
+    assert not list(finetune.models_that_have_seen(same))
 
 
 def test_what_is_cut_or_empty_is_counted(tmp_path):

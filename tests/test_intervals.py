@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from lib import intervals, metrics
+from lib import intervals, metrics, report
 from lib.tasks import LM, Answer, Classify, Regress, Tag
 
 HEAD = {"max_length": 64, "paired": False, "apart": False}
@@ -102,3 +102,9 @@ def test_a_large_table_takes_fewer_draws_and_says_so(capsys, monkeypatch):
     intervals.with_intervals(TWO, (rng.integers(2, size=4000), rng.random((4000, 2))))
     assert "(intervals: 10 of 200 draws)" in capsys.readouterr().out
     assert intervals.number_of_draws([np.broadcast_to(0.0, (10**6, 1000))]) == 100 < 200
+
+
+def test_rows_without_a_group_are_called_so():
+    gap = {"lowest": "", "lowest_rows": 3, "highest": "x", "highest_rows": 9, "gap": 0.5, "gap_ci95": [0.1, 0.9]}
+    said = report.table({"meaning": {}, "by_group": {"gaps": {"accuracy": gap}}})
+    assert "accuracy: (no group) (3 rows) lowest, x (9) highest" in said

@@ -8,7 +8,7 @@ import torch
 import sample
 from config import SettingError, UserError
 from lib.tokenizer import make_tokenizer
-from tests.helpers import run_here, script, tiny, write_rows
+from tests.helpers import run_here, says, script, tiny, write_rows
 
 
 def test_int8_weights_are_a_quarter_of_the_size_and_nearly_as_good(home):
@@ -78,6 +78,27 @@ def test_what_a_classifier_has_no_use_for_is_refused_and_what_it_cuts_is_said(tu
             run_here(sample, out, "--start=w3 fine", given)
     assert "(1 text longer than 64 tokens: cut there)" in run_here(sample, out, "--start=" + "w3 fine " * 60)
     assert "(1 text empty)" in run_here(sample, out, "--start= ")
+
+
+def test_one_text_or_none_is_no_list_of_texts(tuned):
+    model, _ = sample.load(tuned / "out")
+    assert model.predict([]) == []
+    assert model.predict(("w1 fine", ["w1 fine", None]))[1]["prediction"] == "good"
+    for texts, *words in (("w1 fine", "predict([text])"), (["w1", None], "text 2", "got None"),
+                          ([("a", "b", "c")], "text 1", "'c'"), ([5], "text 1", "got 5")):
+        with pytest.raises(UserError) as error:
+            model.predict(texts)
+        says(error, *words)
+
+
+def test_rows_that_cannot_be_read_are_passed_over_as_in_training(tuned, tmp_path):
+    table = tmp_path / "in.csv"
+    table.write_text("review,label\nw1 fine,good\nw2, dull,bad\nw3 dull,bad\n", encoding="utf-8")
+    given = (f"--out_dir={tuned / 'out'}", f"--start=FILE:{table}")
+    with pytest.raises(UserError, match="in.csv:3: 3 cells.*--skip_bad_rows=True"):
+        run_here(sample, *given)
+    said = run_here(sample, *given, "--skip_bad_rows=True")
+    assert "in.csv: 1 rows left out that cannot be read" in said and "\n2 rows" in said
 
 
 def test_a_fine_tuned_model_answers(tuned, tmp_path, monkeypatch):
