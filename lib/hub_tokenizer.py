@@ -346,20 +346,22 @@ def with_added(path: str | Path, text: str, facts: dict[str, dict]) -> tuple[str
     """A tokenizer.json with the tokens that only other files add to it; and its vocabulary."""
     tokenizers = need_tokenizers()
     fast = tokenizers.Tokenizer.from_str(text)
-    more = {i: {"content": token, "special": True} for token, i in facts["added_tokens.json"].items()}
-    listed = facts["tokenizer_config.json"].get("added_tokens_decoder", {})
-    more |= {int(i): token for i, token in listed.items()}
     vocab = fast.get_vocab(with_added_tokens=True)
+    more = facts["tokenizer_config.json"].get("added_tokens_decoder")
+    if not more:  # as of old
+        more = {i: {"content": token, "special": True} for token, i in facts["added_tokens.json"].items()}
     have = {token.content for token in fast.get_added_tokens_decoder().values()}
-    lacking = {i: more[i] for i in sorted(more) if more[i]["content"] not in have}
-    for i, flags in lacking.items():
-        flags = {name: value for name, value in flags.items() if name != "__type"}
+    lacking = [i for i in sorted(more, key=int) if more[i]["content"] not in have]
+    if not lacking:
+        return text, vocab
+    for i in lacking:
+        flags = {name: value for name, value in more[i].items() if name != "__type"}
         fast.add_tokens([tokenizers.AddedToken(**flags)])
         token = flags["content"]
-        if token not in vocab and fast.token_to_id(token) != i:
-            raise UserError(f"{path}: tokenizer_config.json adds {token!r} as id {i}, but "
-                            f"{fast.token_to_id(token)} is the next that is free")
-    return (fast.to_str() if lacking else text), fast.get_vocab(with_added_tokens=True)
+        if token not in vocab and fast.token_to_id(token) != int(i):
+            raise UserError(f"{path}: its files add {token!r} as id {i}, but {fast.token_to_id(token)} is "
+                            "the next that is free")
+    return fast.to_str(), fast.get_vocab(with_added_tokens=True)
 
 
 def class_of(path: str | Path, folder: Path, facts: dict[str, dict]) -> str:

@@ -444,17 +444,20 @@ def test_tokens_that_only_other_files_add_are_added(tmp_path):
     of_the_hub(tmp_path, **HUB["qwen"]())
     n = Tokenizer.from_pretrained(tmp_path).vocab_size
     call = {"content": "<call>", "lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
-    config = {"eos_token": "<end>", "added_tokens_decoder": {
-        str(n + 2): {**call, "special": False}, str(n + 1): {**call, "content": "<end>", "special": True}}}
+    more = {n + 1: {**call, "content": "<end>", "special": True}, n + 2: {**call, "special": False},
+            n: {**call, "content": "<first>", "special": True}}
+    config = {"eos_token": "<end>", "added_tokens_decoder": more}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    (tmp_path / "added_tokens.json").write_text(json.dumps({"<first>": n}))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<end>": n, "<old>": n + 1}))
     ours = Tokenizer.from_pretrained(tmp_path)
     assert (ours.eot, ours.vocab_size, ours.specials["<first>"]) == (n + 1, n + 3, n)
     assert ours.encode("<call>") == [n + 2] and n + 1 not in ours.encode("<end>")
     assert ours.encode("<first><end>", specials=True) == [n, n + 1]
     assert ours.token_bytes[n + 2] == b"<call>" and Tokenizer.from_dict(ours.to_dict()).eot == n + 1
-    (tmp_path / "added_tokens.json").unlink()
-    with pytest.raises(UserError, match=f"adds '<end>' as id {n + 1}, but {n} is the next"):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
+    assert Tokenizer.from_pretrained(tmp_path).encode("<old><end>", specials=True) == [n + 1, n]
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<end>": n + 1}))
+    with pytest.raises(UserError, match=f"add '<end>' as id {n + 1}, but {n} is the next"):
         Tokenizer.from_pretrained(tmp_path)
 
 
