@@ -572,6 +572,18 @@ class Tag(Task):
     def shown(self, row, answer):
         return "\n".join(f"{word}\t{tag}" for word, tag in zip(row.words, answer[0]))
 
+    def explained(self, row, example, out, target):
+        """The tag of one word: of the target, else of the first with a tag that is not O."""
+        if target and target not in row.words:
+            raise SettingError(f"--target={target}: must be a word of the text: {', '.join(row.words[:20])}")
+        words = [row.words[n] for n in example.spans]
+        tags = out[example.places].argmax(1).tolist()
+        wanted = [target == word if target else self.labels[k] != "O" for word, k in zip(words, tags)]
+        if not any(wanted) and (target or not words):  # it is in another window
+            return "", 0, []
+        n = wanted.index(True) if any(wanted) else 0
+        return f"{words[n]}: {self.labels[tags[n]]}", 0, [int(example.places[n]) * self.n_out + tags[n]]
+
     def baselines(self, train, test):
         """The most frequent tag, and for each word the one that it has most often."""
         every, of_word = Counter(), defaultdict(Counter)

@@ -14,7 +14,7 @@ from lib.run import save_checkpoint
 from lib.tasks import TASKS
 from lib.tokenizer import make_tokenizer
 from test_model import columns
-from tests.helpers import one_line, script, tiny, tokens
+from tests.helpers import one_line, script, tiny, tokens, write_rows
 from tools import explain
 
 
@@ -277,7 +277,8 @@ def test_what_a_task_predicts_is_what_is_explained(kind, tmp_path):
     body = tiny("gpt2", causal=False, head="none", vocab_size=tokenizer.vocab_size, block_size=64)
     head = {"task": kind, "labels": {"regress": ["number"]}.get(kind, ["a", "b"]), "apart": False,
             "paired": kind == "qa", "pool": None if kind == "qa" else "mean", "max_length": 64,
-            "no_answer": False, "mean": 3.0, "std": 2.0}
+            "no_answer": False, "mean": 3.0, "std": 2.0,
+            "columns": {"text": "text", "pair": "", "label": "n"}}
     tuned, starts = finetune.Tuned(body, TASKS[kind](head, tokenizer)).eval(), set()
     torch.nn.init.normal_(tuned.head.weight)
     pair = " ".join(f"w{i}" for i in range(50)) if kind == "qa" else ""
@@ -302,5 +303,35 @@ def test_what_a_task_predicts_is_what_is_explained(kind, tmp_path):
     said = float(re.search(rf"{re.escape(name)} (-?[\d.]+)", printed)[1])
     assert said == pytest.approx(float(value), abs=1e-4)
     refused(tmp_path, [f"--pair={'' if pair else 'x'}"], 2, "--pair")
+    if kind == "regress":
+        write_rows(tmp_path / "rows.csv", ("label", "n", "text"), "12", "34", ("other, text", text))
+        of_row, _ = page_about(tmp_path, f"--start=FILE:{tmp_path / 'rows.csv'}", "--row=2")
+        assert of_row["tokens"] == page["tokens"] and of_row["methods"] == page["methods"]
+        refused(tmp_path, [f"--start=FILE:{tmp_path / 'rows.csv'}", "--row=3"], 2, "row=3", "rows.csv")
+        refused(tmp_path, ["--start=abc", "--row=2"], 2, "row=2")
     if kind != "classify":
         refused(tmp_path, [f"--pair={pair}", "--target=x"], 2, "--target")
+
+
+def test_the_tag_of_a_word_is_explained():
+    """Of the first with a tag that is not O, or of the word that was asked for, in whichever window."""
+    tokenizer = make_tokenizer("bytes", [], 0)
+    body = tiny("gpt2", causal=False, head="none", vocab_size=tokenizer.vocab_size, block_size=64)
+    head = {"task": "tag", "labels": ["A", "O"], "apart": False, "paired": False, "pool": None,
+            "max_length": 64}
+    tuned = finetune.Tuned(body, TASKS["tag"](head, tokenizer)).eval()
+    torch.nn.init.normal_(tuned.head.weight)
+    (said,) = tuned.predict(["one two three four"])
+    for word, tag in zip(("one", "two", "three", "four"), said["prediction"], strict=True):
+        case = explain.of_a_task(tuned, "one two three four", "", word)
+        assert case.answer == f"{word}: {tag}"
+        place = tokenizer.decode(case.idx[0].tolist()).index(word)
+        out = tuned(case.idx, None)[0, place, "AO".index(tag)]
+        assert case.score(case.idx).item() == pytest.approx(out.item(), abs=1e-5)
+    first = (said["prediction"] + ["A"]).index("A") % 4
+    named = ("one", "two", "three", "four")[first]
+    assert explain.of_a_task(tuned, "one two three four", "", "").answer.startswith(f"{named}: ")
+    with pytest.raises(explain.SettingError, match="five.*one, two"):
+        explain.of_a_task(tuned, "one two three four", "", "five")
+    long = " ".join(f"w{n}" for n in range(60))
+    assert explain.of_a_task(tuned, long, "", "w55").answer.startswith("w55: ")

@@ -31,16 +31,19 @@ from config import SettingError, UserError, at_least, launch, needs_console
 from finetune import Tuned, collate, predict, warn
 from lib.metrics import NUMBER_METRICS
 from lib.run import newest_run, pick_device, strict, write_text
+from lib.rows import Row
+from lib.text import kind_of
 from lib.tokenizer import Tokenizer
 from model import Transformer
-from sample import load, read_prompt
+from sample import TABLES, load, read_prompt
 
 # -----------------------------------------------------------------------------
 # Settings
 out_dir: str = "out"  # a run's folder, or a folder of runs: the newest of them; a Hugging Face folder or id
 start: str = "the cat sat on the mat, and the dog sat on the"  # the text; FILE:path reads it from a file
+row: at_least(1) = 1  # of a table that FILE: names, with the columns of training
 pair: str = ""  # the second text of a classifier of two, the context of a question
-target: str = ""  # what to explain: a token behind the text or in its gap, or a class; empty: the likeliest
+target: str = ""  # what to explain: a token behind the text or in its gap, a class, a word with a tag
 samples: Optional[at_least(1)] = None  # masked copies that LIME is fitted to; None: 1000, or fewer if slow
 seed: at_least(0, below=2**63) = 1337  # of their masks
 device: str = "auto"  # auto: cuda, else mps, else cpu
@@ -122,32 +125,39 @@ def of_a_token(model: Transformer, tokenizer, text: str, target: str) -> Case:
     if more:
         raise SettingError(f"--target={target}: one token is wanted; these are {1 + len(more)}, of which the "
                            f"first is {name!r}")
-    return Case(idx, lambda ids: logits(ids)[:, k], name, f"probability {probs[k].item():.1%}", neutral)
+    return Case(idx, lambda ids: logits(ids)[:, k], name, f", probability {probs[k].item():.1%}", neutral)
+
+
+def of_a_task(tuned: Tuned, text: str, pair: str, target: str) -> Case:
+    paired = tuned.task.head["paired"]
+    if paired not in (None, bool(pair or (paired and "\n" in text))):
+        raise SettingError(f"--pair={pair}: the model reads {'two texts' if paired else 'one text'}")
+    return of_a_row(tuned, tuned.task.row("--start", text, pair or None), target)
 
 
 @torch.no_grad()
-def of_a_task(tuned: Tuned, text: str, pair: str, target: str) -> Case:
+def of_a_row(tuned: Tuned, row: Row, target: str) -> Case:
     """The sum of those of a fine-tuned model's outputs that the task says explain its answer, or a class."""
     task, tokenizer = tuned.task, tuned.task.tokenizer
-    paired = task.head["paired"]
-    if paired not in (None, bool(pair or (paired and "\n" in text))):
-        raise SettingError(f"--pair={pair}: the model reads {'two texts' if paired else 'one text'}")
-    row = task.row("--start", text, pair or None)
     device, found = tuned.head.weight.device, []
     examples = task.examples([row])
     for example in examples:  # several are windows of a long context
         batch = collate([example], task, device)
         del batch["target"]
+        batch.pop("places", None)  # all outputs
         out = tuned(**batch)[0].cpu().numpy()
         answer, part, places = task.explained(row, example, out, target)
         idx, segments = batch["idx"][part:part + 1], batch["segments"][part:part + 1]  # (1, T) each
         score = partial(sum_of_outputs, tuned, places, segments)
-        found.append((score(idx).item(), answer, idx, score))
+        if places:
+            found.append((score(idx).item(), answer, idx, score))
+    if not found:
+        raise UserError(f"{row.where}: nothing of it is read, so nothing can be explained")
     _, answer, idx, score = max(found, key=lambda one: one[0])
     task.tell(warn)
-    header, (cells,) = task.table([row], predict(tuned, [row], examples=examples))
-    told = ("prediction", "score", f"prob_{answer}")
-    facts = ", ".join(f"{name} {cell}" for name, cell in zip(header, cells) if name in told)
+    header, lines = task.table([row], predict(tuned, [row], examples=examples))
+    told = ("prediction", "score", f"prob_{answer}") if len(lines) == 1 else ()  # not a line a word
+    facts = "".join(f", {name} {cell}" for name, cell in zip(header, lines[0]) if name in told)
     neutral = tokenizer.pad if tokenizer.mask is None else tokenizer.mask
     return Case(idx, score, answer.strip(), facts, neutral)
 
@@ -352,14 +362,24 @@ def main():
     model, tokenizer = load(out_dir, pick_device(device))
     body = getattr(model, "body", model)
     speaks = body is model or model.task.writes
-    text = read_prompt(start)
+    file = start.removeprefix("FILE:") if start.startswith("FILE:") and not speaks else ""
+    is_table = kind_of(file) in TABLES
+    text = "" if is_table else read_prompt(start)
     if body is not model and start.startswith("FILE:"):
         text = text.removesuffix("\n")
+    if row != 1 and not is_table:
+        raise SettingError(f"row={row}: only a table has rows, which --start=FILE: gives to a task")
     if pair and body is model:
         raise SettingError(f"pair={pair}: a model without a task reads one text: leave it out")
     if speaks and body is not model:
         text = model.task.prompt(text, pair)
-    if not speaks:
+    if is_table:
+        _, rows = model.task.to_answer(file, model.task.head["columns"])
+        one = next(itertools.islice(rows, row - 1, None), None)
+        if one is None:
+            raise SettingError(f"row={row}: {file} has not so many")
+        case = of_a_row(model, one, target)
+    elif not speaks:
         case = of_a_task(model, text, pair, target)
     elif body.head is None:
         raise UserError(f"{out_dir}: an encoder without a head for tokens predicts nothing to explain")
@@ -368,11 +388,11 @@ def main():
     found = look_inside(body, tokenizer, case, speaks)
     print_short(found)
     folder = newest_run(Path(out_dir))
-    file = (folder if folder.is_dir() else Path()) / "explain.html"
-    page = Path(__file__).with_name("explain.html")
+    page = (folder if folder.is_dir() else Path()) / "explain.html"
+    template = Path(__file__).with_name("explain.html").read_text(encoding="utf-8")
     data = json.dumps(found, ensure_ascii=False).replace("<", "\\u003c")  # no token ends the script
-    write_text(file, page.read_text(encoding="utf-8").replace("DATA", data))
-    print(f"\n{file}: all of it, for a browser")
+    write_text(page, template.replace("DATA", data))
+    print(f"\n{page}: all of it, for a browser")
 
 
 def look_inside(model: Transformer, tokenizer, case: Case, speaks: bool) -> dict:
@@ -390,7 +410,7 @@ def look_inside(model: Transformer, tokenizer, case: Case, speaks: bool) -> dict
     seen = ["".join(names[i:i + width]) for i in range(0, len(names), width)]
     return strict({
         "title": f"{out_dir}: {len(model.blocks)} layers, {model.config.n_head} heads",
-        "summary": f"output {value:.3f}, {case.facts}; {change:+.4f} against a text of "
+        "summary": f"output {value:.3f}{case.facts}; {change:+.4f} against a text of "
                    f"{shown(tokenizer, case.neutral)} alone; integrated gradients add up to {total:+.4f}, "
                    f"{abs(total - change) / max(abs(change), 1e-9):.2%} off; {told}",
         "token": case.answer, "tokens": names, "seen": seen,
