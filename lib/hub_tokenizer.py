@@ -193,8 +193,10 @@ class HubTokenizer(Tokenizer):
 
     @functools.cached_property
     def safe(self) -> re.Pattern | None:
-        """Where a long text may be cut, as tried on hard texts; None: nowhere."""
-        marks = "".join(mark for mark in MARKS if self.cuts_before(mark))
+        """Where a long text may be cut: no token goes across, as tried on hard texts; None: nowhere."""
+        names = "" if self.by_sign else "\0".join(self.fast.get_vocab()).replace("\u2581", " ")
+        across = set(re.findall(r"(?<=[^\W\d_])[^\w\0]", names))
+        marks = "".join(mark for mark in MARKS if mark not in across and self.cuts_before(mark))
         return re.compile(rf"[^\W\d_](?=[{marks}])") if marks else None
 
     def cuts_before(self, mark: str) -> bool:

@@ -586,7 +586,8 @@ def file_documents(file: Path, title: str, encoding: str, errors: str, text_key:
     for line, record in records(file, text, names, bad=bad if skip_bad_rows else None):
         if text_key.isdigit() and "no_header" not in found:
             note(found, "no_header", f"{file}: {record.get(text_key)!r}", documents=0)
-        if names and "json" not in kind and all((cell or "").strip() == name for name, cell in record.items()):
+        header = names and "json" not in kind
+        if header and all((cell or "").strip() == name for name, cell in record.items()):
             note(found, "headers_again", f"{file}:{line}")  # where files were joined
             continue
         try:

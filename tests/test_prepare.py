@@ -492,7 +492,8 @@ def test_a_file_is_divided_alike_in_any_blocks(size):
     ("a.json", '{"url": "u", "text": "one"}\n{"text": "two"}\n', ["one", "two"]),  # C4's
     ("a.json", '{"version": "1", "data": [{"text": "one"}]}', ["one"]),
     ("a.json", '{"data": [{"text": "one"}]}', ["one"]),
-    ("a.json", '{"of": [{"n": 1}], "text": "one"}\n{"text": "two"}', ["one", "two"]), ("a.ndjson", '{"text": "one"}\n', ["one"]),
+    ("a.json", '{"of": [{"n": 1}], "text": "one"}\n{"text": "two"}', ["one", "two"]),
+    ("a.ndjson", '{"text": "one"}\n', ["one"]),
     ("a.json", '[{"body": "one"}]', "--text_key=NAME"), ("a.json", '["one", "two"]', "--text_key="),
     ("a.json", '{"body": "one"}\n{"body": "two"}\n', "--text_key=NAME"),
     ("a.csv", "id,text\n7,Hello, world\n", "a.csv:2: .*--skip_bad_rows=True"),

@@ -553,6 +553,19 @@ def test_a_text_is_wrapped_as_its_model_reads_it(tmp_path):
     assert ours.wrap([1, 2], [3]) == ([1, 2, 256, 3, 256], [0, 0, 0, 1, 1])
 
 
+def test_no_text_is_cut_where_a_token_goes_across(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    vocab = {name: i for i, name in enumerate(["<unk>", EOT, *"abs.,", "\u2581", "s.", "s.\u2581"])}
+    merges = [("s", "."), ("s.", "\u2581")]
+    fast = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges, unk_token="<unk>"))
+    fast.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")  # as Gemma's: no word ends a piece
+    fast.decoder = tokenizers.decoders.Replace("\u2581", " ")
+    fast.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": EOT}))
+    safe = make_tokenizer(str(tmp_path), [], 0).safe
+    assert not safe.search("abs. a") and safe.search("abs, a") and safe.search("abs a")
+
+
 def test_what_a_tokenizer_drops_at_random_in_training_stays(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     fast = tokenizers.Tokenizer(tokenizers.models.BPE(
