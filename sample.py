@@ -231,7 +231,8 @@ def answer_file(model: Tuned, path: str, machine: Machine) -> None:
     """Print the file's rows as predictions.csv has them; on stderr, how long it took and how right it was."""
     task = model.task
     asked = {"text": text_column, "pair": pair_column, "label": label_column}
-    columns = {**task.head["columns"], **{role: name for role, name in asked.items() if name != ""}}
+    asked = {role: name for role, name in asked.items() if name != ""}
+    columns = {**task.head["columns"], **asked, "asked": list(asked)}
     remembered = "unused" in columns  # a checkpoint of before, or of others, keeps none
     bad = []
     columns, rows = task.to_answer(path, columns, encoding, bad.append if skip_bad_rows else None)

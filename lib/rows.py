@@ -342,12 +342,12 @@ def without_header(path: str, found: Iterable[tuple[int, dict]], header: dict) -
 def of_names(path: str, names: list[str], columns: dict, usual: Names, needed: Collection[str],
              remedy: str = "") -> dict:
     """The columns of a file that has these. needed: the roles without which there are no rows."""
-    if "unused" in columns:  # as the training file has them
+    if "unused" in columns:  # as the training file has them, but for those that are asked for now
         found = {}
         for role in ROLES:
             name = columns.get(role)
-            there = name is not None and any(plain(one) == plain(name) for one in names)
-            must = name is not None and role in needed
+            there = name is not None and any(plain(one) == plain(str(name)) for one in names)
+            must = name is not None and role in {*needed, *columns.get("asked", ())}
             found[role] = find_column(path, role, names, name) if there or must else None
         return {**found, "id": id_among(names, found), "header": True, "unused": columns["unused"]}
     turns = [name for name in names if plain(name) in TURNS]
@@ -513,8 +513,9 @@ def tell(message: str) -> None:
 
 def without_columns(path: str, columns: dict, but: Collection[str] = ()) -> None:
     """Raises SettingError if there is a column asked for in a file that has none to choose from."""
-    for role in (*ROLES, "header"):
-        if "unused" not in columns and role not in but and columns.get(role, "") not in ("", None):
+    asked = columns.get("asked", ()) if "unused" in columns else (*ROLES, "header")
+    for role in asked:
+        if role not in but and columns.get(role, "") not in ("", None):
             name = role if role == "header" else f"{role}_column"
             raise SettingError(f"{name}={columns[role]}: {path} has no such columns: leave it out")
 
@@ -571,6 +572,8 @@ def open_conll(path: str, columns: dict, labelled: bool = True, encoding: str = 
                 usual[role] = find_column(path, role, names, columns[role])
         unused = [name for name in names if name not in usual.values()]
         columns = {**usual, "header": is_u, "unused": unused}
+    for role in columns.get("asked", ()):
+        columns = {**columns, role: find_column(path, role, names, columns[role])}
     at = {role: CONLL_U.index(name) if name in CONLL_U else int(name) for role, name in columns.items()
           if role in ("text", "label") and name is not None}
     tags = {cells[at["label"]] for cells in sample if len(cells) > at["label"]}

@@ -170,6 +170,7 @@ class Task:
         """Rows of a file in use, with the columns of training; of a .txt, a text a line. See open_rows."""
         plain_text = kind_of(path) == ".txt" and self.is_plain(path, columns, encoding)
         if plain_text:
+            without_columns(path, {role: columns[role] for role in columns.get("asked", ())})
             columns, rows = {"text": "0"}, read_lines(path, self.head["paired"], encoding)
         else:
             columns, rows = self.open(path, columns, False, encoding, bad)

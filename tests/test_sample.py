@@ -7,6 +7,7 @@ import torch
 
 import sample
 from config import SettingError, UserError
+from lib.tasks import Tag
 from lib.tokenizer import make_tokenizer
 from tests.helpers import run_here, says, script, tiny, write_rows
 
@@ -89,6 +90,27 @@ def test_one_text_or_none_is_no_list_of_texts(tuned):
         with pytest.raises(UserError) as error:
             model.predict(texts)
         says(error, *words)
+
+
+def test_columns_are_asked_for_by_name_or_number_in_use_too(tuned, tmp_path):
+    table = write_rows(tmp_path / "in.csv", ("kind", "body"), ["good", "bad"], ["fine w1", "w2 dull"])
+    given = (f"--out_dir={tuned / 'out'}", f"--start=FILE:{table}")
+    for text, label in (("body", "kind"), (1, 0)):
+        said = run_here(sample, *given, f"--text_column={text}", f"--label_column={label}")
+        assert said.endswith(": accuracy 1.0000\n")
+    with pytest.raises(UserError, match="in.csv: has no column 'mood' for the label: it has kind, body"):
+        run_here(sample, *given, "--text_column=body", "--label_column=mood")
+    (tmp_path / "in.txt").write_text("fine w1\n")
+    with pytest.raises(SettingError, match="label_column=mood: .*in.txt has no such columns"):
+        run_here(sample, given[0], f"--start=FILE:{tmp_path / 'in.txt'}", "--label_column=mood")
+    words = tmp_path / "in.conll"
+    words.write_text("Rome NNP B-x\nis VB O\n")
+    trained = {"text": "0", "label": "1", "header": False, "unused": []}  # of two columns
+    for label, tags in (("2", ["B-x", "O"]), ("1", ["NNP", "VB"])):
+        _, rows = Tag.open(str(words), {**trained, "label": label, "asked": ["label"]}, False)
+        assert list(rows)[0].label == tags
+    with pytest.raises(UserError, match="in.conll: has no column 'mood' for the label: it has 0, 1, 2"):
+        Tag.open(str(words), {**trained, "label": "mood", "asked": ["label"]}, False)
 
 
 def test_rows_that_cannot_be_read_are_passed_over_as_in_training(tuned, tmp_path):
