@@ -198,7 +198,7 @@ def goal_of(name: str) -> Any:
     """min or max, whichever is better. Raises SettingError if the name does not say."""
     known = [best for best, words in GOALS.items() if words & set(name.split("_"))]
     if goal == "auto" and len(known) != 1:
-        raise SettingError(f"--metric={metric}: is a low value better, or a high one? --goal=min or --goal=max")
+        raise SettingError(f"--metric={metric}: is a low value better, or a high one? --goal=min, --goal=max")
     return known[0] if goal == "auto" else {"min": min, "max": max}[goal]
 
 
