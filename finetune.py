@@ -297,6 +297,8 @@ def vectors(body: Transformer, tokenizer, texts: list[str]) -> np.ndarray:
     encoder = body.published["encoder"]
     head = {"labels": [], "pool": encoder["pool"], "max_length": length_read(body, None), "paired": False,
             "apart": False, "lower": encoder["lower"]}
+    if encoder.get("others"):
+        raise UserError(f"its vectors need what is not supported: {encoder['others']}")
     if encoder["pool"] not in ("first", "last", "mean"):
         raise UserError(f"1_Pooling/config.json: {encoder['pool']}: only cls, lasttoken and mean are known")
     model = Tuned(body, Vectors(head, tokenizer))

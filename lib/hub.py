@@ -31,6 +31,7 @@ OWNERS = {  # names of before the hub had owners -> theirs today
 ID = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # one, or several with an index; the first there is
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+POINTER = b"version https://git-lfs"  # what a clone without Git LFS has instead of a large file
 OTHER_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]  # settings, vocabularies, templates
 
 
@@ -116,6 +117,9 @@ def open_weights(folder: Path, names: tuple[str, ...]) -> dict[str, Callable]:
         for file in files:
             if not (folder / file).is_file():
                 raise FileNotFoundError(f"{folder}: has no {file}, which {index.name} names")
+            with open(folder / file, "rb") as f:
+                if f.read(len(POINTER)) == POINTER:
+                    raise ValueError(f"{folder / file}: only a pointer to it: git lfs pull, or download it")
             weights |= opened(folder / file)
         return weights
     raise FileNotFoundError(f"{folder}: has no {' and no '.join(names)}")

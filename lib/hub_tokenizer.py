@@ -229,7 +229,8 @@ class HubTokenizer(Tokenizer):
 
     def save_pretrained(self, folder: str | Path, context: int) -> None:
         config = self.config
-        if "cls_token" in self.roles and any(segment for _, segment, _ in self.templates[1]):  # as BERT's
+        as_bert = "cls_token" in self.roles and any(segment for _, segment, _ in self.templates[1])
+        if as_bert and "tokenizer_class" not in config:  # a class knows what it feeds
             config = {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"], **config}
         write(folder, context, self.roles, config, json.loads(self.json))
 
@@ -296,7 +297,10 @@ def read_hub_tokenizer(path: str | Path) -> HubTokenizer:
     roles = {role: token for role, token in named.items() if token}
     try:
         file = folder / "tokenizer.json"
-        text = file.read_text(encoding="utf-8") if file.is_file() else built(path, folder, facts, roles)
+        if file.is_file():
+            text = as_configured(path, file.read_text(encoding="utf-8"), {**facts["config.json"], **config})
+        else:
+            text = built(path, folder, facts, roles)
         text, vocab = with_added(path, text, facts)
     except UserError:
         raise
@@ -311,7 +315,8 @@ def read_hub_tokenizer(path: str | Path) -> HubTokenizer:
     known = set(vocab.values())
     ends = [i for file in id_files for i in ids_of(file, "eos") if i in known]
     ends += [vocab[token] for token in TURN_ENDS if token in vocab]
-    kept = {name: value for name, value in config.items() if name not in {"added_tokens_decoder", *named}}
+    kept = {name: value for name, value in config.items()  # with the roles that are none
+            if name != "added_tokens_decoder" and (name not in named or value is None)}
     template = folder / "chat_template.jinja"
     if template.is_file():
         kept["chat_template"] = template.read_text(encoding="utf-8")
@@ -342,6 +347,23 @@ def named_by_ids(files: Iterable[dict], vocab: dict[str, int]) -> dict[str, str]
 def ids_of(facts: dict, role: str) -> list[int]:
     found = facts.get(f"{role}_token_id")
     return [i for i in (found if isinstance(found, list) else [found]) if isinstance(i, int)]
+
+
+def bert_normalizer(config: dict) -> dict:
+    return {"type": "BertNormalizer", "clean_text": True,
+            "handle_chinese_chars": config.get("tokenize_chinese_chars", True),
+            "strip_accents": config.get("strip_accents"), "lowercase": config.get("do_lower_case", True)}
+
+
+def as_configured(path: str | Path, text: str, config: dict) -> str:
+    """tokenizer.json with the normalizer that BERT's class makes, which tokenizer_config.json alone tells."""
+    content, kind = json.loads(text), config.get("tokenizer_class") or config.get("model_type")
+    normalizer, wanted = content.get("normalizer") or {}, bert_normalizer(config)
+    if "bert" not in str(kind).lower() or normalizer.get("type") != wanted["type"] or normalizer == wanted:
+        return text
+    differ = [f"{name}={value}" for name, value in wanted.items() if normalizer.get(name) != value]
+    print(f"{path}: {', '.join(differ)}: by tokenizer_config.json, not as tokenizer.json says")
+    return json.dumps({**content, "normalizer": wanted}, ensure_ascii=False)
 
 
 def with_added(path: str | Path, text: str, facts: dict[str, dict]) -> tuple[str, dict[str, int]]:
@@ -420,10 +442,7 @@ def built(path: str | Path, folder: Path, facts: dict[str, dict], roles: dict) -
 def word_pieces(vocab: dict[str, int], unknown: str, config: dict) -> dict:
     """BERT's cuts and words."""
     return {
-        "normalizer": {"type": "BertNormalizer", "clean_text": True,
-                       "handle_chinese_chars": config.get("tokenize_chinese_chars", True),
-                       "strip_accents": config.get("strip_accents"),
-                       "lowercase": config.get("do_lower_case", True)},
+        "normalizer": bert_normalizer(config),
         "pre_tokenizer": {"type": "BertPreTokenizer"},
         "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
         "model": {"type": "WordPiece", "unk_token": unknown, "continuing_subword_prefix": "##",

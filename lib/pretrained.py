@@ -259,15 +259,19 @@ def encoder_of(folder: Path) -> dict:
     text = read_json(folder / "sentence_bert_config.json")
     prompts = read_json(folder / "config_sentence_transformers.json")
     prompt = (prompts.get("prompts") or {}).get(prompts.get("default_prompt_name"), "")
-    others = sorted(set(types) - {"Transformer", "Pooling", "Normalize"})
+    others = [f"{name} behind the pooling"
+              for name in sorted(set(types) - {"Transformer", "Pooling", "Normalize"})]
+    if prompt and pooling.get("include_prompt") is False:
+        others.append("a prompt that is not pooled")
     length = text.get("max_seq_length")
     if type(length) not in (int, type(None)):
         raise ValueError(f"{folder}/sentence_bert_config.json: max_seq_length={length!r}: must be an int")
     if others:
-        say(f"{folder}: not used: {', '.join(others)}, behind the pooling")
+        say(f"{folder}: not used: {', '.join(others)}")
     return {"pool": POOLS.get(modes[0], modes[0]) if len(modes) == 1 else " and ".join(modes),
             "normalize": "Normalize" in types, "max_length": length,
-            "lower": bool(text.get("do_lower_case")), "prompt": prompt}
+            "lower": bool(text.get("do_lower_case")), "prompt": prompt, "settings": prompts,
+            "others": ", ".join(others)}
 
 
 def head_of(source: Source, weights: dict, model: Transformer) -> dict:
@@ -285,7 +289,7 @@ def head_of(source: Source, weights: dict, model: Transformer) -> dict:
     if task == "qa":
         return head | {"labels": ["first", "last"], "no_answer": False}
     if task == "tag":
-        return head
+        return head | {"words": "mixed"}
     problem = config.get("problem_type")
     two = {"entailment", "not_entailment", "contradiction", "duplicate", "equivalent"}  # are said of two
     of_two = bool(two & {label.lower() for label in labels}) or ACTIVATION in config
@@ -294,12 +298,13 @@ def head_of(source: Source, weights: dict, model: Transformer) -> dict:
     if problem != "regression" and rows > 1 or head["several"]:
         return head
     named = (config.get("sentence_transformers") or {}).get("activation_fn")
-    named = named or config.get(ACTIVATION) or "Identity"
+    told = named or config.get(ACTIVATION)
+    named = told or "Identity"
     if rows > 1 or named.rpartition(".")[2] not in ("Identity", "Sigmoid"):
         raise ValueError(f"config.json: a score of {rows} numbers, by {named}: only one, by Identity or "
                          "Sigmoid, is supported")
     return head | {"task": "regress", "mean": 0.0, "std": 1.0, "labels": ["number"],
-                   "sigmoid": named.endswith("Sigmoid")}
+                   "sigmoid": named.endswith("Sigmoid") if told else None}
 
 
 # -----------------------------------------------------------------------------
@@ -350,7 +355,9 @@ def save(model: Transformer, folder: str | Path, extra: dict, head: dict | None 
         write_text(folder / "generation_config.json", json.dumps(said["generation"], indent=1))
     encoder = said.get("encoder") or {"pool": pool, "normalize": False, "max_length": None, "lower": False,
                                       "prompt": ""}
-    if encoder["pool"] and not head:
+    if encoder.get("others"):
+        say(f"{encoder['others']} is not exported, so that this is no sentence encoder")
+    elif encoder["pool"] and not head:
         write_encoder(folder, encoder, model.config)
 
 
@@ -371,7 +378,9 @@ def head_to_hf(model: Transformer, family: Family, head: dict) -> tuple[Transfor
         bias = torch.zeros(1) if bias is None else bias
         weight, bias = weight * head["std"], bias * head["std"] + head["mean"]
         act = "torch.nn.modules." + ("activation.Sigmoid" if head.get("sigmoid") else "linear.Identity")
-        more = {"problem_type": "regression", "sentence_transformers": {"activation_fn": act}}
+        more = {"problem_type": "regression"}
+        if head.get("sigmoid", False) is not None:  # its files told of none
+            more["sentence_transformers"] = {"activation_fn": act}
         labels = ["LABEL_0"]
     elif task == "classify":
         kind = "multi_label" if head["several"] else "single_label"
@@ -441,18 +450,19 @@ def twin(model: Transformer, **changes) -> Transformer:
 
 def write_encoder(folder: Path, encoder: dict, config: Config) -> None:
     """The files by which sentence-transformers makes a text's vector."""
-    mode = next((their for their, pool in POOLS.items() if pool == encoder["pool"]), encoder["pool"])
-    keys = {"cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens"}  # others as they are
+    pools = {pool: their for their, pool in POOLS.items()}
+    modes = [pools.get(pool, pool).removesuffix("_tokens") for pool in encoder["pool"].split(" and ")]
+    keys = {"cls": "cls_token", "lasttoken": "lasttoken"}
     (folder / "1_Pooling").mkdir(exist_ok=True)
     modules = ["Transformer", "Pooling"] + ["Normalize"] * encoder["normalize"]
     files = {
         "modules.json": [{"idx": i, "name": str(i), "path": f"{i}_{name}" if i else "",
                           "type": f"sentence_transformers.models.{name}"} for i, name in enumerate(modules)],
-        "1_Pooling/config.json": {"word_embedding_dimension": config.n_embd,
-                                  f"pooling_mode_{keys.get(mode, mode)}": True},
+        "1_Pooling/config.json": {"word_embedding_dimension": config.n_embd} | {
+            f"pooling_mode_{keys.get(mode, mode + '_tokens')}": True for mode in modes},
         "sentence_bert_config.json": {"max_seq_length": encoder["max_length"] or config.block_size,
                                       "do_lower_case": encoder["lower"]},
-        "config_sentence_transformers.json": {
+        "config_sentence_transformers.json": encoder.get("settings") or {
             "prompts": {"text": encoder["prompt"]},
             "default_prompt_name": "text" if encoder["prompt"] else None}}
     for name, content in files.items():

@@ -650,9 +650,11 @@ WORDS = {  # how a text is cut into the words that get tags
     "spaces": r"\S+",
     "characters": r"\S",
     "punctuation": r"(?:\w\.){2,}|'\w{1,2}\b|\w+(?:[.,\-/&@]\w+)*|[^\w\s]",
+    "mixed": "[\u3400-\u9fff\U00020000-\U0003ffff]|[^\\s\u3400-\u9fff\U00020000-\U0003ffff]+",
 }
 IN_WORDS = {"spaces": "what spaces divide", "characters": "each character",
-            "punctuation": "what spaces and punctuation divide"}
+            "punctuation": "what spaces and punctuation divide",
+            "mixed": "each Chinese character, else what spaces divide"}
 UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Burmese, Khmer
                       "\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]")  # Japanese, Chinese
 

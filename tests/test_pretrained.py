@@ -116,6 +116,9 @@ def test_a_damaged_or_missing_file_is_named(llama, tmp_path):
     (folder / "model.safetensors").write_bytes(b"\x10" * 99)
     with pytest.raises(ValueError, match="damaged"):
         Transformer.from_pretrained(folder)
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(ValueError, match="only a pointer to it: git lfs pull"):
+        Transformer.from_pretrained(folder)
     (folder / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="has no model.safetensors"):
         Transformer.from_pretrained(folder)
@@ -379,6 +382,8 @@ def test_heads_of_others_equal_transformers_in_and_out(name, end, tmp_path):
     their, tokenizer = published_head(tmp_path / "in", name, end, labels)
     model, ours = sample.load(tmp_path / "in")
     texts = ["abc de f9", "hello"]
+    if end == "ForTokenClassification":  # Chinese has no spaces, and each character its tag
+        assert model.task.row("", "我们 en中X，文").words == ["我", "们", "en", "中", "X，", "文"]
     for text in texts:
         wanted = their(**tokenizer(text, return_tensors="pt", return_token_type_ids=name == "bert"))
         if end == "ForSequenceClassification":
@@ -413,6 +418,8 @@ def test_a_score_is_the_logit_unless_its_files_say_otherwise(tmp_path):
         sample.write_pretrained(model, ours, tmp_path / "out")
         again, ours = sample.load(tmp_path / "out")
         assert again.predict([("ab c", "de")])[0]["prediction"] == pytest.approx(score.item(), abs=1e-5)
+        exported = json.loads((tmp_path / "out/config.json").read_text())
+        assert exported.get("sentence_transformers") == (activation and {"activation_fn": activation})
 
 
 @slow
@@ -496,12 +503,36 @@ SENTENCES = ["ab cde f", "Hello 99", "a b c d e f g h i j k l m n"]  # the last 
 def test_sentence_vectors_equal_sentence_transformers_in_and_out(pooling, normalize, text, tmp_path):
     st = pytest.importorskip("sentence_transformers")
     sentence_encoder(tmp_path / "in", pooling, normalize, **text)
+    more = {"prompts": {"query": "b c ", "document": ""}, "default_prompt_name": "query" if normalize else None,
+            "similarity_fn_name": "dot"}
+    (tmp_path / "in/config_sentence_transformers.json").write_text(json.dumps(more))
     wanted = st.SentenceTransformer(str(tmp_path / "in"), device="cpu").encode(SENTENCES)
     model, tokenizer = sample.load(tmp_path / "in")
     assert finetune.vectors(model, tokenizer, SENTENCES) == pytest.approx(wanted, abs=1e-5)
     sample.write_pretrained(model, tokenizer, tmp_path / "out")
-    again = st.SentenceTransformer(str(tmp_path / "out"), device="cpu").encode(SENTENCES)
-    assert again == pytest.approx(wanted, abs=1e-5)
+    again = st.SentenceTransformer(str(tmp_path / "out"), device="cpu")
+    assert again.encode(SENTENCES) == pytest.approx(wanted, abs=1e-5)
+    assert again.prompts == more["prompts"] and again.similarity_fn_name == "dot"
+
+
+@pytest.mark.parametrize("file, change, words", [
+    ("1_Pooling/config.json", {"include_prompt": False}, "not supported: a prompt that is not pooled"),
+    ("1_Pooling/config.json", {"pooling_mode_max_tokens": True}, "mean and max: only cls, lasttoken"),
+    ("modules.json", [{"type": "x.Pooling", "path": "1_Pooling"}, {"type": "x.Dense", "path": "2_Dense"}],
+     "not supported: Dense behind the pooling")])
+def test_vectors_that_need_more_are_not_made_without_it(file, change, words, tmp_path):
+    sentence_encoder(tmp_path, {"pooling_mode_mean_tokens": True})
+    prompts = {"prompts": {"query": "b c "}, "default_prompt_name": "query"}
+    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+    content = json.loads((tmp_path / file).read_text())
+    (tmp_path / file).write_text(json.dumps(content | change if isinstance(change, dict) else change))
+    model, tokenizer = sample.load(tmp_path)
+    with pytest.raises(UserError, match=words):
+        finetune.vectors(model, tokenizer, SENTENCES)
+    sample.write_pretrained(model, tokenizer, tmp_path / "out")
+    written = tmp_path / "out/1_Pooling/config.json"
+    assert written.exists() == ("max" in words)
+    assert not written.exists() or set(content | change) == set(json.loads(written.read_text()))
 
 
 @slow

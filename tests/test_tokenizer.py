@@ -461,6 +461,32 @@ def test_tokens_that_only_other_files_add_are_added(tmp_path):
         Tokenizer.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("lowercase", [True, False])
+@pytest.mark.parametrize("config", [
+    {"do_lower_case": False}, {"tokenizer_class": "BertTokenizer", "strip_accents": None},
+    {"tokenizer_class": "BertTokenizerFast", "do_lower_case": False},
+    {"tokenizer_class": "PreTrainedTokenizerFast", "do_lower_case": False},
+    {"tokenizer_class": "DistilBertTokenizer"}], ids=str)
+def test_of_two_files_that_differ_the_class_decides(lowercase, config, tmp_path, capsys):
+    """Ids, and what an export of it feeds a model, are those of transformers."""
+    transformers = pytest.importorskip("transformers")
+    of_the_hub(tmp_path, **bert(letters(), lowercase))
+    config = {"cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]", "pad_token": None, **config}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    ours, theirs = Tokenizer.from_pretrained(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    normalizer = json.loads(theirs.backend_tokenizer.to_str())["normalizer"]
+    assert ("not as tokenizer.json says" in capsys.readouterr().out) == (normalizer["lowercase"] != lowercase)
+    (tmp_path / "out").mkdir()
+    ours.save_pretrained(tmp_path / "out", 64)
+    back = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in HARD:
+        assert ours.encode(text, specials=True) == theirs(text, add_special_tokens=False)["input_ids"]
+        if "tokenizer_class" in config:
+            assert dict(back(text)) == dict(theirs(text))
+    assert back.pad_token == theirs.pad_token
+
+
 def test_many_clauses_train_by_a_part_of_them(monkeypatch, capsys):
     """And the tokens are nearly those of all; what has spaces is counted whole."""
     draw = random.Random(0)
