@@ -129,6 +129,9 @@ def choose(path: str, names: list[str], columns: dict, usual: Names) -> dict[str
                             f"it is one of them; there are {', '.join(names)}")
     free = {name: which for name, which in of_plain.items() if learned.keys().isdisjoint(which)}
     asked = {role: plain(name) for role, name in found.items()}
+    twice = [role for role in ("pair", "label") if role in found and found[role] == found.get("text")]
+    if twice:
+        raise SettingError(f"{twice[0]}_column={found['text']}: is the text's too: name another")
     wanted = {}
     for reading in usual.readings:
         roles = {role: name for role, name in zip(ROLES, reading) if name}
@@ -471,15 +474,15 @@ ARRAY = re.compile(r"""{.*:\s*array\(|\[\s*(-?[\d.]+|'[^']*'|"[^"]*")\s+[-\d.'"]
 
 def unwritten(found: Iterable[tuple[int, dict]], path: str, types: dict[str, tuple],
               bad: Callable[[UserError], None] | None) -> Iterator[tuple[int, dict]]:
-    """The records, with the lists and dicts that JSON or Python wrote into cells. types: of columns' cells."""
+    """The records, with the lists and dicts that JSON or Python wrote into cells. types: of each column."""
     for line, record in found:
         for key, wanted in types.items():
             cell = record.get(key)
             if not isinstance(cell, str) or cell[:1] not in ("[", "{"):
                 continue
             if ARRAY.match(cell):
-                refuse(f"{path}:{line}: {' '.join(cell.split())[:40]}: an array as numpy prints it: write the rows as JSON lines",
-                       bad)
+                refuse(f"{path}:{line}: {' '.join(cell.split())[:40]}: an array as numpy prints it: write the "
+                       "rows as JSON lines", bad)
                 break
             value = parsed(cell)
             record[key] = value if isinstance(value, wanted) else cell
@@ -564,8 +567,10 @@ def open_conll(path: str, columns: dict, labelled: bool = True, encoding: str = 
     width = Counter(map(len, sample)).most_common(1)[0][0] if sample else 0
     is_u = width == 10 and all(cells[0][:1].isdigit() for cells in sample)
     names = list(CONLL_U) if is_u else [str(i) for i in range(width)]
-    if "unused" not in columns:
+    settled = "unused" in columns and columns["text"] in names  # it may have been a table, in training
+    if not settled:
         without_columns(path, columns, ("text", "label"))
+        columns = {} if "unused" in columns else columns
         usual = {"text": "form", "label": "upos"} if is_u else {"text": "0", "label": str(max(1, width - 1))}
         for role in usual:
             if columns.get(role, "") not in ("", None):
@@ -678,7 +683,19 @@ def open_questions(path: str, columns: dict, labelled: bool = True, encoding: st
         return columns, read_squad(path, labelled, encoding)
     nested = {"label": (list, dict), "start": (list,)}
     columns, rows = open_rows(path, columns, ANSWER_NAMES, labelled, nested, (), encoding, bad)
-    return columns, map(with_answers, rows)
+    return columns, each_with_answers(path, rows)
+
+
+def each_with_answers(path: str, rows: Iterable[Row]) -> Iterator[Row]:
+    unsure = 0
+    for row in rows:
+        given = [row.label] if isinstance(row.label, str) else row.label
+        alone = row.start is None and isinstance(given, list) and all(isinstance(one, str) for one in given)
+        yield with_answers(row)
+        unsure += alone and any(row.pair.count(answer) > 1 for answer, _ in row.label)
+    if unsure:
+        tell(f"{path}: {unsure:,} answers stand in several places, and no column says in which: the first is "
+             "taken, of whole words if there are any (answer_start)")
 
 
 def with_answers(row: Row) -> Row:

@@ -23,9 +23,9 @@ from torch.nn import functional as F
 
 from config import SettingError, UserError
 from lib import intervals, metrics
-from lib.rows import (ANSWER_NAMES, CLASS_NAMES, LM_NAMES, NUMBER_NAMES, TAG_NAMES, WORDS, Row, kind_of_words,
-                      label_key, open_conll, open_questions, open_rows, read_lines, read_paragraphs, some,
-                      split_rows, tags_of_spans, tell, text_key, to_number, without_columns)
+from lib.rows import (ANSWER_NAMES, CLASS_NAMES, CONLL_U, LM_NAMES, NUMBER_NAMES, TAG_NAMES, WORDS, Row,
+                      kind_of_words, label_key, open_conll, open_questions, open_rows, read_lines,
+                      read_paragraphs, some, split_rows, tags_of_spans, tell, text_key, to_number, without_columns)
 from lib.text import kind_of
 
 
@@ -491,7 +491,9 @@ class Tag(Task):
         return {"labels": labels, "words": s.words or kind_of_words(rows)}
 
     def is_plain(self, path, columns, encoding):
-        """A file of words with tags has as many columns in each line."""
+        """A file of words with tags has as many columns in each line, as the training file had."""
+        if "unused" in columns and not (columns["text"].isdigit() or columns["text"] in CONLL_U):
+            return True
         cells = [row.text.split() for row in itertools.islice(read_lines(path, False, encoding), 100)]
         return len(set(map(len, cells))) != 1 or len(cells[0]) == 1
 
@@ -899,6 +901,9 @@ def one_spelling(rows: list[Row], say: Callable) -> dict[str, str]:
         near["".join(labels[0].casefold().split())].append(labels[0])
         if len(labels) > 1:
             say(f"labels    {', '.join(labels)}: one class, {labels[0]}")
+    joined = [label for label in counts if "|" in label and counts.keys() & set(label.split("|"))]
+    if joined:
+        say(f"warning: label {joined[0]!r} is a class of its own: --multi_label if it is several")
     for labels in near.values():
         if len(labels) > 1:
             say(f"warning: labels {', '.join(map(repr, labels))} differ by case or spaces alone: "
@@ -915,8 +920,8 @@ def respell(rows: Iterable[Row], spelling: dict[str, str]) -> None:
 
 
 def nothing_to_tell_apart(rows: list[Row], what: str) -> UserError:
-    return UserError(f"{file_of(rows)}: all {len(rows)} examples to train on have {what}: there is nothing to tell "
-                     "apart")
+    return UserError(f"{file_of(rows)}: all {len(rows)} examples to train on have {what}: there is nothing "
+                     "to tell apart")
 
 
 def prompt_of(row: Row) -> str:

@@ -419,6 +419,24 @@ def test_places_of_tags_that_words_do_not_fit_are_counted(tmp_path, capsys):
     assert "3 places of tags overlap a longer one, or do not" in capsys.readouterr().err
 
 
+def test_answers_that_stand_in_several_places_are_counted(tmp_path, capsys):
+    rows = [{"context": "a b a", "question": "q", "answer": answer} for answer in "ab"]
+    (tmp_path / "a.jsonl").write_text(lines_of(*rows), encoding="utf-8")
+    opened("qa", tmp_path / "a.jsonl")
+    assert "1 answers stand in several places" in capsys.readouterr().err
+    (tmp_path / "b.jsonl").write_text(lines_of({**rows[0], "answer_start": 4}), encoding="utf-8")
+    _, (row,) = opened("qa", tmp_path / "b.jsonl")
+    assert row.label == [("a", 4)] and not capsys.readouterr().err
+
+
+def test_a_column_is_one_thing_and_joined_labels_are_warned_of(tmp_path):
+    labels = ["x", "y", "x|y"] * 20
+    path = write_rows(tmp_path / "a.csv", ("text", "label"), [f"t {i}" for i in range(60)], labels)
+    assert "'x|y' is a class of its own: --multi_label" in splits_of(path)[1]
+    with pytest.raises(SettingError, match="label_column=text: is the text's too"):
+        opened("classify", path, text="text", label="text")
+
+
 def test_rows_without_a_text_are_left_out_and_a_text_that_is_everywhere_is_trained_on(tmp_path):
     rows = [{"text": " " if i % 3 == 0 else "again" if i % 3 == 1 else f"text {i}", "label": "xy"[i % 2]}
             for i in range(90)]
@@ -514,6 +532,11 @@ def test_answers_of_every_task_are_scored(tmp_path):
     tag = Tag({**head, "labels": ["B", "a"]}, None)
     rows = list(tag.to_answer(str(tmp_path / "a.conll"), columns)[1])
     assert [tag.knows_label(row) for row in rows] == [True, False]
+    named = Tag({**head, "labels": ["B", "a"]}, None)  # trained on a table
+    for name, labels in (("a.conll", [["B", "a"], ["q"]]), ("even.txt", [None, None])):
+        (tmp_path / "even.txt").write_text("x y\nz y\n", encoding="utf-8")
+        settled = {"text": "tokens", "label": "tags", "header": True, "unused": []}
+        assert [row.label for row in named.to_answer(str(tmp_path / name), settled)[1]] == labels
     for name in ("words.conll", "lines.txt"):
         rows = list(tag.to_answer(str(tmp_path / name), columns)[1])
         assert [row.label for row in rows] == [None, None] and rows[0].words == ["x", "y"]
