@@ -12,9 +12,11 @@ import pytest
 import regex
 
 from config import UserError
+from lib import bpe
 from lib import tokenizer as tokenizer_file
 from lib.hub_tokenizer import byte_symbols
-from lib.tokenizer import BYTES, EOT, HARD, MASK, PIECES, Tokenizer, make_tokenizer, same_tokenizer, train_bpe
+from lib.bpe import BYTES, PIECES, train_bpe
+from lib.tokenizer import EOT, HARD, MASK, Tokenizer, make_tokenizer, same_tokenizer
 from tests.helpers import MIXED, ROOT
 
 LONG = 6000 if os.environ.get("SLOW") else 2000  # characters that are tried where trying takes long
@@ -494,8 +496,8 @@ def test_many_clauses_train_by_a_part_of_them(monkeypatch, capsys):
     text = "，".join("".join(draw.choices(words, k=5)) for _ in range(LONG)) + SOURCE[:LONG]
     whole = train_bpe([text[:9000], text[9000:]], 330)
     assert capsys.readouterr().out == ""
-    monkeypatch.setattr(tokenizer_file, "CLAUSES", 5 * LONG)
-    monkeypatch.setattr(tokenizer_file, "LOOK", 1000)
+    monkeypatch.setattr(bpe, "CLAUSES", 5 * LONG)
+    monkeypatch.setattr(bpe, "LOOK", 1000)
     part = train_bpe([text[:9000], text[9000:]], 330)
     assert "one in" in capsys.readouterr().out
     assert len(set(part) & set(whole)) > 310
