@@ -129,9 +129,6 @@ def choose(path: str, names: list[str], columns: dict, usual: Names) -> dict[str
                             f"it is one of them; there are {', '.join(names)}")
     free = {name: which for name, which in of_plain.items() if learned.keys().isdisjoint(which)}
     asked = {role: plain(name) for role, name in found.items()}
-    twice = [role for role in ("pair", "label") if role in found and found[role] == found.get("text")]
-    if twice:
-        raise SettingError(f"{twice[0]}_column={found['text']}: is the text's too: name another")
     wanted = {}
     for reading in usual.readings:
         roles = {role: name for role, name in zip(ROLES, reading) if name}

@@ -429,12 +429,10 @@ def test_answers_that_stand_in_several_places_are_counted(tmp_path, capsys):
     assert row.label == [("a", 4)] and not capsys.readouterr().err
 
 
-def test_a_column_is_one_thing_and_joined_labels_are_warned_of(tmp_path):
+def test_joined_labels_are_warned_of(tmp_path):
     labels = ["x", "y", "x|y"] * 20
     path = write_rows(tmp_path / "a.csv", ("text", "label"), [f"t {i}" for i in range(60)], labels)
     assert "'x|y' is a class of its own: --multi_label" in splits_of(path)[1]
-    with pytest.raises(SettingError, match="label_column=text: is the text's too"):
-        opened("classify", path, text="text", label="text")
 
 
 def test_rows_without_a_text_are_left_out_and_a_text_that_is_everywhere_is_trained_on(tmp_path):
