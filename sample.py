@@ -35,7 +35,7 @@ import torch
 
 from config import SettingError, UserError, at_least, check_used, launch, needs_console
 from finetune import Tuned, predict, tuned_of, vectors, warn, with_head
-from lib.pretrained import HeadError, read_as_trained, save
+from lib.pretrained import HeadError, read_as_trained, save, together
 from lib.rows import as_csv, described
 from lib.run import USE, Machine, find_checkpoint, load_whole, model_of, newest_run
 from lib.text import kind_of, read_text
@@ -346,15 +346,16 @@ def write_pretrained(model: Transformer | Tuned, tokenizer: Tokenizer, folder: s
     if head and head["pool"] == "last" and ids["pad_token_id"] == eot and tokenizer.mask is not None:
         ids["pad_token_id"] = tokenizer.mask  # else an end at the end would be taken for padding
     try:
-        save_with_head(body, folder, ids, head)
-        tokenizer.save_pretrained(folder, head["max_length"] if head else body.config.block_size)
-        if head:
-            read_as_trained(folder, head, tokenizer, ids["pad_token_id"])
+        with together(Path(folder)) as new:
+            save_with_head(body, new, ids, head)
+            tokenizer.save_pretrained(new, head["max_length"] if head else body.config.block_size)
+            if head:
+                read_as_trained(new, head, tokenizer, ids["pad_token_id"])
     except (ImportError, OSError, ValueError) as error:
         raise UserError(f"--export={folder}: {error}") from None
 
 
-def save_with_head(body: Transformer, folder: str, ids: dict, head: Optional[dict]) -> None:
+def save_with_head(body: Transformer, folder: Path, ids: dict, head: Optional[dict]) -> None:
     """Without it, if transformers has none like it."""
     try:
         save(body, folder, ids, head)

@@ -4,13 +4,14 @@ classes for tasks, PEFT's adapters, sentence-transformers' encoders, and nanoGPT
 
 What a family calls its settings and weights is in lib/families.py, where its files are in lib/hub.py.
 """
+import contextlib
 import json
 import math
 import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -342,23 +343,45 @@ def save(model: Transformer, folder: str | Path, extra: dict, head: dict | None 
             weight = torch.cat([ours[name] for name in names])
             weights[their] = turned(weight, names[0], family, model.config.head_dim).contiguous().cpu()
     theirs |= {"dtype": str(model.wte.weight.dtype).removeprefix("torch."), **said.get("ids", {}), **extra}
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        save_file(weights, folder / "model.safetensors.tmp", metadata={"format": "pt"})
-        write_text(folder / "config.json", json.dumps(theirs, indent=1, ensure_ascii=False))
-        shutil.copymode(folder / "config.json", folder / "model.safetensors.tmp")  # else its owner's alone
-        os.replace(folder / "model.safetensors.tmp", folder / "model.safetensors")
-    finally:
-        (folder / "model.safetensors.tmp").unlink(missing_ok=True)
-    if said.get("generation"):
-        write_text(folder / "generation_config.json", json.dumps(said["generation"], indent=1))
     encoder = said.get("encoder") or {"pool": pool, "normalize": False, "max_length": None, "lower": False,
                                       "prompt": ""}
-    if encoder.get("others"):
-        say(f"{encoder['others']} is not exported, so that this is no sentence encoder")
-    elif encoder["pool"] and not head:
-        write_encoder(folder, encoder, model.config)
+    with together(Path(folder)) as new:
+        save_file(weights, new / "model.safetensors", metadata={"format": "pt"})
+        write_text(new / "config.json", json.dumps(theirs, indent=1, ensure_ascii=False))
+        shutil.copymode(new / "config.json", new / "model.safetensors")  # else its owner's alone
+        if said.get("generation"):
+            write_text(new / "generation_config.json", json.dumps(said["generation"], indent=1))
+        if encoder.get("others"):
+            say(f"{encoder['others']} is not exported, so that this is no sentence encoder")
+        elif encoder["pool"] and not head:
+            write_encoder(new, encoder, model.config)
+
+
+@contextlib.contextmanager
+def together(folder: Path) -> Iterator[Path]:
+    """A folder to write a model's files into, which then take the places of those in `folder`.
+
+    Killed in between, it has no config.json: no model is better than the weights of one with the settings of
+    another.
+    """
+    new = folder / ".new"
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        yield new
+        for name in ("config.json", "generation_config.json", "modules.json"):
+            (folder / name).unlink(missing_ok=True)  # a new one may have none
+        files = [path for path in new.rglob("*") if path.is_file()]
+        for file in sorted(files, key=lambda path: path == new / "config.json"):  # which is the last
+            with open(file, "rb+") as f:
+                os.fsync(f.fileno())
+            place = folder / file.relative_to(new)
+            place.parent.mkdir(exist_ok=True)
+            os.replace(file, place)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # if nothing has come into it
 
 
 def head_to_hf(model: Transformer, family: Family, head: dict) -> tuple[Transformer, dict, dict]:
