@@ -946,6 +946,7 @@ def main(given: dict):
             machine.say(f"\n--- {place.name} of {folds} ---\n")
         run = Run(machine, place, init_from, overwrite, max_minutes, origin)
         run.replaces, replaces = replaces, []  # the first fold to begin takes the place of all that were
+        run.whole = folder
         found.append(fine_tune(run, train, val, test, given, s))
     if folds and machine.main:
         print(summary_of_folds(folder, found, s))

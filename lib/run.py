@@ -350,10 +350,16 @@ def left_by_runs(folder: Path) -> list[Path]:
     return [file for file in found if file.exists()]
 
 
+def is_replaced(folder: Path) -> bool:
+    """Was --overwrite killed while it removed the run in a folder, or the run that this is a fold of?"""
+    places = (folder, folder.parent) if folder.name.startswith("fold") else (folder,)
+    return any((place / REPLACED).exists() for place in places)
+
+
 def refuse_to_replace(folder: Path) -> None:
     """Raises SettingError if the folder, or a fold in it, holds a checkpoint of any name."""
     for file in left_by_runs(folder):
-        if file.suffix == ".pt":
+        if file.suffix == ".pt" and not is_replaced(folder):
             raise SettingError(f"{folder}: a run is here already ({file.relative_to(folder)}): "
                                "--init_from=resume goes on with it, --overwrite starts anew, "
                                "--out_dir=FOLDER writes elsewhere")
@@ -411,7 +417,7 @@ def find_checkpoint(folder: str | Path, names=USE) -> tuple[Path, dict]:
     """
     damaged = []
     for path in (Path(folder) / name for name in names):
-        if not path.is_file() or path.with_name(REPLACED).exists():
+        if not path.is_file() or is_replaced(path.parent):
             continue
         try:
             return path, read_checkpoint(path)
@@ -430,7 +436,7 @@ def stored_settings(folder: str | Path) -> tuple[dict, dict]:
 
     Only these are read. Whether the checkpoint is intact is checked when its weights are loaded.
     """
-    if (Path(folder) / REPLACED).exists():
+    if is_replaced(Path(folder)):
         return {}, {}
     for path in (Path(folder) / name for name in RESUME):
         try:
@@ -555,6 +561,7 @@ class Run:
                  max_minutes: Optional[float] = None, origin: Optional[str] = None):
         self.machine, self.folder = machine, Path(folder)
         self.init_from, self.overwrite = init_from, overwrite
+        self.whole = self.folder  # what --overwrite replaces: of a fold, the folder of all
         self.log_file = self.folder / "log.jsonl"
         self.replaces = [] if init_from == "resume" else left_by_runs(self.folder)
         self.lock, self.source, self.checkpoint = None, None, None
@@ -648,11 +655,12 @@ class Run:
         best = self.folder / "best.pt"
         if self.forget and best.exists():
             os.replace(best, self.folder / "best.before.pt")  # which nothing loads by itself
-        if self.replaces and self.overwrite:  # else they would be taken for this run's
-            write_text(self.folder / REPLACED, "")  # if this process is killed now, they all are gone
+        marker = self.whole / REPLACED
+        if self.replaces and (self.overwrite or marker.exists()):  # else they would be taken for this run's
+            marker.touch()  # if this process is killed now, they all are gone
             for file in self.replaces:
                 file.unlink(missing_ok=True)
-        (self.folder / REPLACED).unlink(missing_ok=True)
+        marker.unlink(missing_ok=True)
         write_json(self.folder / "settings.json", settings)
         write_text(self.log_file, self.rows_so_far())
 
