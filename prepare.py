@@ -562,13 +562,23 @@ def read_split(folder: Path, split: str, meta: dict) -> np.ndarray:
 # -----------------------------------------------------------------------------
 # Look
 
+def read_whole(folder: Path, split: str, meta: dict) -> np.ndarray:
+    """read_split, every id looked at. Raises UserError for one that the vocabulary does not have."""
+    ids = read_split(folder, split, meta)
+    for i in range(0, len(ids), BLOCK):
+        if ids[i:i + BLOCK].max() >= meta["vocab_size"]:
+            raise UserError(f"{Path(folder) / split}.bin: damaged: token {ids[i:i + BLOCK].max()} of "
+                            f"{meta['vocab_size']}: make the data set again, with --overwrite")
+    return ids
+
+
 def print_report(folder: Path) -> None:
     """What is in a data set, what was dropped and why; with matplotlib as report.png in its folder too."""
     meta = read_meta(folder)
     codec, lengths = Tokenizer.from_dict(meta["tokenizer"]), []
     counts = np.zeros(meta["vocab_size"], np.int64)
     for split in SPLITS:
-        ids, its = read_split(folder, split, meta), meta["splits"][split]
+        ids, its = read_whole(folder, split, meta), meta["splits"][split]
         if its["tokens"]:
             for i in range(0, len(ids), BLOCK):
                 counts += np.bincount(ids[i:i + BLOCK], minlength=len(counts))
@@ -602,7 +612,7 @@ def document_ends(ids: np.ndarray, eot: int) -> np.ndarray:
 def show_documents(folder: Path, n: int, seed: int) -> None:
     """Print some, decoded from train.bin, picked by the seed; of a long one the beginning."""
     meta = read_meta(folder)
-    codec, ids = Tokenizer.from_dict(meta["tokenizer"]), read_split(folder, "train", meta)
+    codec, ids = Tokenizer.from_dict(meta["tokenizer"]), read_whole(folder, "train", meta)
     ends = document_ends(ids, codec.eot)
     for i in np.random.default_rng(seed).permutation(len(ends))[:n].tolist():
         start, end = ends[i - 1] if i else 0, ends[i]

@@ -214,4 +214,4 @@ def check_state(name: str, p, state: dict, optimizer, fused: bool) -> None:
 
 
 def on_device(value, device):
-    return value.to(device) if torch.is_tensor(value) else value
+    return value.to(device).contiguous() if torch.is_tensor(value) else value  # which kernels rely on

@@ -53,7 +53,9 @@ search_seed: int = 0  # of the draws; the script's own seed is a setting like ot
 GOALS = {  # words of a metric's name
     min: {"loss", "bpb", "perplexity", "error"},
     max: {"accuracy", "f1", "matthews", "auc", "precision", "recall", "pearson", "spearman", "match"}}
-ROW = {"trial", "settings", "state", "value", "note", "seconds", "curve"}  # of search.jsonl, a trial
+STATES = ("done", "pruned", "failed")  # how a trial ends, the best first
+ROW = {"trial": int, "settings": dict, "state": str, "value": (int, float, type(None)), "note": str,
+       "seconds": (int, float), "curve": list}  # of search.jsonl, a trial
 GRID = 5  # points that a grid takes of a range
 
 
@@ -305,8 +307,7 @@ def try_out(words: list[str], folder: Path, metric: str, best, others: list[list
 def ranked(rows: list[dict], best) -> list[dict]:
     """The best first; those that were stopped, and then those that failed, last."""
     sign = 1 if best is min else -1
-    states = ["done", "pruned", "failed"]
-    return sorted(rows, key=lambda row: (states.index(row["state"]), sign * (row["value"] or 0)))
+    return sorted(rows, key=lambda row: (STATES.index(row["state"]), sign * (row["value"] or 0)))
 
 
 def short(value: Any) -> str:
@@ -348,8 +349,8 @@ def read_rows(log: Path, search: dict) -> list[dict]:
     elsewhere = "--out_dir=FOLDER writes elsewhere"
     try:
         known, *rows = map(json.loads, log.read_text(encoding="utf-8").splitlines())
-        whole = all(set(row) >= ROW for row in rows)
-    except (ValueError, TypeError):
+        whole = all(map(is_trial, rows))
+    except (KeyError, TypeError, ValueError):
         whole = False
     if not whole:
         raise SettingError(f"{log}: damaged: {elsewhere}")
@@ -357,6 +358,14 @@ def read_rows(log: Path, search: dict) -> list[dict]:
         raise SettingError(f"{log}: of another search than this one: {elsewhere}")
     print(f"{log}: going on after {len(rows)} trials")
     return rows
+
+
+def is_trial(row: dict) -> bool:
+    """Raises KeyError, TypeError or ValueError if it is much less."""
+    numbers = [number for step, value in row["curve"] for number in (step, value)]
+    return (all(isinstance(row[name], kind) for name, kind in ROW.items()) and row["state"] in STATES
+            and all(isinstance(number, (int, float)) for number in numbers)
+            and (row["value"] is not None or row["state"] != "done"))
 
 
 def test_of(folder: Path, metric: str) -> str:
