@@ -2,10 +2,8 @@
 import csv
 import json
 import math
-import os
 import re
 import shutil
-import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -410,24 +408,6 @@ def test_folds_test_every_row_once_and_are_gone_on_with_or_replaced(tmp_path):
     run_here(finetune, *args, "--overwrite", "--folds=3")
     resume(out)  # of three folds, not of what was there before
     assert json.loads((out / "metrics.json").read_text(encoding="utf-8"))["folds"] == 3
-
-
-@slow
-@posix
-def test_a_signal_in_the_last_evaluation_of_a_fold_stops_the_folds(tmp_path, monkeypatch):
-    out, evaluate = tmp_path / "out", finetune.evaluate
-    args = (f"--data={class_rows(tmp_path, 60)}", "--folds=3", "--epochs=1", *QUICK)
-    metrics = tune(tmp_path / "whole", *args)
-
-    def evaluated(*rest):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(*rest)
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        patch.setattr(finetune, "evaluate", evaluated)
-        run_here(finetune, f"--out_dir={out}", *args)
-    assert stopped.value.code == 143 and not (out / "fold2").exists()
-    resume(out)
-    assert json.loads((out / "metrics.json").read_text(encoding="utf-8")) == metrics
 
 
 def test_folds_are_summed_up_one_by_one_and_all_together(tmp_path):

@@ -285,12 +285,6 @@ def steps(home, name, after) -> bool:
     return steps_logged(home, name) >= after
 
 
-def between_the_renames(folder):
-    """What is on the disk then. It is too short a moment to be hit."""
-    shutil.copy(folder / "ckpt.pt", folder / "ckpt.pt.tmp")
-    os.replace(folder / "ckpt.pt", folder / "ckpt.prev.pt")
-
-
 @posix
 @pytest.mark.parametrize("world, kills", [(1, 3), pytest.param(1, 7, marks=slow),
                                           pytest.param(2, 7, marks=slow)])
@@ -308,30 +302,28 @@ def test_killed_anywhere_a_run_ends_as_if_never_killed(home, world, kills):
             ranks[rank].kill()
             time.sleep(rng.uniform(0, 0.02))
         assert ended(ranks)[0] == -signal.SIGKILL
-        if kill == 1 and (folder / "ckpt.pt").exists():
-            between_the_renames(folder)
     together(world, resume, home, name)
     assert is_same_run(home, whole, name) and is_same_run(home, whole, name, file="best.pt")
     assert rows_of(home, whole) == rows_of(home, name)  # each line once, with the same numbers
     assert not list(folder.glob("*.tmp"))
 
 
-def stopped_and_gone_on_with(home, world):
-    """One process, the last, gets a signal in its third step."""
+def stopped_and_gone_on_with(home):
+    """One process of two, the last, gets a signal in its third step."""
     rank, steps_taken, take = int(os.environ.get("RANK", 0)), itertools.count(1), train.train_step
 
     def step(*args):
-        if next(steps_taken) == 3 and rank == world - 1:
+        if next(steps_taken) == 3 and rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return take(*args)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
         patch.setattr(train, "train_step", step)
-        run(home, f"stopped{world}", *TOY)
+        run(home, "stopped", *TOY)
     assert stopped.value.code == 143
     assert rank or "stopped after 3 steps, saved: --init_from=resume" in stopped.value.said
-    resume(home, f"stopped{world}")
-    run(home, f"straight{world}", *TOY)
+    resume(home, "stopped")
+    run(home, "straight", *TOY)
 
 
 @posix
@@ -352,10 +344,9 @@ def test_a_terminal_that_closes_ends_a_run_unless_that_is_ignored():
 
 
 @posix
-@pytest.mark.parametrize("world", [1, 2])
-def test_a_signal_to_one_process_stops_all_and_the_run_goes_on(home, world):
-    together(world, stopped_and_gone_on_with, home, world)
-    assert is_same_run(home, f"stopped{world}", f"straight{world}")
+def test_a_signal_to_one_process_stops_all_and_the_run_goes_on(home):
+    together(2, stopped_and_gone_on_with, home)
+    assert is_same_run(home, "stopped", "straight")
 
 
 @posix
@@ -491,6 +482,8 @@ def test_a_run_is_replaced_only_if_asked(home):
     run(home, "old", *TOY, "--overwrite")
     assert {path.name for path in folder.iterdir()} - {"loss.png"} == LEFT
     assert is_same_run(home, "whole", "old") and rows_of(home, "whole") == rows_of(home, "old")
+    with pytest.raises(SettingError, match="init_from=out/old: --overwrite would remove it"):
+        run(home, "old", *TOY, "--init_from=out/old", "--overwrite")
 
 
 def test_a_folder_in_use_is_locked(home, monkeypatch):
@@ -500,34 +493,6 @@ def test_a_folder_in_use_is_locked(home, monkeypatch):
         with pytest.raises(SettingError, match=holder):
             run(home, "used", *TOY)
     run(home, "used", *TOY, "--max_iters=1")
-
-
-def test_an_overwrite_that_is_killed_leaves_nothing_of_the_old_run(home, monkeypatch):
-    folder, unlink, count = home / "out/half_gone", type(home).unlink, []
-
-    def killed(path, missing_ok=False):
-        if path.parent.name == folder.name and path.suffix == ".pt":
-            count.append(path)
-            if len(count) == kept:
-                raise KeyboardInterrupt
-        unlink(path, missing_ok)
-
-    for kept in range(1, 4):  # before that many files are gone
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(home / "out/whole", folder)
-        count.clear()
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(type(home), "unlink", killed)
-            run(home, "half_gone", *TOY, "--overwrite")
-        assert list(folder.glob("*.pt"))
-        with pytest.raises(UserError, match="no checkpoint here"):
-            sample.load(folder)
-        with pytest.raises(UserError, match="no checkpoint here"):
-            resume(home, "half_gone")
-    run(home, "half_gone", *TOY, "--overwrite")
-    assert is_same_run(home, "whole", "half_gone") and not (folder / "replaced").exists()
-    with pytest.raises(SettingError, match="init_from=out/whole: --overwrite would remove it"):
-        run(home, "whole", *TOY, "--init_from=out/whole", "--overwrite")
 
 
 def test_auto_goes_on_or_begins_from_what_else_is_said(home):
@@ -563,9 +528,6 @@ def test_torchrun_s_later_attempts_go_on_with_what_the_first_began(home, monkeyp
     (lambda saved: saved["optimizer"]["wte.weight"].pop("exp_avg"), "wte.weight: .* wanted .*exp_avg"),
     (lambda saved: saved["optimizer"]["wte.weight"].update(exp_avg=torch.zeros(7)),
      r"wte.weight: .*exp_avg is \(7,\).*wanted \(300, 32\)"),
-    (lambda saved: saved["optimizer"]["wte.weight"].update(step=torch.zeros((), dtype=torch.int64)), "int64"),
-    (lambda saved: saved["optimizer"]["blocks.0.attn.q.weight"].update(momentum=torch.zeros(32, 31)),
-     "32, 31"),
     (lambda saved: saved["rng"].update(cpu=[torch.zeros(3, dtype=torch.uint8)]), "does not fit"),
     (lambda saved: saved["model"]["wte.weight"].fill_(math.nan), "wte.weight: .*not finite"),
 ])
