@@ -296,10 +296,17 @@ class FileCheck(threading.Thread):
 
     def __init__(self, sums: dict[Path, str]):
         super().__init__(daemon=True)
-        self.sums, self.wrong = sums, None
+        self.sums = {path.absolute(): expected for path, expected in sums.items()}
+        self.wrong = ""
         self.start()
 
     def run(self) -> None:
+        try:
+            self.look()
+        except OSError as error:  # it is gone, or cannot be read
+            self.wrong = f"{error.filename}: {why(error)}"
+
+    def look(self) -> None:
         place = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or Path.home() / ".cache"
         memory = Path(place) / "transformer" / "sums.json"
         try:
@@ -316,7 +323,8 @@ class FileCheck(threading.Thread):
                         found.update(block)
                 known[key] = found.hexdigest()
             if known[key] != expected:
-                self.wrong = path
+                self.wrong = (f"{path}: has other content than its meta.json says (SHA-256): make the data set "
+                              "again, with --overwrite")
         with contextlib.suppress(OSError, UserError):
             memory.parent.mkdir(parents=True, exist_ok=True)
             write_json(memory, known)
@@ -324,8 +332,7 @@ class FileCheck(threading.Thread):
     def result(self) -> None:
         self.join()
         if self.wrong:
-            raise UserError(f"{self.wrong}: has other content than its meta.json says (SHA-256): make the "
-                            "data set again, with --overwrite")
+            raise UserError(self.wrong)
 
 
 # -----------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import sample
 import train
 from config import SettingError, UserError
 from lib import group
-from lib.run import REPORTS, RESUME, Machine, Pace, Run, State, Stop, find_checkpoint, model_of
+from lib.run import REPORTS, RESUME, FileCheck, Machine, Pace, Run, State, Stop, find_checkpoint, model_of
 from tests.helpers import (ROOT, TOY, checkpoint, full_disk, log_of, posix, run_here, same, script, slow,
                            start, tiny, together)
 
@@ -571,6 +571,8 @@ def test_a_file_of_the_data_that_was_altered_stops_the_run_before_it_saves(home,
     with pytest.raises(UserError, match="altered/train.bin: has other content"):
         run(home, "altered", *args)
     assert not list((home / "out/altered").glob("*.pt"))
+    with pytest.raises(UserError, match="gone.bin: No such file"):
+        FileCheck({home / "gone.bin": ""}).result()
 
 
 def test_a_log_is_strict_json_whatever_is_in_it(home):
