@@ -7,7 +7,7 @@ import torch
 
 import train
 from lib.run import peak_flops
-from tests.helpers import TOY, one_line, script, slow
+from tests.helpers import TOY, one_line, script
 from tools import bench, growth
 
 
@@ -95,13 +95,6 @@ def test_a_part_is_measured_in_a_process(tmp_path):
     done = script("tools/bench.py", "growth", "--part=split", cwd=tmp_path, timeout=60)
     assert done.returncode == 0, done.stderr
     assert re.search(r"\| split \| 256,000 labelled rows \| \d+\.\d s \| \d+ MB \| [01]\.\d\d", done.stdout)
-
-
-@slow
-@pytest.mark.parametrize("name", growth.PARTS)
-def test_no_part_grows_faster_than_its_work(name, tmp_path):
-    done = script("tools/bench.py", "growth", f"--part={name}", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("name, peak", [
