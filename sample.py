@@ -33,7 +33,7 @@ from typing import Literal, Optional, Union
 import numpy as np
 import torch
 
-from config import SettingError, UserError, at_least, check_used, launch, needs_console
+from config import SettingError, UserError, at_least, check_used, launch, model_asked, needs_console
 from finetune import Tuned, predict, tuned_of, vectors, warn, with_head
 from lib.pretrained import HeadError, read_as_trained, save, together
 from lib.rows import as_csv, described
@@ -45,6 +45,7 @@ from model import Sampling, Transformer
 # -----------------------------------------------------------------------------
 # Settings. How the next token is chosen: the fields of Sampling in model.py, such as --top_p=0.9.
 out_dir: str = "out"  # a run's folder, or a folder of runs: the newest of them; a Hugging Face folder or id
+init_from: str = "resume"  # the model in out_dir; else its folder or id, as --out_dir takes too
 export: str = ""  # write model and tokenizer to this folder instead, as Hugging Face's libraries read them
 start: str = "\n"  # the prompt, special tokens by name; FILE:path reads it from a file; two texts: two lines
 text_column: Union[str, int] = ""  # of a table by FILE:, its name or number; empty: as in training
@@ -375,7 +376,8 @@ def main(given: dict):
     if export:
         check_used(globals(), given, **{"": "--export"})
     machine = Machine(device, "float32" if export and dtype == "auto" else dtype, seed)
-    model, tokenizer = load(out_dir, machine.device, machine.dtype)
+    origin = model_asked(globals())
+    model, tokenizer = load(origin, machine.device, machine.dtype)
     tuned = model if isinstance(model, Tuned) else None
     body = model.body if tuned else model
     if export:
@@ -408,13 +410,13 @@ def main(given: dict):
         return
     if body.head is None:
         lacks = body.published.get("lacks", "head for tokens")
-        raise UserError(f"{out_dir}: has no {lacks}, so it neither writes nor fills gaps: finetune.py gives "
+        raise UserError(f"{origin}: has no {lacks}, so it neither writes nor fills gaps: finetune.py gives "
                         "it another head")
     if writes:
         try:
             write(body, tokenizer, prompt, how, num_samples, max_new_tokens, stops, stream, seed, compile)
         except ValueError as error:  # the prompt or the weights
-            raise UserError(f"{out_dir}: {error}") from None
+            raise UserError(f"{origin}: {error}") from None
         return
     print(prompt)
     for n, candidates in enumerate(fill(body, tokenizer, prompt), start=1):

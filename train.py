@@ -32,6 +32,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 import prepare
 from config import SettingError, UserError, above, at_least, defaults_of, launch, place_of, values_of
+from lib.hub import full_id, is_published
 from lib.optim import Momentum, Muon, Pruning
 from lib.run import (BadSteps, FileCheck, Machine, Pace, Run, clock, in_words, load_body, memory_advice,
                      model_of, step_line, stored_settings)
@@ -195,13 +196,18 @@ class Data(NamedTuple):
         return (self.tokenizer.encode("\n") or [self.tokenizer.eot])[0]
 
 
-def make_built_in(dataset: str, vocab_size: Optional[int], machine: Machine) -> None:
+def make_built_in(dataset: str, vocab_size: Optional[int], machine: Machine, origin: str) -> None:
     """Prepare a built-in data set that is not there yet: in the first process of all, and then, if no disk is
-    shared, in the first of each machine; the others wait."""
+    shared, in the first of each machine; the others wait. It gets the tokenizer of the published model that
+    is the origin of the weights."""
     for its_turn in (machine.main, machine.first_here):
         if its_turn and dataset in prepare.BUILT_IN and not (Path("data") / dataset).exists():
-            takes_size = prepare.BUILT_IN[dataset][1] == "bpe" and vocab_size is not None
-            prepare.prepare(dataset, **({"vocab_size": vocab_size} if takes_size else {}))
+            how = {}
+            if is_published(origin):
+                how["tokenizer"] = full_id(origin)
+            elif prepare.BUILT_IN[dataset][1] == "bpe" and vocab_size is not None:
+                how["vocab_size"] = vocab_size
+            prepare.prepare(dataset, **how)
         machine.barrier()
 
 
@@ -650,7 +656,7 @@ def open_model(run: Run, given: dict) -> tuple[Optional[Transformer], Optional[d
 
 
 def fit(model: Optional[Transformer], tokenizer: Optional[dict], given: dict, dataset: str,
-        machine: Machine) -> tuple[Transformer, Data]:
+        machine: Machine, origin: str) -> tuple[Transformer, Data]:
     """The model, a new one if there is none, and the data. Raises SettingError if they do not go together."""
     try:
         config = model.config if model else Config(**given)
@@ -658,13 +664,15 @@ def fit(model: Optional[Transformer], tokenizer: Optional[dict], given: dict, da
         raise SettingError(str(error)) from None
     if config.head == "none":
         raise SettingError("head=none: an encoder scores no tokens, so it has nothing to learn here from")
-    make_built_in(dataset, given.get("vocab_size"), machine)
+    make_built_in(dataset, given.get("vocab_size"), machine, origin)
     data = open_data(dataset, given.get("vocab_size"), config.block_size)
     some = (str(len(ids)).encode() + ids[:2**20].tobytes() for ids in (data.train, data.val))
     machine.agree(f"dataset={dataset}", b" ".join(some))
     if tokenizer and not same_tokenizer(tokenizer, data.tokenizer.to_dict()):
         raise SettingError(f"dataset={dataset}: its tokenizer is not the one that the checkpoint was trained "
                            "with: prepare the text with the same one, or start from scratch")
+    if tokenizer:
+        data = data._replace(tokenizer=Tokenizer.from_dict(tokenizer))
     if not model and "vocab_size" not in given:
         config.vocab_size = data.tokenizer.vocab_size
     if not config.causal and data.tokenizer.mask is None:
@@ -709,7 +717,7 @@ def main(given: dict):
 
     # What we start from: nothing, a run to go on with, or the weights of another; and the data.
     run = Run(machine, out_dir, init_from, overwrite or eval_only, max_minutes)
-    model, data = fit(*open_model(run, given), given, dataset, machine)
+    model, data = fit(*open_model(run, given), given, dataset, machine, run.init_from)
     config, tokenizer = model.config, data.tokenizer
     settings = {**values_of(globals()), **asdict(config), "init_from": run.init_from}
     run.same(settings, FIXED, () if eval_only else COMPARED_ON)

@@ -377,6 +377,16 @@ def place_of(script: dict, name: str) -> int:
     return script.get("PLACES", {}).get(name, 0)
 
 
+def model_asked(script: dict) -> str:
+    """Where the model to use is. Raises SettingError for both settings that can say it."""
+    if script["init_from"] == "resume":
+        return script["out_dir"]
+    if place_of(script, "out_dir"):
+        raise SettingError(f"init_from={script['init_from']}: the model is there, or in out_dir="
+                           f"{script['out_dir']}: leave out one of the two")
+    return script["init_from"]
+
+
 def check_used(script: dict, given: dict | None = None, **deciding) -> list[str]:
     """Raises SettingError for a setting that was given, but that nothing will use.
 

@@ -43,6 +43,10 @@ def is_published(path: str | Path) -> bool:
     return path.as_posix() in OWNERS or ID.fullmatch(path.as_posix()) is not None
 
 
+def full_id(name: str) -> str:
+    return f"{OWNERS[name]}/{name}" if name in OWNERS else name
+
+
 def folder_of(path: str | Path, weights: bool = True) -> Path:
     """The folder itself, or that of an id in the hub's cache, with its weights. Raises FileNotFoundError."""
     if Path(path).exists():
@@ -54,10 +58,9 @@ def folder_of(path: str | Path, weights: bool = True) -> Path:
         raise FileNotFoundError(f"{name}: no such folder here; if it is a model on Hugging Face's hub: "
                                 "pip install huggingface_hub") from None
     try:
-        full = f"{OWNERS[name]}/{name}" if name in OWNERS else name
         for files in zip(WEIGHT_FILES, ADAPTER_FILES) if weights else ((),):
             wanted = OTHER_FILES + [file.replace("model.", "model*.") for file in files]
-            folder = Path(snapshot_download(full, allow_patterns=wanted))
+            folder = Path(snapshot_download(full_id(name), allow_patterns=wanted))
             if any(folder.glob("*.safetensors")):
                 break
     except Exception as error:  # of many kinds: no such name, no network, no permission

@@ -282,3 +282,20 @@ def theirs(name):
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.1)
     return model
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """Hugging Face's cache, empty and offline."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path
+
+
+def in_cache(cache, name):
+    place = cache / f"models--{name.replace('/', '--')}"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs/main").write_text("a" * 40)
+    (place / "snapshots" / ("a" * 40)).mkdir(parents=True)
+    return place / "snapshots" / ("a" * 40)

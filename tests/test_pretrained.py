@@ -16,8 +16,8 @@ from lib.run import load_body, save_checkpoint
 from lib.tokenizer import make_tokenizer
 from model import Config, Transformer
 from test_model import MODERN, TINY
-from tests.helpers import (FAMILIES, QUICK, ROOT, posix, run_here, same, says, script, slow, synthetic,
-                           theirs, tiny, tokens, write_rows)
+from tests.helpers import (FAMILIES, QUICK, ROOT, in_cache, posix, run_here, same, says, script, slow,
+                           synthetic, theirs, tiny, tokens, write_rows)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -790,23 +790,6 @@ def publish(folder, name):
     else:
         safetensors.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     return their
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """Hugging Face's cache, empty and offline."""
-    constants = pytest.importorskip("huggingface_hub.constants")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    return tmp_path
-
-
-def in_cache(cache, name):
-    place = cache / f"models--{name.replace('/', '--')}"
-    (place / "refs").mkdir(parents=True)
-    (place / "refs/main").write_text("a" * 40)
-    (place / "snapshots" / ("a" * 40)).mkdir(parents=True)
-    return place / "snapshots" / ("a" * 40)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

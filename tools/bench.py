@@ -25,13 +25,14 @@ from torch import nn
 
 import sample
 import train
-from config import SettingError, at_least, launch, needs_console, values_of
+from config import SettingError, at_least, launch, model_asked, needs_console, values_of
 from lib.run import STARTED, Machine, memory_advice, peak_memory, stored_settings
 from model import Config, Transformer
 
 # -----------------------------------------------------------------------------
 # Settings of `write`; those of a training step are train.py's. Both take the fields of Config too.
 out_dir: str = ""  # a run's folder, a Hugging Face folder or id; empty: random weights
+init_from: str = "resume"  # the model in out_dir; else its folder or id, as --out_dir takes too
 prompt_tokens: at_least(1) = 128  # read at once; fewer if the context is short
 max_new_tokens: at_least(2) = 64  # written after them, one at a time; at most half of the context
 batch_size: at_least(1) = 8  # texts at once, beside one alone
@@ -117,7 +118,7 @@ def bench_training(given: dict, s: SimpleNamespace) -> None:
     machine.start()
     origin = s.out_dir if s.init_from == "resume" else s.init_from
     start = train.open_model(SimpleNamespace(init_from=origin, resumed=False), given)
-    model, data = train.fit(*start, given, s.dataset, machine)
+    model, data = train.fit(*start, given, s.dataset, machine, origin)
     T = model.config.block_size
     mask, counted = None, None
     if not model.config.causal:
@@ -228,6 +229,8 @@ def time_transformers(prompt: torch.Tensor, new: int, machine: Machine) -> tuple
 
 
 def bench_writing(given: dict) -> None:
+    global out_dir
+    out_dir = model_asked(globals())
     machine = Machine(device, dtype)
     model = model_to_write(given, machine)
     context = model.config.block_size

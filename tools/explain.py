@@ -27,7 +27,7 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from config import SettingError, UserError, at_least, launch, needs_console
+from config import SettingError, UserError, at_least, launch, model_asked, needs_console
 from finetune import Tuned, collate, predict, warn
 from lib.metrics import NUMBER_METRICS
 from lib.run import newest_run, pick_device, strict, write_text
@@ -40,6 +40,7 @@ from sample import TABLES, load, read_prompt
 # -----------------------------------------------------------------------------
 # Settings
 out_dir: str = "out"  # a run's folder, or a folder of runs: the newest of them; a Hugging Face folder or id
+init_from: str = "resume"  # the model in out_dir; else its folder or id, as --out_dir takes too
 start: str = "the cat sat on the mat, and the dog sat on the"  # the text; FILE:path reads it from a file
 row: at_least(1) = 1  # of a table that FILE: names, with the columns of training
 pair: str = ""  # the second text of a classifier of two, the context of a question
@@ -359,7 +360,8 @@ def guesses(model: Transformer, idx: torch.Tensor, units: Units, mask: Optional[
 # -----------------------------------------------------------------------------
 
 def main():
-    model, tokenizer = load(out_dir, pick_device(device))
+    origin = model_asked(globals())
+    model, tokenizer = load(origin, pick_device(device))
     body = getattr(model, "body", model)
     speaks = body is model or model.task.writes
     file = start.removeprefix("FILE:") if start.startswith("FILE:") and not speaks else ""
@@ -382,12 +384,12 @@ def main():
     elif not speaks:
         case = of_a_task(model, text, pair, target)
     elif body.head is None:
-        raise UserError(f"{out_dir}: an encoder without a head for tokens predicts nothing to explain")
+        raise UserError(f"{origin}: an encoder without a head for tokens predicts nothing to explain")
     else:
         case = of_a_token(body, tokenizer, text, target)
     found = look_inside(body, tokenizer, case, speaks)
     print_short(found)
-    folder = newest_run(Path(out_dir))
+    folder = newest_run(Path(origin))
     page = (folder if folder.is_dir() else Path()) / "explain.html"
     template = Path(__file__).with_name("explain.html").read_text(encoding="utf-8")
     data = json.dumps(found, ensure_ascii=False).replace("<", "\\u003c")  # no token ends the script
@@ -409,7 +411,7 @@ def look_inside(model: Transformer, tokenizer, case: Case, speaks: bool) -> dict
     width = math.ceil(len(names) / len(rows))
     seen = ["".join(names[i:i + width]) for i in range(0, len(names), width)]
     return strict({
-        "title": f"{out_dir}: {len(model.blocks)} layers, {model.config.n_head} heads",
+        "title": f"{model_asked(globals())}: {len(model.blocks)} layers, {model.config.n_head} heads",
         "summary": f"output {value:.3f}{case.facts}; {change:+.4f} against a text of "
                    f"{shown(tokenizer, case.neutral)} alone; integrated gradients add up to {total:+.4f}, "
                    f"{abs(total - change) / max(abs(change), 1e-9):.2%} off; {told}",
