@@ -51,7 +51,7 @@ device: str = "auto"  # auto: cuda, else mps, else cpu
 # -----------------------------------------------------------------------------
 
 BATCH = 32  # copies of the text that go through the model together
-BUDGET = 4e11  # FLOP for LIME, and as many for integrated gradients: some seconds on two cores
+BUDGET = 3e11  # FLOP for LIME, and as many for integrated gradients: some seconds on two cores
 MAPS = 2_600_000  # bytes of attention in the page; as text they are a third more
 MOST = 512  # rows of a map of attention: of a longer text each stands for several tokens
 GUESSED = 128  # tokens of a text, the last ones, whose guesses are shown

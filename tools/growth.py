@@ -37,7 +37,7 @@ import finetune
 import prepare
 import sample
 from config import SettingError, UserError, configure, launch
-from lib import intervals, metrics, run
+from lib import intervals, metrics, pictures, run
 from lib.rows import Row
 from lib.tasks import TASKS
 from lib.tokenizer import make_tokenizer
@@ -281,9 +281,16 @@ def of_words(rows, labels):
     return lambda: task.baselines(rows, rows[:len(rows) // 10])
 
 
-def bootstrap(n, folder, labels=4):
-    rows = n if labels else 4 * n
-    arrays, task = outputs(rows, labels or n), classifier(labels or n)
+def bootstrap(n, folder):
+    return intervals_of(n, 4)
+
+
+def bootstrap_labels(n, folder):
+    return intervals_of(10_000, n)
+
+
+def intervals_of(rows, labels):
+    arrays, task = outputs(rows, labels), classifier(labels)
     return lambda: intervals.with_intervals(task, arrays)
 
 
@@ -315,7 +322,7 @@ def log_file(n, folder):
 
 def picture(n, folder):
     log = log_file(n, folder)
-    return lambda: run.plot(log, folder / "loss.png")
+    return lambda: pictures.plot_losses(log, folder / "loss.png")
 
 
 def watching(n, folder):
@@ -356,7 +363,7 @@ class Part(NamedTuple):
 
 PARTS = {
     "read": Part(reading, "labelled rows", 256_000, 10**6, "the rows"),
-    "split": Part(splitting, "labelled rows", 256_000, 10**6, "the rows"),
+    "split": Part(splitting, "labelled rows", 512_000, 10**6, "the rows"),
     "start": Part(started(csv_file, "classify"), "labelled rows", 32_000, 10**6, "rows and ids"),
     "start_jsonl": Part(started(jsonl_file, "classify"), "labelled rows", 32_000, 300_000, "rows and ids"),
     "start_tags": Part(started(tags, "tag"), "sentences", 16_000, 300_000, "rows and ids"),
@@ -369,7 +376,7 @@ PARTS = {
     "baselines": Part(baselines, "rows", 16_000, 10**6, "the words of each row"),
     "baselines_labels": Part(baselines_labels, "labels of 10,000 rows", 400, 10_000, "words x labels"),
     "bootstrap": Part(bootstrap, "rows", 16_000, 10**6, "the rows"),
-    "bootstrap_labels": Part(partial(bootstrap, labels=0), "labels", 640, 10_000, "rows x labels"),
+    "bootstrap_labels": Part(bootstrap_labels, "labels of 10,000 rows", 400, 10_000, "rows x labels"),
     "groups": Part(groups, "groups", 320, 1000, "the rows"),
     "report": Part(report, "rows of 20 classes", 32_000, 10**6, "the rows"),
     "predict": Part(predicting, "rows", 64_000, 10**6, ""),
