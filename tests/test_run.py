@@ -149,7 +149,7 @@ def on_two_machines(home):
     time.sleep(0.3 * rank)
     train.prepare.prepare = lambda dataset: os.makedirs(f"data/{dataset}")
     machine = Machine("cpu", "float32")
-    train.make_built_in("python", None, machine)
+    train.make_built_in("python", None, machine, "scratch")
     assert os.path.exists("data/python")
     if rank == 0:
         machine.agree("dataset=python", b"the same")
