@@ -51,6 +51,7 @@ from train import (BLOCKS_ONLY, OPTIMIZERS, SCHEDULES, lr_factor, make_optimizer
 out_dir: str = "out/finetuned"  # where checkpoints, metrics.json and predictions.csv go
 overwrite: bool = False  # start over even if out_dir holds a run, which is removed
 init_from: str = "scratch"  # scratch; resume; auto; a run's folder; a Hugging Face folder, or a hub's id
+chars: str = ""  # of a nanoGPT checkpoint with few tokens: the text whose characters they are
 task: Literal[tuple(TASKS)] = "classify"  # what to learn
 # data
 data: str = ""  # labelled examples to train on; or a built-in set: python_packages
@@ -270,7 +271,8 @@ def tuned_of(checkpoint: dict) -> Tuned:
               file=sys.stderr)
     weights = head.pop("weights")
     if "rank" in checkpoint:  # a lora.pt
-        body, tokenizer = load_body(checkpoint["init_from"], dropout=0.0)
+        body, tokenizer = load_body(checkpoint["init_from"], dropout=0.0,
+                                    chars=checkpoint["settings"].get("chars", ""))
         fit_head(body, TASKS[head["task"]])
         if "base_sum" in checkpoint and checkpoint["base_sum"] != sum_of(body):
             raise UserError(f"lora.pt: {checkpoint['init_from']} has other weights now than it was trained "
@@ -329,7 +331,7 @@ def new_model(train: list[Row], given: dict, origin: str, s: SimpleNamespace) ->
     if origin == "scratch":
         body, its_tokenizer = new_body(train, given, s)
     else:
-        body, its_tokenizer = load_body(origin, dropout=given.get("dropout", 0.1))
+        body, its_tokenizer = load_body(origin, chars=s.chars, dropout=given.get("dropout", 0.1))
     fit_head(body, task)
     head = new_head(body, its_tokenizer, train, origin, s)
     return Tuned(body, task(head, its_tokenizer))

@@ -37,7 +37,8 @@ from config import (SettingError, UserError, above, at_least, checked, launch, n
                     values_of)
 from lib.clean import Progress, collect, make_rules, near_groups
 from lib.text import BLOCK, BUILT_IN, UNPACK, documents, local_files, locked, note, source_parts
-from lib.tokenizer import Tokenizer, encode_stream, make_tokenizer, read_texts, sample, with_prefix
+from lib.tokenizer import (Characters, Tokenizer, encode_stream, make_tokenizer, read_texts, sample,
+                           with_prefix)
 
 # -----------------------------------------------------------------------------
 # Settings
@@ -547,6 +548,33 @@ def read_meta(folder: Path) -> dict:
     if not whole:
         raise UserError(f"{path}: damaged (something is missing): make the data set again, with --overwrite")
     return meta
+
+
+def nanogpt_meta(folder: Path) -> dict:
+    """What a folder of nanoGPT's would have as a meta.json; its meta.pkl, which could run code, is not read.
+
+    With it, the tokens are the characters of input.txt, else GPT-2's. Raises UserError if they are not.
+    """
+    ids = {split: np.fromfile(folder / f"{split}.bin", "<u2", 2**20) for split in ("train", "val")}
+    if (folder / "meta.pkl").exists():
+        text = folder / "input.txt"
+        chars = text.read_text(encoding="utf-8", errors="replace") if text.is_file() else ""
+        codec, first = Characters.of(chars), ids["train"][:1000].tolist()
+        if not first or codec.encode(chars[:len(first)]) != first:
+            raise UserError(f"{folder}: its tokens are not the characters of {text.name} beside it, and "
+                            "meta.pkl is not read, since it could run code: python prepare.py "
+                            f"--source={text.as_posix()} --dataset={folder.name}_new")
+    else:
+        codec = make_tokenizer("gpt2", [], 0)
+    most = max(int(some.max(initial=0)) for some in ids.values())
+    if most >= codec.vocab_size:
+        raise UserError(f"{folder}: token {most} of {codec.vocab_size}: it has neither meta.json nor GPT-2's "
+                        "tokens: make it again from its text, with prepare.py")
+    splits = {split: {"tokens": (folder / f"{split}.bin").stat().st_size // 2,
+                      "documents": 1 + int((some == codec.eot).any() and bool(codec.ends))}
+              for split, some in ids.items()}
+    return {"dtype": "uint16", "vocab_size": codec.vocab_size, "splits": splits, "settings": {},
+            "tokenizer": codec.to_dict()}
 
 
 def read_split(folder: Path, split: str, meta: dict) -> np.ndarray:

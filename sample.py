@@ -37,7 +37,8 @@ from config import SettingError, UserError, at_least, check_used, launch, model_
 from finetune import Tuned, predict, tuned_of, vectors, warn, with_head
 from lib.pretrained import HeadError, read_as_trained, save, together
 from lib.rows import as_csv, described
-from lib.run import USE, Machine, find_checkpoint, load_whole, model_of, newest_run
+from lib.run import (USE, Machine, find_checkpoint, load_whole, model_of, newest_run, refuse_chars,
+                     tokenizer_of)
 from lib.text import kind_of, read_text
 from lib.tokenizer import Tokenizer
 from model import Sampling, Transformer
@@ -46,6 +47,7 @@ from model import Sampling, Transformer
 # Settings. How the next token is chosen: the fields of Sampling in model.py, such as --top_p=0.9.
 out_dir: str = "out"  # a run's folder, or a folder of runs: the newest of them; a Hugging Face folder or id
 init_from: str = "resume"  # the model in out_dir; else its folder or id, as --out_dir takes too
+chars: str = ""  # of a nanoGPT checkpoint with few tokens: the text whose characters they are
 export: str = ""  # write model and tokenizer to this folder instead, as Hugging Face's libraries read them
 start: str = "\n"  # the prompt, special tokens by name; FILE:path reads it from a file; two texts: two lines
 text_column: Union[str, int] = ""  # of a table by FILE:, its name or number; empty: as in training
@@ -84,19 +86,20 @@ ONLY = [  # a setting, and what it is of use with; see check_used
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu",
-         dtype: torch.dtype = torch.float32) -> tuple[Transformer | Tuned, Tokenizer]:
+         dtype: torch.dtype = torch.float32, chars: str = "") -> tuple[Transformer | Tuned, Tokenizer]:
     """A model, ready to use, and its tokenizer.
 
     folder: where train.py or finetune.py saved (the best model of the run, else its latest; data/ is not
-    needed), a folder of such folders (the newest), a Hugging Face folder, or an id on its hub. A fine-tuned
-    model has .body, .task and predict(texts). dtype: of the weights; a fine-tuned model's stay float32.
+    needed), a folder of such folders (the newest), a Hugging Face folder, an id on its hub, or nanoGPT's
+    ckpt.pt, with `chars` for one of few tokens: the text whose characters they are. A fine-tuned model has
+    .body, .task and predict(texts). dtype: of the weights; a fine-tuned model's stay float32.
     Raises UserError if the folder holds none of these, or it cannot be used.
     """
     asked, folder, names = Path(folder), newest_run(Path(folder)), (*USE, "lora.pt")
     if folder != asked:
         warn(f"{folder}: the newest run in {asked}")
-    if not any((folder / name).exists() for name in names):
-        model, tokenizer, head = load_whole(folder, dtype)
+    if not folder.is_file() and not any((folder / name).exists() for name in names):
+        model, tokenizer, head = load_whole(folder, dtype, chars=chars)
         if head and dtype != torch.float32:
             model, tokenizer, head = load_whole(folder)
         if head:
@@ -104,10 +107,11 @@ def load(folder: str | Path, device: str | torch.device = "cpu",
         return model.to(device).eval(), tokenizer
     checkpoint = find_checkpoint(folder, names)[1]
     if "head" in checkpoint:
+        refuse_chars(chars)
         model = tuned_of(checkpoint)
         return model.to(device), model.task.tokenizer
     model = model_of(checkpoint).to(device, dtype)
-    return model.eval(), Tokenizer.from_dict(checkpoint["tokenizer"])
+    return model.eval(), tokenizer_of(checkpoint, chars)
 
 
 def read_prompt(start: str) -> str:
@@ -339,7 +343,9 @@ def write_pretrained(model: Transformer | Tuned, tokenizer: Tokenizer, folder: s
     elif body is not model and model.task.head["instruct"]:
         print("(what training put around a prompt, ### Instruction: and so on, is no part of an export)",
               file=sys.stderr)
-    eot, offset = tokenizer.eot, body.config.pos_offset
+    if head and not tokenizer.specials:
+        raise UserError(f"--export={folder}: no class of transformers reads texts of characters for a task")
+    eot, offset = tokenizer.eot if tokenizer.ends else None, body.config.pos_offset
     ids = {"eos_token_id": eot, "bos_token_id": eot,
            "pad_token_id": offset - 1 if offset else tokenizer.pad} | body.published.get("ids", {})
     if head and ids["pad_token_id"] is None:
@@ -377,7 +383,7 @@ def main(given: dict):
         check_used(globals(), given, **{"": "--export"})
     machine = Machine(device, "float32" if export and dtype == "auto" else dtype, seed)
     origin = model_asked(globals())
-    model, tokenizer = load(origin, machine.device, machine.dtype)
+    model, tokenizer = load(origin, machine.device, machine.dtype, chars)
     tuned = model if isinstance(model, Tuned) else None
     body = model.body if tuned else model
     if export:

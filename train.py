@@ -34,8 +34,8 @@ import prepare
 from config import SettingError, UserError, above, at_least, defaults_of, launch, place_of, values_of
 from lib.hub import full_id, is_published
 from lib.optim import Momentum, Muon, Pruning
-from lib.run import (BadSteps, FileCheck, Machine, Pace, Run, clock, in_words, load_body, memory_advice,
-                     model_of, step_line, stored_settings)
+from lib.run import (BadSteps, FileCheck, Machine, Pace, Run, clock, in_words, load_body, main_process,
+                     memory_advice, model_of, step_line, stored_settings)
 from lib.tokenizer import Tokenizer, same_tokenizer
 from model import Config, TokenEmbedding, Transformer, block_matrices, tell_compile_failed
 
@@ -45,6 +45,7 @@ from model import Config, TokenEmbedding, Transformer, block_matrices, tell_comp
 out_dir: str = "out"  # where checkpoints and logs go
 overwrite: bool = False  # start over even if out_dir holds a run, which is removed
 init_from: str = "scratch"  # scratch; resume: go on in out_dir; a run's folder or hub id: its weights; auto
+chars: str = ""  # of a nanoGPT checkpoint with few tokens: the text whose characters they are
 eval_interval: at_least(1) = 2000  # steps between evaluations
 eval_iters: at_least(0) = 200  # windows of block_size tokens in an evaluation, evenly spaced; 0: all
 eval_only: bool = False  # evaluate once and exit
@@ -212,7 +213,7 @@ def make_built_in(dataset: str, vocab_size: Optional[int], machine: Machine, ori
 
 
 def open_data(dataset: str, vocab_size: Optional[int], block_size: int) -> Data:
-    """What prepare.py made of data/<dataset>.
+    """What prepare.py made of data/<dataset>, or nanoGPT.
 
     vocab_size: the model's, if it was given. Raises UserError if there is no such data set or it is damaged,
     SettingError if it does not fit.
@@ -225,9 +226,13 @@ def open_data(dataset: str, vocab_size: Optional[int], block_size: int) -> Data:
         others = "|".join(dict.fromkeys([*prepare.BUILT_IN, *there]))
         raise UserError(f"dataset={dataset}: {folder} is not there: python prepare.py {how} "
                         f"--dataset={dataset} makes it; or take --dataset={others}")
-    meta = prepare.read_meta(folder)
+    ours = (folder / "meta.json").exists() or not (folder / "train.bin").exists()
+    meta = prepare.read_meta(folder) if ours else prepare.nanogpt_meta(folder)
+    if not ours and main_process():
+        its = {"chars": "the characters of input.txt"}.get(meta["tokenizer"]["kind"], "GPT-2's")
+        print(f"{folder}: of nanoGPT, without a tokenizer: its tokens are read as {its}")
     if vocab_size is not None:
-        asked = meta["settings"]["vocab_size"]
+        asked = meta["settings"].get("vocab_size")
         if meta["tokenizer"]["kind"] == "bpe" and vocab_size not in (asked, meta["vocab_size"]):
             raise SettingError(f"vocab_size={vocab_size}: {folder} was made with {asked}: leave it out, or "
                                f"make the data again, with prepare.py --vocab_size={vocab_size} --overwrite")
@@ -629,7 +634,7 @@ def sample_text(model, data: Data, count: int, machine: Machine, mask: Optional[
 # -----------------------------------------------------------------------------
 # The run
 
-def open_model(run: Run, given: dict) -> tuple[Optional[Transformer], Optional[dict]]:
+def open_model(run: Run, given: dict, chars: str) -> tuple[Optional[Transformer], Optional[dict]]:
     """The model to resume or to start from, and its tokenizer as it is stored; from scratch, neither.
 
     given: the model's settings that were given. Raises SettingError if it has others, UserError if there is
@@ -645,7 +650,7 @@ def open_model(run: Run, given: dict) -> tuple[Optional[Transformer], Optional[d
     else:
         if "block_size" in given:
             changes["block_size"] = given["block_size"]
-        model, its_tokenizer = load_body(run.init_from, **changes)
+        model, its_tokenizer = load_body(run.init_from, chars=chars, **changes)
         tokenizer = its_tokenizer.to_dict()
     for name, value in given.items():
         has = getattr(model.config, name)
@@ -717,7 +722,7 @@ def main(given: dict):
 
     # What we start from: nothing, a run to go on with, or the weights of another; and the data.
     run = Run(machine, out_dir, init_from, overwrite or eval_only, max_minutes)
-    model, data = fit(*open_model(run, given), given, dataset, machine, run.init_from)
+    model, data = fit(*open_model(run, given, chars), given, dataset, machine, run.init_from)
     config, tokenizer = model.config, data.tokenizer
     settings = {**values_of(globals()), **asdict(config), "init_from": run.init_from}
     run.same(settings, FIXED, () if eval_only else COMPARED_ON)

@@ -293,6 +293,8 @@ def read_hub_tokenizer(path: str | Path) -> HubTokenizer:
     except (FileNotFoundError, ValueError) as error:
         raise UserError(str(error)) from None
     config = facts["tokenizer_config.json"]
+    if config.get("kind") == "chars":  # an export of ours
+        return Tokenizer.from_dict(config)
     named = {**named_in(facts["special_tokens_map.json"]), **named_in(config)}
     roles = {role: token for role, token in named.items() if token}
     try:
@@ -513,7 +515,8 @@ def export(tokenizer: Tokenizer, folder: str | Path, context: int) -> None:
     vocab = {name[token]: i for i, token in enumerate(tokenizer.ranks) if token} | tokenizer.specials
     merges = [[name[a], name[b]] for a, b in merges_of(tokenizer.ranks)]
     model = {"type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": True}
-    roles = {"eos_token": EOT, "bos_token": EOT, "pad_token": EOT, "mask_token": MASK}
+    roles = {"eos_token": EOT, "bos_token": EOT, "pad_token": EOT}
+    roles |= {} if tokenizer.mask is None else {"mask_token": MASK}
     write(folder, context, roles, {},
           tokenizer_json(tokenizer.specials, {**by_bytes(pattern), "model": model}))
     if importlib.util.find_spec("tokenizers"):

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 
+from config import UserError
 from lib.families import (GPT2, TASKS, Family, body_prefix, canonical, class_of, from_hf_config, guessed,
                           pooler_name, their_names, to_hf_config, turned)
 from lib.hub import ADAPTER_FILES, WEIGHT_FILES, base_of, folder_of, open_weights, read_json
@@ -147,10 +148,7 @@ def open_source(path: str | Path) -> Source:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if not {"model", "model_args"} <= set(checkpoint) or "version" in checkpoint:
             raise ValueError(f"{path}: not a nanoGPT checkpoint (a run of ours is read by sample.load)")
-        settings = {name: value for name, value in checkpoint["model_args"].items() if value is not None}
-        family = GPT2._replace(transposed=False)
-        weights = {canonical(name, family): w.detach for name, w in checkpoint["model"].items()}
-        return Source(str(path), None, {}, family, settings, family.lm, weights)
+        return nanogpt_source(str(path), checkpoint)
     folder = folder_of(path)
     place, adapter = base_of(folder)
     if not (place / "config.json").is_file():
@@ -171,6 +169,25 @@ def open_source(path: str | Path) -> Source:
         ends = add_adapter(weights, folder, adapter, family, settings) or ends
     weights = {name.removeprefix(body_prefix(family, ends)): read for name, read in weights.items()}
     return Source(str(path), place, {**config, "model_type": kind}, family, settings, ends, weights)
+
+
+def nanogpt_source(path: str, checkpoint: dict) -> Source:
+    settings = {name: value for name, value in checkpoint["model_args"].items() if value is not None}
+    family = GPT2._replace(transposed=False)
+    weights = {canonical(name, family): w.detach for name, w in checkpoint["model"].items()}
+    return Source(path, None, {}, family, settings, family.lm, weights)
+
+
+def of_nanogpt(checkpoint: dict) -> dict:
+    """nanoGPT's checkpoint as one of ours, without a tokenizer and an optimizer. Raises UserError."""
+    dropout = checkpoint["model_args"].get("dropout", 0.0)
+    source = nanogpt_source("a checkpoint of nanoGPT", checkpoint)
+    try:
+        model = read_model(Transformer, source, dropout, None, torch.float32, whole=False)[0]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{source.path}, changed in a way that is not known here ({error})") from None
+    return {"model": model.state_dict(), "model_args": asdict(model.config), "tokenizer": None,
+            "settings": {}, "defaults": {}, "optimizer": {}, "rng": {}, "state": {"best": {}}}
 
 
 # -----------------------------------------------------------------------------

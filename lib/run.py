@@ -36,8 +36,8 @@ from lib import group
 from lib.hub import folder_of_tokenizer, is_published
 from lib.optim import load_optimizer_state, optimizer_state
 from lib.pictures import plot_losses
-from lib.text import try_lock
-from lib.tokenizer import Tokenizer
+from lib.text import read_text, try_lock
+from lib.tokenizer import Characters, Tokenizer, make_tokenizer
 from model import Config, Transformer
 
 # about when the process began: `elapsed` includes the imports, for which its user waits too
@@ -391,7 +391,10 @@ OFF = ("patience", "max_length", "lora_rank", "batch_size_end", "folds", "eval_i
 
 
 def upgraded(checkpoint: dict) -> dict:
-    """A checkpoint of an earlier version as today's."""
+    """A checkpoint of an earlier version, or of nanoGPT, as today's."""
+    if "version" not in checkpoint and {"model", "model_args", "iter_num"} <= checkpoint.keys():
+        from lib.pretrained import of_nanogpt  # which imports this file
+        return of_nanogpt(checkpoint)
     if checkpoint["version"] == 1:
         place = checkpoint.pop("data", {})
         best = place.get("best", {})
@@ -418,16 +421,20 @@ def upgraded(checkpoint: dict) -> dict:
 
 
 def find_checkpoint(folder: str | Path, names=USE) -> tuple[Path, dict]:
-    """The first intact checkpoint of these names. A damaged one is skipped with a warning.
+    """The first intact checkpoint of these names, or the file itself. A damaged one is skipped with a
+    warning.
 
     Raises UserError if there is none. Nothing in the file is run: tensors and plain values only.
     """
     damaged = []
-    for path in (Path(folder) / name for name in names):
+    folder = Path(folder)
+    for path in [folder] if folder.is_file() else [folder / name for name in names]:
         if not path.is_file() or is_replaced(path.parent):
             continue
         try:
             return path, read_checkpoint(path)
+        except UserError:
+            raise
         except Exception as error:  # a damaged file can fail in any way
             damaged.append(f"{path} is damaged, or no checkpoint of ours ({type(error).__name__})")
             if main_process():
@@ -489,21 +496,59 @@ def model_of(checkpoint: dict, **changes) -> Transformer:
     return model
 
 
+GPT2_SIZE = 50257  # tokens of GPT-2
+
+
+def tokenizer_of(checkpoint: dict, chars: str = "") -> Tokenizer:
+    """Its own. nanoGPT's have none: GPT-2's, or the characters of the text in the file `chars`. Raises
+    UserError."""
+    size = checkpoint["model_args"]["vocab_size"]
+    if checkpoint["tokenizer"]:
+        refuse_chars(chars)
+        return Tokenizer.from_dict(checkpoint["tokenizer"])
+    if chars:
+        found = Characters.of(read_text(chars).replace("\r\n", "\n"))
+        if found.vocab_size != size:
+            raise SettingError(f"chars={chars}: has {found.vocab_size} different characters, the model {size}"
+                               ": give the text that it was trained on")
+        return found
+    if size < GPT2_SIZE:
+        raise SettingError(f"a checkpoint of nanoGPT with {size} tokens, which it does not tell: "
+                           "--chars=input.txt, the text whose characters they are")
+    if main_process():
+        print("(a checkpoint of nanoGPT, which keeps no tokenizer: read with GPT-2's)", file=sys.stderr)
+    return gpt2_tokenizer(size)
+
+
+def gpt2_tokenizer(size: int) -> Tokenizer:
+    """For a model of `size` tokens: with our mask if there is a place for it."""
+    found = make_tokenizer("gpt2", [], 0).to_dict()
+    found["specials"] = {name: i for name, i in found["specials"].items() if i < size}
+    return Tokenizer.from_dict(found)
+
+
+def refuse_chars(chars: str) -> None:
+    if chars:
+        raise SettingError(f"chars={chars}: the model has a tokenizer: leave it out")
+
+
 def load_body(path: str | Path, dtype: torch.dtype = torch.float32,
               **changes) -> tuple[Transformer, Tokenizer]:
-    """A run's model, the best one, or Hugging Face's (a folder, or an id on the hub), and its tokenizer.
+    """A run's model, the best one, nanoGPT's, or Hugging Face's (a folder, or an id on the hub), and its
+    tokenizer.
 
-    dtype: of the weights. changes: another dropout or block_size. Raises UserError.
+    dtype: of the weights. changes: another dropout or block_size; chars: see tokenizer_of. Raises UserError.
     """
     return load_whole(path, dtype, whole=False, **changes)[:2]
 
 
 def load_whole(path: str | Path, dtype: torch.dtype = torch.float32, whole: bool = True,
-               **changes) -> tuple[Transformer, Tokenizer, dict]:
+               chars: str = "", **changes) -> tuple[Transformer, Tokenizer, dict]:
     """The same, and the head of a published classifier and the like, as a checkpoint of ours keeps it."""
     name = Path(path).as_posix()
     try:
         if is_published(path):
+            refuse_chars(chars)
             from lib.pretrained import load  # which imports this file
             settings = {"dropout": 0.0, "block_size": None, **changes}
             model, head = load(Transformer, name, dtype=dtype, whole=whole, **settings)
@@ -513,7 +558,7 @@ def load_whole(path: str | Path, dtype: torch.dtype = torch.float32, whole: bool
                                  f"{model.config.vocab_size}")
             return model.train(), tokenizer, head
         checkpoint = find_checkpoint(path)[1]
-        tokenizer = Tokenizer.from_dict(checkpoint["tokenizer"])
+        tokenizer = tokenizer_of(checkpoint, chars)
         return model_of(checkpoint, **changes).to(dtype), tokenizer, {}
     except (ImportError, OSError, ValueError) as error:
         told = str(error).splitlines()[0]

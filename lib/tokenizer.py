@@ -62,7 +62,7 @@ class Tokenizer:
         self.encoding = tiktoken.Encoding(kind, pat_str=pattern, special_tokens=specials,
                                           mergeable_ranks=rank_of)
         self.vocab_size = max(len(ranks), *(i + 1 for i in specials.values()))
-        self.eot, self.mask = specials[EOT], specials[MASK]
+        self.eot, self.mask = specials[EOT], specials.get(MASK)
         self.pad, self.ends = self.eot, {self.eot}
         # the text that each id stands for: a special token stands for none, but is decoded to its name
         self.token_bytes = ranks + [b""] * (self.vocab_size - len(ranks))
@@ -162,6 +162,8 @@ class Tokenizer:
         if "json" in stored:
             from lib.hub_tokenizer import HubTokenizer
             return HubTokenizer(stored["json"], stored["roles"], stored.get("ends", ()), stored.get("config"))
+        if stored["kind"] == "chars":
+            return Characters(stored["chars"])
         ranks = [base64.b64decode(token) for token in stored["ranks"].split(" ")]
         return Tokenizer(stored["kind"], stored["pattern"], ranks, dict(stored["specials"]))
 
@@ -175,6 +177,45 @@ class Tokenizer:
         """tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer reads."""
         from lib.hub_tokenizer import export
         export(self, folder, context)
+
+
+class Characters(Tokenizer):
+    """A token a character, as in nanoGPT: its id is its place among all of them, sorted.
+
+    No token ends a text; where one has to, between two texts for instance, it is the line break.
+    """
+
+    def __init__(self, chars: str):
+        self.kind, self.chars, self.specials = "chars", chars, {}
+        self.ranks = self.token_bytes = self.decoded = [c.encode() for c in chars]
+        self.id_of = {c: i for i, c in enumerate(chars)}
+        self.vocab_size = len(chars)
+        self.eot = self.pad = max(0, chars.find("\n"))
+        self.mask, self.ends = None, set()
+
+    @staticmethod
+    def of(text: str) -> "Characters":
+        return Characters("".join(sorted(set(text))))
+
+    def encode(self, text: str, specials: bool = False) -> list[int]:
+        """Raises UserError for a character without an id."""
+        unknown = set(text) - self.id_of.keys()
+        if unknown:
+            raise UserError(f"{min(unknown)!r}: is none of the {len(self.chars)} characters that the model "
+                            "knows: leave it out")
+        return [self.id_of[c] for c in text]
+
+    def encode_documents(self, texts: list[str], ends: list[bool], lost: Counter | None = None) -> np.ndarray:
+        return with_ends(self.encode_batch(texts), ends, self.eot)
+
+    def to_dict(self) -> dict:
+        return {"kind": self.kind, "chars": self.chars}
+
+    def save_pretrained(self, folder: str | Path, context: int) -> None:
+        from lib.hub_tokenizer import tokenizer_json, write
+        model = {"type": "BPE", "vocab": self.id_of, "merges": []}
+        write(folder, context, {}, self.to_dict(),
+              tokenizer_json({}, {"model": model, "pre_tokenizer": None, "decoder": {"type": "Fuse"}}))
 
 
 def long_gaps(text: str) -> list[int]:
@@ -193,7 +234,9 @@ def same_ids(tokenizer: Tokenizer, encode: Callable, name: object) -> None:
 
 def same_tokenizer(a: dict, b: dict) -> bool:
     """Whether two, as they are stored, give the same ids: what else their files say is no matter."""
-    if ("json" in a) != ("json" in b):  # GPT-2's by tiktoken, and by Hugging Face
+    if a == b:
+        return True
+    if not ("json" in a and "json" in b):  # GPT-2's by tiktoken, and by Hugging Face
         a, b = Tokenizer.from_dict(a), Tokenizer.from_dict(b)
         pairs = itertools.zip_longest(a.token_bytes, b.token_bytes, fillvalue=b"")
         return a.eot == b.eot and all(x == y for x, y in pairs) and all(

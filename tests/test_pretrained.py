@@ -3,17 +3,20 @@ import json
 import math
 import os
 import re
+import shutil
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 
 import finetune
 import sample
+import train
 from config import UserError
 from lib.hub import OWNERS
 from lib.run import load_body, save_checkpoint
-from lib.tokenizer import make_tokenizer
+from lib.tokenizer import Tokenizer, make_tokenizer
 from model import Config, Transformer
 from test_model import MODERN, TINY
 from tests.helpers import (FAMILIES, QUICK, ROOT, in_cache, posix, run_here, same, says, script, slow,
@@ -850,3 +853,125 @@ def test_a_causal_model_without_its_head_says_what_is_missing(tmp_path):
     safetensors.save_file(weights, tmp_path / "in/model.safetensors")
     with pytest.raises(UserError, match="has no lm_head.weight, so it neither writes nor fills gaps"):
         run_here(sample, f"--out_dir={tmp_path / 'in'}")
+
+
+# -----------------------------------------------------------------------------
+# nanoGPT's own checkpoints
+
+TEXT = "First Citizen:\r\nBefore we proceed any further, hear me speak.\r\n" * 9
+
+
+@pytest.fixture
+def nanogpt(tmp_path, monkeypatch):
+    """A ckpt.pt in tmp_path/theirs as nanoGPT saves it, of the characters of input.txt; transformers' model."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "input.txt").write_bytes(TEXT.encode())
+    return save_nanogpt(tmp_path / "theirs", len(set(TEXT) - {"\r"}))
+
+
+def save_nanogpt(folder, vocab_size):
+    transformers = pytest.importorskip("transformers")
+    fields = dict(n_layer=2, n_head=4, n_embd=32, vocab_size=vocab_size)
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(**fields, n_positions=64, bos_token_id=None, eos_token_id=None)
+    their = transformers.GPT2LMHeadModel(config).eval()
+    state = {"_orig_mod." + name: value.T if value.ndim == 2 and ".h." in name else value
+             for name, value in their.state_dict().items()}
+    folder.mkdir()
+    torch.save({"model": state, "optimizer": {"state": {}}, "iter_num": 7, "config": {"dataset": "x"},
+                "model_args": {**fields, "block_size": 64, "bias": True, "dropout": 0.1},
+                "best_val_loss": torch.tensor(1.0)}, folder / "ckpt.pt")
+    return their
+
+
+def test_a_nanogpt_checkpoint_is_used_as_a_run_is(nanogpt, tmp_path, capsys):
+    ids = [sorted(set(TEXT) - {"\r"}).index(c) for c in "hear me"]
+    wanted = nanogpt.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids):]
+    text = "hear me" + "".join(sorted(set(TEXT) - {"\r"})[i] for i in wanted)
+    how = ("--start=hear me", "--temperature=0", "--max_new_tokens=12", "--device=cpu")
+    before = (tmp_path / "theirs/ckpt.pt").read_bytes()
+    for origin in ("--init_from=theirs", "--out_dir=theirs/ckpt.pt"):
+        assert run_here(sample, origin, "--chars=input.txt", *how).startswith(text + "\n---")
+    run_here(sample, "--init_from=theirs", "--chars=input.txt", "--export=hf")
+    assert run_here(sample, "--init_from=hf", *how).startswith(text + "\n---")
+    their = pytest.importorskip("transformers").AutoTokenizer.from_pretrained("hf")
+    assert their("hear me")["input_ids"] == ids and their.decode(ids) == "hear me"
+    texts = [TEXT.replace("\r\n", " ")[i:i + 9] for i in range(50)]
+    rows = write_rows("rows.csv", ("text", "label"), texts, ["a", "b"] * 25)
+    run_here(finetune, "--init_from=theirs", "--chars=input.txt", f"--data={rows}", "--epochs=1",
+             "--device=cpu", "--out_dir=tuned")
+    shutil.move("input.txt", "elsewhere.txt")
+    assert "prob_a" in run_here(sample, "--out_dir=tuned", "--start=speak")
+    with pytest.raises(UserError, match="no class of transformers reads"):
+        run_here(sample, "--out_dir=tuned", "--export=hf2")
+    assert (tmp_path / "theirs/ckpt.pt").read_bytes() == before
+    assert "damaged" not in "".join(capsys.readouterr())
+
+
+def test_a_nanogpt_checkpoint_without_its_characters_says_what_is_missing(nanogpt, tmp_path):
+    (tmp_path / "other.txt").write_text("abc")
+    size = len(set(TEXT) - {"\r"})
+    for args, told in (
+            (["--init_from=theirs"], [f"nanoGPT with {size} tokens", "--chars=input.txt"]),
+            (["--init_from=theirs", "--chars=other.txt"], ["chars=other.txt: has 3", f"the model {size}"]),
+            (["--init_from=theirs", "--chars=input.txt", "--start=%"], ["'%'", f"none of the {size}"])):
+        with pytest.raises(UserError) as error:
+            run_here(sample, *args)
+        says(error, *told)
+    with pytest.raises(UserError) as error:
+        run_here(train, "--init_from=resume", "--out_dir=theirs")
+    says(error, "no run to go on with", "--init_from=theirs --out_dir=FOLDER")
+
+
+@pytest.mark.parametrize("size", [50257, 50304])
+def test_a_nanogpt_checkpoint_of_gpt2_s_size_has_gpt2_s_tokenizer(size, tmp_path, monkeypatch, capsys):
+    small = make_tokenizer("bytes", [], 0).to_dict()
+    ours = {**small, "specials": {"<|endoftext|>": 50256, "<|mask|>": 50257}}
+    monkeypatch.setattr("lib.run.make_tokenizer", lambda *how: Tokenizer.from_dict(ours))
+    their = save_nanogpt(tmp_path / "theirs", size)
+    model, tokenizer = sample.load(tmp_path / "theirs")
+    idx = torch.tensor([tokenizer.encode("hear me")])
+    torch.testing.assert_close(model(idx)[0], their(idx).logits, atol=1e-4, rtol=1e-4)
+    assert "read with GPT-2's" in capsys.readouterr().err
+    assert (tokenizer.eot, tokenizer.mask) == (50256, 50257 if size > 50257 else None)
+
+
+def test_a_nanogpt_data_folder_is_read_and_nothing_of_it_unpickled(nanogpt, tmp_path):
+    folder = tmp_path / "data/chars"
+    folder.mkdir(parents=True)
+    shutil.copy("input.txt", folder)
+    text = TEXT.replace("\r", "")
+    ids = np.array([sorted(set(text)).index(c) for c in text], "<u2")
+    ids[:450].tofile(folder / "train.bin")
+    ids[450:].tofile(folder / "val.bin")
+    (folder / "meta.pkl").write_bytes(b"\x80\x04cposix\nsystem\n(S'touch run'\ntR.")
+    how = ("--dataset=chars", "--device=cpu", "--compile=False", "--max_iters=1", "--eval_iters=0",
+           "--batch_size=2", "--gradient_accumulation_steps=1", "--warmup_iters=0")
+    said = run_here(train, "--init_from=theirs", "--chars=input.txt", "--out_dir=out", "--eval_only", *how)
+    x, y = torch.from_numpy(ids[450:].astype(np.int64)).unfold(0, 65, 64).split([64, 1], dim=1)
+    x, y = x.reshape(-1, 64), torch.from_numpy(ids[451:].astype(np.int64))[:x.numel()]
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(nanogpt(x).logits.flatten(0, 1), y).item()
+    assert f"val loss {loss:.4f}" in said
+    run_here(train, "--init_from=theirs", "--chars=input.txt", "--out_dir=out", *how)
+    assert ": of nanoGPT, without a tokenizer: its tokens are read as the characters" in said
+    assert "hear me" in run_here(sample, "--out_dir=out", "--start=hear me", "--device=cpu")
+    assert not (tmp_path / "run").exists()
+    (folder / "input.txt").write_text("abc" * 400)
+    with pytest.raises(UserError) as error:
+        run_here(train, "--out_dir=out2", *how)
+    says(error, "meta.pkl is not read", "prepare.py --source=data/chars/input.txt --dataset=chars_new")
+
+
+def test_a_nanogpt_data_folder_without_a_pickle_is_gpt2_s(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = make_tokenizer("bytes", [], 0)
+    monkeypatch.setattr("prepare.make_tokenizer", lambda name, *how: {"gpt2": small}[name])
+    (tmp_path / "data/x").mkdir(parents=True)
+    for name in ("train.bin", "val.bin"):
+        np.array([*b"some text", 256] * 20, "<u2").tofile(f"data/x/{name}")
+    data = train.open_data("x", None, 32)
+    assert data.tokenizer.decode(data.train[:9].tolist()) == "some text" and data.prompt() == 256
+    np.array([300] * 99, "<u2").tofile("data/x/train.bin")
+    with pytest.raises(UserError, match="token 300 of 258: it has neither meta.json nor GPT-2's"):
+        train.open_data("x", None, 32)

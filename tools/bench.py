@@ -117,7 +117,7 @@ def bench_training(given: dict, s: SimpleNamespace) -> None:
     machine = Stopwatch(s.device, s.dtype, s.seed, s.deterministic, s.backend)
     machine.start()
     origin = s.out_dir if s.init_from == "resume" else s.init_from
-    start = train.open_model(SimpleNamespace(init_from=origin, resumed=False), given)
+    start = train.open_model(SimpleNamespace(init_from=origin, resumed=False), given, s.chars)
     model, data = train.fit(*start, given, s.dataset, machine, origin)
     T = model.config.block_size
     mask, counted = None, None

@@ -41,6 +41,7 @@ from sample import TABLES, load, read_prompt
 # Settings
 out_dir: str = "out"  # a run's folder, or a folder of runs: the newest of them; a Hugging Face folder or id
 init_from: str = "resume"  # the model in out_dir; else its folder or id, as --out_dir takes too
+chars: str = ""  # of a nanoGPT checkpoint with few tokens: the text whose characters they are
 start: str = "the cat sat on the mat, and the dog sat on the"  # the text; FILE:path reads it from a file
 row: at_least(1) = 1  # of a table that FILE: names, with the columns of training
 pair: str = ""  # the second text of a classifier of two, the context of a question
@@ -361,7 +362,7 @@ def guesses(model: Transformer, idx: torch.Tensor, units: Units, mask: Optional[
 
 def main():
     origin = model_asked(globals())
-    model, tokenizer = load(origin, pick_device(device))
+    model, tokenizer = load(origin, pick_device(device), chars=chars)
     body = getattr(model, "body", model)
     speaks = body is model or model.task.writes
     file = start.removeprefix("FILE:") if start.startswith("FILE:") and not speaks else ""
