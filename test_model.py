@@ -700,8 +700,9 @@ def test_other_weights_start_a_new_run(home, monkeypatch):
     said = run_here(train, "--out_dir=out/gpt2", "--init_from=resume", "--eval_only", "--eval_iters=0")
     told = float(re.search(r"val loss (\S+),", said)[1])
     assert log_of(home / "out/from_theirs")[-1]["val_loss"] == pytest.approx(told, abs=0.02)
-    with pytest.raises(SettingError, match="dataset=toy.*tokenizer"):
-        run_here(train, *TOY, *theirs, "--out_dir=out/none")
+    prepare.prepare("other", source="toy.txt", tokenizer="bytes")
+    with pytest.raises(SettingError, match="dataset=other.*tokenizer"):
+        run_here(train, *TOY, *theirs, "--dataset=other", "--out_dir=out/none")
 
 
 @slow
