@@ -14,6 +14,7 @@ import pytest
 import finetune
 import sample
 from config import SettingError
+from lib import report
 from lib import run as run_module
 from tests.helpers import QUICK, says, tune, write_rows
 
@@ -136,7 +137,7 @@ def scores_alone(run, train, test, *_):
 @pytest.mark.parametrize("task, one, other", CASES)
 def test_what_two_settings_learn_alone_they_learn_together(task, one, other, learned, tmp_path, monkeypatch):
     monkeypatch.setattr(finetune, "report", scores_alone)
-    monkeypatch.setattr(finetune, "pooled", lambda *_: [])
+    monkeypatch.setattr(report, "pooled", lambda *_: [])
     monkeypatch.setattr(run_module, "plot_losses", lambda *_: None)
     files, body = learned(task)
     pair = {one, other}
