@@ -34,7 +34,7 @@ import prepare
 from config import SettingError, UserError, above, at_least, defaults_of, launch, place_of, values_of
 from lib.hub import full_id, is_published
 from lib.optim import Momentum, Muon, Pruning
-from lib.run import (BadSteps, FileCheck, Machine, Pace, Run, clock, in_words, load_body, main_process,
+from lib.run import (BadSteps, FileCheck, Machine, Pace, Run, State, clock, in_words, load_body, main_process,
                      memory_advice, model_of, step_line, stored_settings)
 from lib.tokenizer import Tokenizer, same_tokenizer
 from model import Config, TokenEmbedding, Transformer, block_matrices, tell_compile_failed
@@ -685,6 +685,10 @@ def fit(model: Optional[Transformer], tokenizer: Optional[dict], given: dict, da
     return model or Transformer(config), data
 
 
+def masking(rate: float, tokenizer: Tokenizer) -> Callable:
+    return partial(masked_tokens, rate=rate, token=tokenizer.mask, vocab_size=tokenizer.vocab_size)
+
+
 FIXED = ("optimizer", "sparsity", "seed")  # and the model: a resumed run cannot change them
 COMPARED_ON = ("dataset", "eval_iters", "mask_rate")  # with another, validation losses do not compare
 
@@ -726,10 +730,8 @@ def main(given: dict):
     config, tokenizer = model.config, data.tokenizer
     settings = {**values_of(globals()), **asdict(config), "init_from": run.init_from}
     run.same(settings, FIXED, () if eval_only else COMPARED_ON)
-    mask, counted = None, None
-    if not config.causal:
-        mask = partial(masked_tokens, rate=mask_rate, token=tokenizer.mask, vocab_size=tokenizer.vocab_size)
-        counted = count_masked(config.block_size, mask_rate)
+    mask = None if config.causal else masking(mask_rate, tokenizer)
+    counted = None if config.causal else count_masked(config.block_size, mask_rate)
     windows = Windows(data.train, config.block_size, seed, mask)
 
     # Say what will happen.
@@ -748,7 +750,6 @@ def main(given: dict):
                                  momentum, embd_lr)
     pruning = Pruning(model, sparsity, max_iters)
     state = run.restore(model, optimizers)
-
     if run.compiled and not is_compiled:
         machine.say("warning: the run was compiled before, and is not now: last bits will differ")
     if eval_only:
@@ -766,8 +767,7 @@ def main(given: dict):
 
     enough = patience is not None and state.since_best >= patience  # it has run out
     if run.resumed and (enough or state.step >= max_iters):
-        machine.say(f"finished after {state.step} steps: --max_iters={2 * state.step}"
-                    f"{' --patience=None' if enough else ''} trains on")
+        say_finished(state, enough, machine)
     batches = read_ahead(windows, machine, step_windows, state.seen)
     bad_steps = BadSteps(max_bad_steps, 1 if machine.looks_each_step() else log_interval, machine.main)
     pace, began = Pace(state, max_iters), state.step
@@ -795,17 +795,11 @@ def main(given: dict):
         due = state.step % log_interval == 0 or last
         if machine.main and (due or state.step == began + 1):  # the first step is shown at once
             seconds, left = pace.measure(state)
-            tokens_per_s = step_windows * config.block_size / seconds
-            row = {"iter": state.step, "tokens": state.seen * config.block_size, "loss": loss.item(),
-                   "lr": learning_rate * factor, "grad_norm": norm.item(), "dt": seconds,
-                   "elapsed": run.elapsed(), "tokens_per_s": tokens_per_s,
-                   "mfu": machine.mfu(tokens_per_s * model.flops_per_token())}
-            if penalty:
-                row["penalty"] = penalty.item()
+            row = step_row(state, loss, penalty, learning_rate * factor, norm, seconds, step_windows, model, run)
             if due:
                 run.log(**row)
             mfu = f", mfu {row['mfu']:.0%}" if row["mfu"] else ""
-            machine.say(step_line(row, max_iters, f"{tokens_per_s / 1e3:7.1f}k tok/s{mfu}", left))
+            machine.say(step_line(row, max_iters, f"{row['tokens_per_s'] / 1e3:7.1f}k tok/s{mfu}", left))
 
         if state.step % eval_interval == 0 or last:
             metrics = validate(objective, data, eval_iters, batch_size, config, machine, mask)
@@ -816,16 +810,14 @@ def main(given: dict):
             run.log(iter=state.step, elapsed=run.elapsed(), **metrics, mean_loss=state.mean_loss())
             machine.say(f"iter {state.step}: {in_words(metrics)}, after {clock(run.elapsed())}"
                         f"{', best so far' if best else ''}")
-            uniform = math.log(tokenizer.vocab_size)
-            if last and metrics["val_loss"] > 0.97 * uniform:
-                machine.say("hardly anything was learned: guessing among all tokens has a loss of "
-                            f"{uniform:.4f}: try another learning_rate, or more steps")
-            if machine.main and sample_tokens:
-                print(f"\n{sample_text(model, data, sample_tokens, machine, mask)}\n", flush=True)
             if best:
                 run.save("best.pt", state, model)  # first: ckpt.pt says that it exists
             if best or last or always_save_checkpoint:
                 run.save("ckpt.pt", state, model, optimizers)
+            if last:
+                say_if_little_was_learned(metrics["val_loss"], tokenizer.vocab_size, machine)
+            if machine.main and sample_tokens:
+                print(f"\n{sample_text(model, data, sample_tokens, machine, mask)}\n", flush=True)
             enough = patience is not None and state.since_best >= patience
             pace.restart(state)
 
@@ -840,8 +832,7 @@ def main(given: dict):
     elif machine.main:
         if enough:
             print(f"stopped after {state.step} steps: no better one in {patience} evaluations")
-        print(f"\nA sample, after {clock(run.elapsed())}:\n\n{sample_text(model, data, 200, machine, mask)}")
-        print(f"\nMore of it: python sample.py --out_dir={run.folder.as_posix()} --start=\"...\"")
+        say_goodbye(run, sample_text(model, data, 200, machine, mask))
     machine.barrier()
     if interrupted:
         sys.exit(run.stop.status())
@@ -856,6 +847,33 @@ def introduce(model: Transformer, data: Data, machine: Machine, is_compiled: boo
                 f"validate{'' if data.sums else '; without a checksum'}")
     if data.token_bytes is None and config.causal:
         machine.say("          no bits per byte: the bytes of the tokens do not add up to those of the text")
+
+
+def step_row(state: State, loss, penalty, lr: float, norm, seconds: float, windows: int,
+             model: Transformer, run: Run) -> dict:
+    """A step, as log.jsonl has it. seconds, windows: of one step."""
+    tokens_per_s = windows * model.config.block_size / seconds
+    row = {"iter": state.step, "tokens": state.seen * model.config.block_size, "loss": loss.item(), "lr": lr,
+           "grad_norm": norm.item(), "dt": seconds, "elapsed": run.elapsed(), "tokens_per_s": tokens_per_s,
+           "mfu": run.machine.mfu(tokens_per_s * model.flops_per_token())}
+    return row if not penalty else {**row, "penalty": penalty.item()}
+
+
+def say_finished(state: State, enough: bool, machine: Machine) -> None:
+    more = " --patience=None" if enough else ""
+    machine.say(f"finished after {state.step} steps: --max_iters={2 * state.step}{more} trains on")
+
+
+def say_if_little_was_learned(loss: float, vocab_size: int, machine: Machine) -> None:
+    uniform = math.log(vocab_size)
+    if loss > 0.97 * uniform:
+        machine.say("hardly anything was learned: guessing among all tokens has a loss of "
+                    f"{uniform:.4f}: try another learning_rate, or more steps")
+
+
+def say_goodbye(run: Run, sample: str) -> None:
+    print(f"\nA sample, after {clock(run.elapsed())}:\n\n{sample}")
+    print(f"\nMore of it: python sample.py --out_dir={run.folder.as_posix()} --start=\"...\"")
 
 
 if __name__ == "__main__":
