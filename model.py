@@ -746,7 +746,8 @@ class Transformer(nn.Module):
                 logits = self.logits(x[:, -1])  # (B, V)
                 # a GPU is asked at the beginning only: an answer is waited for
                 if (past == 0 or idx.device.type == "cpu") and not logits.amax(-1).isfinite().all():
-                    raise ValueError("the scores are not finite: damaged weights, or too large for this dtype")
+                    raise ValueError("the scores are not finite: damaged weights, or too large for this "
+                                     "dtype")
                 past = idx.size(1) if use_cache else 0
                 token = draw(logits, how, text, text_mask, generator)  # (B,)
                 yield token

@@ -485,7 +485,8 @@ def train_tokenizer(s: SimpleNamespace, spool: Path, spans: np.ndarray, size: in
     """A bpe of the training text only: what the model is tested on stays unseen by the tokenizer too."""
     share = min(s.sample_mb * 1e6 / max(size, 1), 1)
     print(f"training a tokenizer of {s.vocab_size:,} tokens on {share * size / 1e6:.1f} MB")
-    codec = make_tokenizer("bpe", sample(read_texts(spool, spans, Tokenizer, lambda n: None), share), s.vocab_size)
+    texts = sample(read_texts(spool, spans, Tokenizer, lambda n: None), share)
+    codec = make_tokenizer("bpe", texts, s.vocab_size)
     if codec.vocab_size < s.vocab_size:
         print(f"the text has pairs for {codec.vocab_size:,} tokens only")
     return codec

@@ -781,9 +781,8 @@ def main(given: dict):
         state.seen += step_windows
         micro_batches = list(zip(x.split(batch_size), y.split(batch_size), strict=True))
         with memory_advice(batch_size, gradient_accumulation_steps, "" if remat else REMAT):
-            means, norm = train_step(objective, micro_batches, (y != -1).sum(), model, optimizers, machine,
-                                     grad_clip)
-        loss, penalty = means
+            (loss, penalty), norm = train_step(objective, micro_batches, (y != -1).sum(), model, optimizers,
+                                               machine, grad_clip)
         bad_steps.add(state.step + 1, learning_rate * factor, loss + penalty, norm)
         if machine.scaler and bad_steps.in_a_row:
             continue  # float16 overflowed: the scaler has lowered its factor, and the step does not count
@@ -795,7 +794,8 @@ def main(given: dict):
         due = state.step % log_interval == 0 or last
         if machine.main and (due or state.step == began + 1):  # the first step is shown at once
             seconds, left = pace.measure(state)
-            row = step_row(state, loss, penalty, learning_rate * factor, norm, seconds, step_windows, model, run)
+            lr = learning_rate * factor
+            row = step_row(state, loss, penalty, lr, norm, seconds, step_windows, model, run)
             if due:
                 run.log(**row)
             mfu = f", mfu {row['mfu']:.0%}" if row["mfu"] else ""

@@ -140,7 +140,8 @@ def thinned(n: int) -> np.ndarray:
 # -----------------------------------------------------------------------------
 # Classes
 
-def draw_classes(folder: Path, labels: list, curves: dict, calibration: list, confusion: list | None) -> list[str]:
+def draw_classes(folder: Path, labels: list, curves: dict, calibration: list,
+                 confusion: list | None) -> list[str]:
     """The pictures of what is in curves.json. Returns the names of the files."""
     with style("".join(map(str, labels))):
         found = [save(roc(curves), folder / "roc.png"),

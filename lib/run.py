@@ -623,7 +623,7 @@ class Run:
             self.init_from = stored_settings(folder)[0].get("init_from", origin)
             if self.init_from is None or any((self.folder / name).exists() for name in RESUME):
                 self.source, self.checkpoint = find_checkpoint(self.folder, RESUME)
-                if not self.checkpoint["optimizer"] and not self.checkpoint["rng"]:  # step 0 has no states yet
+                if not self.checkpoint["optimizer"] and not self.checkpoint["rng"]:  # at step 0
                     raise UserError(f"{self.source}: has no state of an optimizer, so it is no run to go on "
                                     f"with (a best.pt?): --init_from={self.folder} --out_dir=FOLDER begins "
                                     "one with its weights")

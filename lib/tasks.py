@@ -25,7 +25,8 @@ from config import SettingError, UserError
 from lib import intervals, metrics
 from lib.rows import (ANSWER_NAMES, CLASS_NAMES, CONLL_U, LM_NAMES, NUMBER_NAMES, TAG_NAMES, WORDS, Row,
                       kind_of_words, label_key, open_conll, open_questions, open_rows, read_lines,
-                      read_paragraphs, some, split_rows, tags_of_spans, tell, text_key, to_number, without_columns)
+                      read_paragraphs, some, split_rows, tags_of_spans, tell, text_key, to_number,
+                       without_columns)
 from lib.text import kind_of
 
 
