@@ -20,7 +20,7 @@ import re
 import sys
 import traceback
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints, Literal, NamedTuple, Union
 
@@ -39,10 +39,7 @@ class SettingError(UserError):
 GONE = {
     "profile": "python -m tools.bench takes the same config files and settings",
     "teacher_weight": "it is called teacher_share now",
-    "linear": "the mixture with a linear model is gone; the report still compares with a bag of words",
-    "cut_rate": "it is gone; token_dropout masks whole tokens",
     "config/bench.py": "python -m tools.bench times a training step",
-    "config/search.py": "python -m tools.search searches for settings",
 }
 OF_THE_COMMAND = ("init_from", "out_dir", "overwrite", "eval_only")  # said anew each time
 
@@ -132,74 +129,61 @@ def launch(main: Callable, script: dict, fields: type | None = None, stored: Cal
     """
     open_console()
     try:
-        try:
-            given = configure(script, fields, sys.argv[1:], stored)
-            main() if fields is None else main(given)
-        except (MemoryError, OSError, RuntimeError) as error:
-            raise in_one_line(error) or error
-    except UserError as error:
-        say_error(str(error))
-        leave(error.status, failed=True)
+        given = configure(script, fields, sys.argv[1:], stored)
+        main() if fields is None else main(given)
     except KeyboardInterrupt:
-        leave(130)
+        end(130)
     except SystemExit as done:
-        leave(done.code or 0)
+        end(done.code or 0)
     except Exception as error:
-        if not several():
+        known = in_one_line(error)
+        if not known and alone():
             raise
-        fail_with(error)
+        end(known.status if known else 1, known or error)
     else:
-        leave(0)
+        end(0)
 
 
-def several() -> bool:
-    """Is this one of several processes, as torchrun starts them?"""
-    return os.environ.get("WORLD_SIZE", "1") != "1"
+def alone() -> bool:
+    """Is this not one of several processes, as torchrun starts them?"""
+    return os.environ.get("WORLD_SIZE", "1") == "1"
 
 
-def say_error(reason: str) -> None:
-    if several():
-        from lib import group  # it imports torch, which python train.py --help does without
-        group.say_once(reason)
-    else:
-        print(f"error: {reason}", file=sys.stderr)
-
-
-def leave(status: int, failed: bool = False) -> None:
-    if several():
-        from lib import group
-        group.leave(status, failed)
-    if status:
-        sys.exit(status)
-
-
-def fail_with(error: Exception) -> None:
-    """One of several processes ends with an error that is no user's: another one may have died."""
-    from lib import group
-    if group.is_lost(error):
+def end(status: int, error: Exception | None = None) -> None:
+    """Say what is wrong, and leave: of several processes, not without telling the others."""
+    if alone():
+        if error:
+            print(f"error: {error}", file=sys.stderr)
+        if status:
+            sys.exit(status)
+        return
+    from lib import group  # it imports torch, which prepare.py does without
+    if isinstance(error, UserError):
+        group.say_once(str(error))
+    elif error and group.is_lost(error):
         group.say_lost()
-    else:
-        traceback.print_exc()
-    group.leave(1, failed=True)
+    elif error:
+        traceback.print_exception(error)
+    group.leave(status, failed=error is not None)
 
 
+NO_MEMORY = "out of memory|can't allocate|not enough memory"
+ELSEWHERE = "you may not: give another folder"
 REMEDIES = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EFBIG: "make room",
-            errno.ENAMETOOLONG: "give a shorter one",
-            errno.EACCES: "you may not: give another folder", errno.EPERM: "you may not: give another folder",
-            errno.EROFS: "give another folder", errno.ENOTDIR: "a file is where a folder is wanted"}
+            errno.EACCES: ELSEWHERE, errno.EPERM: ELSEWHERE, errno.EROFS: "give another folder",
+            errno.ENOTDIR: "a file is where a folder is wanted", errno.ENAMETOOLONG: "give a shorter one"}
 
 
 def in_one_line(error: Exception) -> UserError | None:
-    """What the machine lacks, as what its user can mend; None for any other error."""
+    """What the user can mend; None for any other error."""
+    if isinstance(error, UserError):
+        return error
     if isinstance(error, MemoryError) or re.search(NO_MEMORY, str(error).lower()):
         return UserError("out of memory: take a smaller model, a shorter context, a smaller batch_size, or "
                          "--device=cpu if there was a GPU")
     if isinstance(error, OSError) and error.filename is not None:
         return UserError(f"{error.filename}: {why(error)}")
     return None
-
-
-NO_MEMORY = "out of memory|can't allocate|not enough memory"
 
 
 def why(error: Exception) -> str:
@@ -434,34 +418,11 @@ def recipe(path: str | Path, script: dict, fields: type) -> dict:
 
 
 def from_file(path: str, settings: dict[str, Setting]) -> dict:
-    """Run a config file: the plain values it leaves behind are settings. So are those of a settings.json."""
-    if Path(path).is_dir():
-        raise SettingError(f"{path}: a folder, not a config file: did you mean --out_dir={path}?")
+    """The settings in a config file, or in a run's settings.json, for a run in another out_dir."""
     if not Path(path).is_file():
-        stem = Path(path).stem
-        gone = GONE.get(f"config/{stem}.py")
-        if gone:
-            raise SettingError(f"{path}: is gone: {gone}")
-        recipes = [recipe.stem for recipe in Path(__file__).parent.glob("[!_]*.py")]
-        like = "".join(f"config/{one}.py, or " for one in difflib.get_close_matches(stem, recipes, n=1))
-        raise SettingError(f"{path}: no such config file; did you mean {like}--key=value?")
-    if path.endswith(".json"):
-        return from_json(path, settings)
-    namespace = {"__file__": path, "__name__": Path(path).stem}
-    try:
-        tree = ast.parse(Path(path).read_bytes(), filename=path)
-        exec(compile(tree, path, "exec"), namespace)
-    except Exception as error:  # whatever is wrong with the user's own code
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == path]
-        line = lines[-1] if lines else getattr(error, "lineno", 1)
-        raise SettingError(f"{path}:{line}: {type(error).__name__}: {getattr(error, 'msg', error)}") from None
-    line_of = {node.id: f":{node.lineno}" for node in ast.walk(tree)
-               if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    found = {}
-    for name, value in namespace.items():
-        if name.startswith("_") or isinstance(value, types.ModuleType) or callable(value):
-            continue  # not a setting: a private name, or a helper imported or defined
+        raise no_file(path)
+    found, line_of = from_json(path) if path.endswith(".json") else from_python(path)
+    for name, value in found.items():
         where = path + line_of.get(name, "")  # one that came by `from config.small import *` has no line here
         if name not in settings:
             raise unknown(where, name, settings)
@@ -469,26 +430,53 @@ def from_file(path: str, settings: dict[str, Setting]) -> dict:
     return found
 
 
-def from_json(path: str, settings: dict[str, Setting]) -> dict:
-    """The settings of another run, for one of its own: --out_dir must differ."""
+def no_file(path: str) -> SettingError:
+    stem = Path(path).stem
+    if Path(path).is_dir():
+        return SettingError(f"{path}: a folder, not a config file: did you mean --out_dir={path}?")
+    if f"config/{stem}.py" in GONE:
+        return SettingError(f"{path}: is gone: {GONE[f'config/{stem}.py']}")
+    recipes = [recipe.stem for recipe in Path(__file__).parent.glob("[!_]*.py")]
+    like = "".join(f"config/{one}.py, or " for one in near(stem, recipes))
+    return SettingError(f"{path}: no such config file; did you mean {like}--key=value?")
+
+
+def from_python(path: str) -> tuple[dict, dict]:
+    """Run it: the plain values that it leaves behind, and where each is set, as :LINE."""
+    namespace = {"__file__": path, "__name__": Path(path).stem}
+    try:
+        tree = ast.parse(Path(path).read_bytes(), filename=path)
+        exec(compile(tree, path, "exec"), namespace)
+    except Exception as error:  # whatever is wrong with the user's own code
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [getattr(error, "lineno", 1), *(one.lineno for one in frames if one.filename == path)]
+        raise SettingError(f"{path}:{lines[-1]}: {type(error).__name__}: {getattr(error, 'msg', error)}") from None
+    found = {}
+    for name, value in namespace.items():
+        helper = isinstance(value, types.ModuleType) or callable(value)  # imported, or defined
+        if not name.startswith("_") and not helper:
+            found[name] = value
+    return found, {node.id: f":{node.lineno}" for node in ast.walk(tree)
+                   if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+
+
+def from_json(path: str) -> tuple[dict, dict]:
     try:
         found = dict(json.loads(Path(path).read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
         raise SettingError(f"{path}: damaged ({error})") from None
-    for name in ("overwrite", "eval_only"):
-        found.pop(name, None)
-    for name, value in found.items():
-        if name not in settings:
-            raise unknown(path, name, settings)
-        found[name] = checked(value, settings[name].kind, f"{path}: {name}")
-    return found
+    return {name: value for name, value in found.items() if name not in ("overwrite", "eval_only")}, {}
+
+
+def near(name: str, names: Iterable[str]) -> list[str]:
+    """The one that may have been meant, if any."""
+    return difflib.get_close_matches(name, names, n=1, cutoff=0.7)
 
 
 def unknown(where: str, name: str, settings: dict[str, Setting]) -> SettingError:
     if name in GONE:
         return SettingError(f"{where}: no setting any more: {GONE[name]}")
-    like = difflib.get_close_matches(name, settings, n=1)
-    meant = f", did you mean {like[0]!r}?" if like else ""
+    meant = "".join(f", did you mean {like!r}?" for like in near(name, settings))
     return SettingError(f"{where}: unknown setting {name!r}{meant} (--help lists them all)")
 
 

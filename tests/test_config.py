@@ -79,7 +79,7 @@ def test_settings_go_left_to_right(a_script, tmp_path):
     # what was a setting, or a recipe
     ("--zzz=1", ["unknown setting 'zzz' (--help"]), (str(ROOT), ["a folder", f"--out_dir={ROOT}?"]),
     ("--profile", ["profile", "no setting any more", "python -m tools.bench"]),
-    ("--teacher_weight=0.3", ["teacher_share"]), ("--linear=2", ["linear", "bag of words"]),
+    ("--teacher_weight=0.3", ["teacher_share"]), ("--chat", ["unknown setting 'chat' (--help"]),
     ("config/bench.py", ["config/bench.py", "is gone", "tools.bench"]),
 ])
 def test_wrong_flags_are_named_with_the_remedy(a_script, arg, words):
