@@ -32,6 +32,7 @@ x: above(0.0) = 0.1  # by factors
 n: at_least(1) = 3  # whole
 kind: Literal["a", "b"] = "a"  # one of two
 wait: float = 0.0  # seconds a step
+folds: int = 0  # trainings, each in a folder of its own
 
 @dataclass
 class Fields:
@@ -41,15 +42,17 @@ def main(fields):
     if n == 5:
         raise UserError("n=5: it fails, as promised")
     loss = (math.log10(x) + 3) ** 2 + 0.1 * (n - 4) ** 2 + (kind == "b")
-    Path(out_dir).mkdir(parents=True, exist_ok=True)
-    (Path(out_dir) / "ckpt.pt").write_text("large")
-    with open(Path(out_dir) / "log.jsonl", "w", encoding="utf-8") as f:
-        for i in range(1, 5):
-            row = {"iter": i, "val_loss": loss + 1 / i, "val_accuracy": -loss, "val_speed": n,
-                   "val_odd": math.nan}
-            print(json.dumps({"iter": i, "loss": -9.0, "accuracy": 9.0}), file=f)  # of a training batch
-            print(json.dumps(row), file=f, flush=True)
-            time.sleep(wait if loss > 1 else 0)
+    for k in range(1, 1 + folds) if folds else [0]:
+        folder = Path(out_dir) / (f"fold{k}" if k else "")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "ckpt.pt").write_text("large")
+        with open(folder / "log.jsonl", "w", encoding="utf-8") as f:
+            for i in range(1, 5):
+                row = {"iter": i, "val_loss": loss + 1 / i + k, "val_accuracy": -loss, "val_speed": n,
+                       "val_odd": math.nan}
+                print(json.dumps({"iter": i, "loss": -9.0, "accuracy": 9.0}), file=f)  # of a training batch
+                print(json.dumps(row), file=f, flush=True)
+                time.sleep(wait if loss > 1 else 0)
     test = {"accuracy": n / 10, "loss": -9.0}
     (Path(out_dir) / "metrics.json").write_text(json.dumps(test))
 
@@ -158,6 +161,15 @@ def test_the_validation_data_chooses_and_the_test_is_told_once(stub, tmp_path, a
     assert done.stdout.count("on the test") == bool(told) and done.stdout.splitlines()[-1].endswith(told)
 
 
+def test_a_trial_with_folds_is_as_good_as_they_are_on_average(stub, tmp_path):
+    done = stub("n=6,4", "x=1e-3", "--folds=3", "--method=grid")
+    assert done.returncode == 0, done.stderr
+    values = {row["settings"]["n"]: row["value"] for row in search_rows(tmp_path)}
+    assert values == {4: pytest.approx(0.25 + 2), 6: pytest.approx(0.4 + 0.25 + 2)}  # of 1, 2 and 3
+    assert [path.parent.parent.name for path in tmp_path.glob("out/search/*/fold1/*.pt")] == ["2"]
+    assert done.stdout.splitlines()[-1].endswith("loss -9")
+
+
 @pytest.mark.parametrize("content", ["", "[]\n", "{}\n[1]\n", '{}\n{"trial": 1}\n', "{}\n{\n", "\xff\n"])
 def test_a_damaged_search_is_said(stub, tmp_path, content):
     (tmp_path / "out/search").mkdir(parents=True)
@@ -183,7 +195,7 @@ def test_a_log_is_read_once_and_what_is_no_row_is_passed_over(tmp_path):
     with open(log, "ab") as f:
         f.write(b'_loss": 1.0, "val_bpb": 3}\n')
     assert curve.grown() and curve.points == [[1, 2], [3, 1.0]] and not curve.grown()
-    assert curve.offset == log.stat().st_size > offset and list(curve.others) == ["val_loss", "val_bpb"]
+    assert curve.offset == log.stat().st_size > offset and list(curve.seen) == ["val_loss", "val_bpb"]
 
 
 @posix
@@ -221,18 +233,20 @@ def alive(pid: int) -> bool:
 
 
 @slow
-@pytest.mark.parametrize("name", ["train.py", "finetune.py"])
-def test_both_trainings_are_searched_by_their_validation(name, home, tuned, tmp_path):
+@pytest.mark.parametrize("name, folds", [("train.py", 0), ("finetune.py", 0), ("finetune.py", 3)])
+def test_both_trainings_are_searched_by_their_validation(name, folds, home, tuned):
     words = {"train.py": (*TOY, f"--dataset={home / 'data/toy'}", "learning_rate=1e-5,1e-2"),
              "finetune.py": (*QUICK, f"--data={tuned / 'data.csv'}", "--epochs=2", "learning_rate=1e-6,5e-3",
-                             "--metric=accuracy")}[name]
+                             "--metric=accuracy", *([f"--folds={folds}"] if folds else []))}[name]
     done = script("tools/search.py", str(ROOT / name), *words, "--method=grid", cwd=home)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = search_rows(home)
     for row in rows:
-        log = read_rows(home / f"out/search/{row['trial']}/log.jsonl")
         key, best = ("val_loss", min) if name == "train.py" else ("val_accuracy", max)
-        assert row["value"] == best(one[key] for one in log if key in one)
+        found = []
+        for log in (home / f"out/search/{row['trial']}").rglob("log.jsonl"):
+            found.append(best(one[key] for one in read_rows(log) if key in one))
+        assert len(found) == max(1, folds) and row["value"] == pytest.approx(sum(found) / len(found))
     assert "trial 2 of 2" in read_text(home / "out/search/best.py")
     if name == "finetune.py":
         test = json.loads(read_text(home / "out/search/2/metrics.json"))["accuracy"]

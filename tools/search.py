@@ -7,9 +7,10 @@ Search for good settings of a script. Each trial is a process of its own: a cras
 
 First comes the script, with the config files and --key=value that all trials share; then, without dashes,
 what is searched: name=low..high, in factors if it spans ten times or more, and name=a,b,c. A trial is as good
-as its best evaluation on the validation data: the test is shown once, of the winner. The same command again
-goes on where it was stopped. In --out_dir: search.jsonl, a row a trial; best.py, the winner as a config file
-that runs as it is; search.png, if matplotlib is installed; a folder for each trial.
+as its best evaluation on the validation data, with --folds as these are on average: the test is shown once,
+of the winner. The same command again goes on where it was stopped. In --out_dir: search.jsonl, a row a trial;
+best.py, the winner as a config file that runs as it is; search.png, if matplotlib is installed; a folder for
+each trial.
 
 A script of your own can be searched if it has a setting out_dir, and writes its evaluations there as
 log.jsonl: {"iter": 100, "val_loss": 1.5}.
@@ -54,8 +55,7 @@ GOALS = {  # words of a metric's name
     min: {"loss", "bpb", "perplexity", "error"},
     max: {"accuracy", "f1", "matthews", "auc", "precision", "recall", "pearson", "spearman", "match"}}
 STATES = ("done", "pruned", "failed")  # how a trial ends, the best first
-ROW = {"trial": int, "settings": dict, "state": str, "value": (int, float, type(None)), "note": str,
-       "seconds": (int, float), "curve": list}  # of search.jsonl, a trial
+ROW = {"trial", "settings", "state", "value", "note", "seconds", "curve"}  # of search.jsonl, a trial
 GRID = 5  # points that a grid takes of a range
 
 
@@ -146,26 +146,19 @@ def propose(method: str, spaces: dict[str, Space], rows: list[dict], best, seed:
 
     A function of the rows so far and the seed alone: a search resumes from its rows. best: min or max.
     """
-    tried = {json.dumps(row["settings"]) for row in rows}
-    for point in candidates(method, spaces, rows, best, seed):
-        if json.dumps(point) not in tried:
-            return point
-    return None
-
-
-def candidates(method: str, spaces: dict[str, Space], rows: list[dict], best, seed: int) -> Iterator[dict]:
-    if method == "grid":
-        axes = []
-        for space in spaces.values():
-            axes.append(space.choices or [space.at(i / (GRID - 1)) for i in range(GRID)])
-        for values in itertools.product(*axes):
-            yield dict(zip(spaces, values))
-        return
     draw = random.Random(f"{seed} {len(rows)}")
+    points = grid(spaces)
+    if method != "grid":
+        points = ({name: space.at(draw.random()) for name, space in spaces.items()} for _ in range(1000))
     if method == "bayes":
-        yield ask_optuna(spaces, rows, best, draw.getrandbits(31))
-    for _ in range(1000):
-        yield {name: space.at(draw.random()) for name, space in spaces.items()}
+        points = itertools.chain([ask_optuna(spaces, rows, best, draw.getrandbits(31))], points)
+    tried = {json.dumps(row["settings"]) for row in rows}
+    return next((point for point in points if json.dumps(point) not in tried), None)
+
+
+def grid(spaces: dict[str, Space]) -> Iterator[dict]:
+    axes = [space.choices or [space.at(i / (GRID - 1)) for i in range(GRID)] for space in spaces.values()]
+    return (dict(zip(spaces, values)) for values in itertools.product(*axes))
 
 
 def ask_optuna(spaces: dict[str, Space], rows: list[dict], best, seed: int) -> dict:
@@ -210,7 +203,7 @@ class Curve:
     def __init__(self, log: Path, metric: str):
         self.log, self.metric, self.offset = log, metric, 0
         self.points = []  # [step, value] of each evaluation
-        self.others = {}  # what else was evaluated, in the order of coming
+        self.seen = {}  # what was evaluated, in the order of coming
 
     def grown(self) -> bool:
         """Read on. Is there something new?"""
@@ -226,10 +219,23 @@ class Curve:
         return len(self.points) > before
 
     def add(self, row: dict) -> None:
-        self.others.update(dict.fromkeys(name for name in row if name.startswith("val_")))
+        self.seen.update(dict.fromkeys(name for name in row if name.startswith("val_")))
         value = row.get(self.metric)
         if isinstance(value, (int, float)) and math.isfinite(value):
             self.points.append([row.get("iter", len(self.points)), value])
+
+
+def value_of(folder: Path, metric: str, best) -> float:
+    """The best evaluation of a trial that has ended; on average, if it had folds. Raises UserError."""
+    found = []
+    for log in sorted(folder.glob("fold*/log.jsonl")) or [folder / "log.jsonl"]:
+        curve = Curve(log, metric)
+        curve.grown()
+        if not curve.points:
+            raise UserError(f"{metric} was never a finite number" if metric in curve.seen else
+                            f"no {metric} in {log.name}, which has {', '.join(curve.seen) or 'no val_...'}")
+        found.append(best(value for _, value in curve.points))
+    return statistics.mean(found)
 
 
 def hopeless(curve: list, others: list[list], best) -> bool:
@@ -288,15 +294,15 @@ def try_out(words: list[str], folder: Path, metric: str, best, others: list[list
         process.wait()
         process.stdin.close()
     curve.grown()
+    value = None
     if process.returncode and not note:
         text = output.read_text(encoding="utf-8", errors="replace").strip()
         state, note = "failed", (text or f"exit status {process.returncode}").splitlines()[-1]
-    elif not curve.points:
-        others = ", ".join(curve.others) or "no val_..."
-        state, note = "failed", f"no {metric} in log.jsonl, which has {others}"
-        if metric in curve.others:
-            note = f"{metric} was never a finite number"
-    value = best(value for _, value in curve.points) if state != "failed" else None
+    else:
+        try:
+            value = value_of(folder, metric, best)
+        except UserError as error:
+            state, note = "failed", str(error)
     return {"state": state, "value": value, "note": note, "seconds": round(time.time() - started, 1),
             "curve": curve.points}
 
@@ -346,26 +352,16 @@ def plot(rows: list[dict], spaces: dict[str, Space], metric: str, picture: Path)
 
 def read_rows(log: Path, search: dict) -> list[dict]:
     """The trials so far. Raises SettingError if they cannot be read, or are of another search."""
-    elsewhere = "--out_dir=FOLDER writes elsewhere"
     try:
         known, *rows = map(json.loads, log.read_text(encoding="utf-8").splitlines())
-        whole = all(map(is_trial, rows))
-    except (KeyError, TypeError, ValueError):
-        whole = False
-    if not whole:
-        raise SettingError(f"{log}: damaged: {elsewhere}")
-    if known != search:
-        raise SettingError(f"{log}: of another search than this one: {elsewhere}")
+        ours = known == search and all(row.keys() == ROW for row in rows)
+    except (AttributeError, ValueError):
+        ours = False
+    if not ours:
+        raise SettingError(f"{log}: damaged, or of another search than this one: --out_dir=FOLDER writes "
+                           "elsewhere")
     print(f"{log}: going on after {len(rows)} trials")
     return rows
-
-
-def is_trial(row: dict) -> bool:
-    """Raises KeyError, TypeError or ValueError if it is much less."""
-    numbers = [number for step, value in row["curve"] for number in (step, value)]
-    return (all(isinstance(row[name], kind) for name, kind in ROW.items()) and row["state"] in STATES
-            and all(isinstance(number, (int, float)) for number in numbers)
-            and (row["value"] is not None or row["state"] != "done"))
 
 
 def test_of(folder: Path, metric: str) -> str:
@@ -395,7 +391,7 @@ def main(words: list[str]):
     rows = read_rows(log, search) if log.exists() else []
 
     if method == "grid":
-        points = len({json.dumps(point) for point in candidates(method, spaces, [], best, 0)})
+        points = len({json.dumps(point) for point in grid(spaces)})
         print(f"grid      {points} combinations, of which --trials={trials} are tried at most")
     started = time.time()
     while len(rows) < trials and time.time() - started < 60 * (minutes or math.inf):
