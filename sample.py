@@ -25,7 +25,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, Optional, Union
@@ -57,13 +57,13 @@ encoding: str = ""  # of that file; empty: UTF-8, or UTF-16 or GBK if it is that
 skip_bad_rows: bool = False  # pass over its rows that cannot be read, and count them
 num_samples: at_least(1) = 1  # texts to write
 max_new_tokens: at_least(1) = 300  # length of each, at most
-stop: Union[str, list] = ""  # end before this text, or the first of several: --stop="['#', 'def ']"
+stop: Union[str, list] = ""  # end before this text (\n: a line break), or one of several: "['#', 'def ']"
 stream: bool = True  # print each text as it is written; False: all texts at once, faster for many
 seed: at_least(0, below=2**63) = 1337  # the same seed, the same text
 device: str = "auto"  # auto: cuda, else mps, else cpu
 dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights; auto: what is fast there
 compile: bool = False  # torch.compile the step for one token: half a minute once, then fast; on a GPU
-quantize: Optional[Literal["int8"]] = None  # int8: one byte per weight, 2 to 3 times as fast on a CPU
+quantize: Optional[Literal["int8"]] = None  # int8: one byte per weight, faster on a CPU
 # -----------------------------------------------------------------------------
 
 
@@ -135,24 +135,20 @@ def as_text(ids: Iterable[int], tokenizer: Tokenizer, stops: Iterable[str] = (),
     what the ids go on from.
     """
     stops = [stop for stop in stops if stop]
-    tail = max(map(len, stops), default=1) - 1  # characters that may begin a stop string
-    text = prompt[max(0, len(prompt) - tail):]
-    given = len(text)  # so many of them are out
+    held = max(map(len, stops), default=1) - 1  # characters at the end, with which a stop string may begin
+    text, out = prompt, len(prompt)  # so many characters are out
     ids = itertools.takewhile(lambda i: i not in tokenizer.ends, ids)
     for piece in tokenizer.pieces(ids, begun=prompt != ""):
         old, text = len(text), text + piece
         found = [text.find(stop, max(0, old - len(stop) + 1)) for stop in stops]
         found = [at for at in found if at >= 0]
         if found:
-            yield text[given:min(found)]
+            yield text[out:min(found)]
             return
-        keep = 0  # characters at the end that could begin a stop string
-        for stop in stops:
-            keep = max(keep, *(n for n in range(len(stop)) if text.endswith(stop[:n])))
-        end = max(given, len(text) - keep)
-        yield text[given:end]
-        text, given = text[max(0, len(text) - tail):], end - max(0, len(text) - tail)
-    yield text[given:]
+        end = max(out, len(text) - held)
+        yield text[out:end]
+        out = end
+    yield text[out:]
 
 
 def write(model: Transformer, tokenizer: Tokenizer, prompt: str, how: Sampling,
@@ -227,19 +223,16 @@ def compare(model: Transformer, tokenizer: Tokenizer, texts: list[str]) -> None:
 
 
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".conll", ".conllu", ".bio", ".iob", ".ft")
-
-
-CHUNK = 1024  # rows of a file that are read, answered and printed before the next
+CHUNK = 1024  # rows of a table that are read, answered and printed before the next
 
 
 def answer_file(model: Tuned, path: str, machine: Machine) -> None:
     """Print the file's rows as predictions.csv has them; on stderr, how long it took and how right it was."""
-    task = model.task
+    task, bad = model.task, []
     asked = {"text": text_column, "pair": pair_column, "label": label_column}
     asked = {role: name for role, name in asked.items() if name != ""}
     columns = {**task.head["columns"], **asked, "asked": list(asked)}
     remembered = "unused" in columns  # a checkpoint of before, or of others, keeps none
-    bad = []
     columns, rows = task.to_answer(path, columns, encoding, bad.append if skip_bad_rows else None)
     if not remembered:
         print(f"columns  {described(columns)}", file=sys.stderr)
@@ -247,16 +240,13 @@ def answer_file(model: Tuned, path: str, machine: Machine) -> None:
     scored = []  # of each chunk, what the metrics take
     while chunk := list(itertools.islice(rows, CHUNK)):
         began = time.perf_counter()
-        labels = [row.label for row in chunk]
         known = [task.knows_label(row) for row in chunk]
-        unknown += sum(label not in (None, "") and not knows for label, knows in zip(labels, known))
         for row, knows in zip(chunk, known):
-            row.label = row.label if knows else None
-        answers = predict(model, chunk, machine=machine, examples=task.examples(chunk))
+            unknown += row.label not in (None, "") and not knows
+        readable = [row if knows else replace(row, label=None) for row, knows in zip(chunk, known)]
+        answers = predict(model, readable, machine=machine, examples=task.examples(readable))
         if any(known):
             scored.append(task.arrays(*(list(itertools.compress(some, known)) for some in (chunk, answers))))
-        for row, label in zip(chunk, labels):
-            row.label = label
         header, lines = task.table(chunk, answers)
         if task.of_texts and columns.get("id"):
             header, lines = ["id", *header], [[row.id, *line] for row, line in zip(chunk, lines)]
@@ -376,7 +366,7 @@ def main(given: dict):
         how = Choice(**given)
     except ValueError as error:  # it names the field
         raise SettingError(str(error)) from None
-    stops = [stop] if isinstance(stop, str) else stop
+    stops = [stop.replace("\\n", "\n")] if isinstance(stop, str) else stop
     if not all(isinstance(one, str) for one in stops):
         raise SettingError(f"stop={stop}: wanted texts: --stop=\"['1', 'def ']\"")
     if export:

@@ -67,6 +67,15 @@ def test_an_export_to_where_no_folder_can_be_is_one_line(tmp_path):
         sample.write_pretrained(tiny("gpt2"), make_tokenizer("bytes", [], 258), str(tmp_path / "file/here"))
 
 
+def test_a_line_break_is_a_stop_on_every_shell(home, monkeypatch):
+    """Where "\\n" is no line break to the shell; a list is Python's."""
+    seen = []
+    monkeypatch.setattr(sample, "write", lambda *args: seen.append(args[6]))
+    for given in ("\\n\\n", "\n", r"['a\n', r'\n']"):
+        run_here(sample, "--out_dir=out/whole", f"--stop={given}", cwd=home)
+    assert seen == [["\n\n"], ["\n"], ["a\n", r"\n"]]
+
+
 def test_a_prompt_is_read_as_training_reads_a_file(tmp_path):
     (tmp_path / "prompt.txt").write_bytes("\ufeffa fine\r\nfilm\n".encode())
     assert sample.read_prompt(f"FILE:{tmp_path / 'prompt.txt'}") == "a fine\nfilm\n"
