@@ -274,6 +274,9 @@ def configure(script: dict, fields: type | None, argv: list[str], stored: Callab
         sys.exit(0)
     if stored:
         folder = given.get("out_dir", script["out_dir"])
+        if folder.endswith(".pt"):  # a checkpoint in it
+            tell(f"out_dir {folder} -> {Path(folder).parent}")
+            folder = given["out_dir"] = str(Path(folder).parent)
         given["init_from"] = begins_from(origins, folder, stored)
         if given["init_from"] == "resume":
             given = {**remembered(*stored(folder), settings), **given}
@@ -296,9 +299,13 @@ def begins_from(origins: list[str], folder: str, stored: Callable) -> str:
         return origins[-1]
     others = [one for one in origins if one not in (*asked, "resume")]
     origin = "resume" if stored(folder)[0] else asked[-1].partition(":")[2] or others[-1]
-    if os.environ.get("RANK", "0") == "0":
-        print(f"init_from {asked[-1]} -> {origin}", flush=True)
+    tell(f"init_from {asked[-1]} -> {origin}")
     return origin
+
+
+def tell(choice: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(choice, flush=True)
 
 
 def remembered(earlier: dict, defaults: dict, settings: dict[str, Setting]) -> dict:

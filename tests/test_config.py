@@ -141,6 +141,8 @@ def test_a_resumed_run_has_its_settings_but_for_what_is_given(a_script):
     settings.configure(a_script, Config, ["--init_from=resume"], stored)
     assert a_script["dropout"] == 0.0 and a_script["init_from"] == "resume"
     assert settings.configure(a_script, Config, ["--init_from=scratch"], stored) == {} and len(asked) == 2
+    settings.configure(a_script, Config, ["--init_from=resume", "--out_dir=out/x/ckpt.pt"], stored)
+    assert asked[2:] == [a_script["out_dir"]] == [os.path.join("out", "x")]  # the folder of a checkpoint
 
 
 def test_settings_json_is_a_config_file(a_script, tmp_path):
