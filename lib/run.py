@@ -441,6 +441,9 @@ def find_checkpoint(folder: str | Path, names=USE) -> tuple[Path, dict]:
                 print(f"warning: {damaged[-1]}: trying the one before", file=sys.stderr)
     if damaged:
         raise UserError(f"{'; '.join(damaged)}: --overwrite starts anew")
+    if folder.suffix == ".pt":
+        others = ", ".join(sorted(file.name for file in folder.parent.glob("*.pt")))
+        raise UserError(f"{folder}: is not there; {folder.parent} has {others or 'no checkpoint'}")
     raise UserError(f"{folder}: no checkpoint here, none of {', '.join(names)}: train one first, "
                     "python train.py config/small.py")
 
