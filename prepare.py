@@ -37,7 +37,7 @@ from config import (SettingError, UserError, above, at_least, checked, launch, n
                     values_of)
 from lib.clean import Progress, collect, make_rules, near_groups
 from lib.text import BLOCK, BUILT_IN, UNPACK, documents, local_files, locked, note, source_parts
-from lib.tokenizer import (Characters, Tokenizer, encode_stream, make_tokenizer, read_texts, sample,
+from lib.tokenizer import (Characters, Tokenizer, encode_stream, in_words, make_tokenizer, read_texts, sample,
                            with_prefix)
 
 # -----------------------------------------------------------------------------
@@ -496,9 +496,7 @@ def say_lost(lost: Counter, chars: int, s: SimpleNamespace) -> None:
     """Print what the tokenizer has no ids for. Raises UserError if it is much."""
     share = sum(lost.values()) / max(chars, 1)
     if lost:
-        most = sorted(lost, key=lambda c: (-lost[c], c))[:3]
-        examples = ", ".join(f"{c!r} {lost[c]:,} times" for c in most)
-        print(f"the tokenizer has no ids for {share:.2%} of the characters: {examples}")
+        print(f"the tokenizer has no ids for {share:.2%} of the characters: {in_words(lost)}")
     if share > 0.01 and not s.lossy:
         raise UserError(f"--tokenizer={s.tokenizer}: loses {share:.1%} of the characters: take another one, "
                         "or add --lossy=True")

@@ -156,6 +156,7 @@ def write(model: Transformer, tokenizer: Tokenizer, prompt: str, how: Sampling,
           compile: bool) -> None:
     """Print num_samples continuations of the prompt, one after the other as they come, or all at once."""
     ids = tokenizer.prompt(prompt)
+    tokenizer.tell(warn)
     block_size = model.config.block_size
     if len(ids) > block_size:
         print(f"(the model reads {block_size} tokens: the last {block_size // 2} of the prompt's {len(ids)})")
@@ -187,6 +188,7 @@ def fill(model: Transformer, tokenizer: Tokenizer, text: str,
     if tokenizer.mask is None:
         raise UserError("the model's tokenizer has no mask token")
     ids, segments = tokenizer.wrap(tokenizer.encode(text, specials=True))
+    tokenizer.tell(warn)
     if tokenizer.mask not in ids:
         raise UserError(f"a masked model fills gaps: write {tokenizer.decode([tokenizer.mask])} where one is")
     if len(ids) > model.config.block_size:

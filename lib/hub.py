@@ -8,7 +8,9 @@ Where published models are, a folder here or an id on Hugging Face's hub, and wh
 Nobody vouches for these files: whatever is wrong with one is a ValueError in one line, and nothing is run.
 """
 import json
+import os
 import re
+import sys
 import zipfile
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -33,6 +35,12 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # one, or several wit
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 POINTER = b"version https://git-lfs"  # what a clone without Git LFS has instead of a large file
 OTHER_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]  # settings, vocabularies, templates
+
+
+def say(what: str) -> None:
+    """On stderr, once: what is printed may be a table."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"({what})", file=sys.stderr)
 
 
 def is_published(path: str | Path) -> bool:

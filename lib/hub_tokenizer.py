@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from config import UserError
-from lib.hub import folder_of, read_json
+from lib.hub import folder_of, read_json, say
 from lib.tokenizer import EOT, HARD, MARKS, MASK, UNIT, Tokenizer, same_ids, with_ends
 
 
@@ -33,12 +33,11 @@ class HubTokenizer(Tokenizer):
 
     def __init__(self, json_text: str, roles: dict[str, str], ends: Iterable[int] = (),
                  config: dict | None = None):
-        tokenizers = need_tokenizers()
+        self.json, self.roles, self.config, self.lost = json_text, roles, config or {}, Counter()
         try:
-            self.fast = tokenizers.Tokenizer.from_str(json_text)
+            self.fast = need_tokenizers().Tokenizer.from_str(json_text)
         except Exception as error:  # the library has no kind of its own
             raise UserError(f"tokenizer.json: cannot be read: {error}") from None
-        self.json, self.roles, self.config = json_text, roles, config or {}
         self.fast.no_padding()
         self.fast.no_truncation()
         if getattr(self.fast.model, "dropout", None):  # for training: a text would have other ids each time
@@ -47,8 +46,8 @@ class HubTokenizer(Tokenizer):
         if len(set(vocab.values())) < len(vocab):
             raise UserError("tokenizer.json: two tokens have the same id")
         self.vocab_size = max(vocab.values()) + 1
-        have = {token.content for token in self.fast.get_added_tokens_decoder().values()}
         special = {role: vocab[token] for role, token in roles.items() if token in vocab}
+        have = {token.content for token in self.fast.get_added_tokens_decoder().values()}
         self.fast.add_special_tokens(sorted({roles[role] for role in special} - have))
         added = self.fast.get_added_tokens_decoder().items()
         self.specials = {token.content: i for i, token in added if token.special}
@@ -57,31 +56,33 @@ class HubTokenizer(Tokenizer):
             raise UserError("tokenizer_config.json: names neither an eos_token nor a sep_token")
         self.mask, self.pad = special.get("mask_token"), special.get("pad_token", self.eot)
         self.ends = {self.eot, *ends}
+        self.said = functools.cache(self.decoded_token)
         self.read_decoder(json.loads(json_text), vocab)
         self.check()
         self.read_template()
 
     def read_decoder(self, stored: dict, vocab: dict[str, int]) -> None:
-        """How a token's name becomes its text."""
+        """How a token's name becomes its text, and whether any text is lost."""
         decoder, model = stored.get("decoder") or {}, stored["model"]
         steps = {step["type"] for step in [decoder, *decoder.get("decoders", ())] if step}
+        self.by_sign = "ByteLevel" in steps  # each byte has a sign; else some tokens are one byte
         self.byte = {}  # name of a byte, or sign for it -> the byte
-        if "ByteLevel" in steps:
+        if self.by_sign:
             self.byte = {sign: i for i, sign in byte_symbols().items()}
         elif "ByteFallback" in steps:
             self.byte = {f"<0x{i:02X}>": i for i in range(256)}
-        self.by_sign = "ByteLevel" in steps  # else a token is one byte
+        self.missing = {i for name, i in self.byte.items() if name not in vocab}  # bytes without a token
+        self.lossless = bool(self.byte) and not self.missing
         self.spaced = not decoder or "WordPiece" in steps  # the decoder puts spaces between words, unasked
         self.continuing = decoder.get("prefix", "") if "WordPiece" in steps else ""
         unknown = model.get("unk_token")
         self.unknown = vocab.get(unknown) if unknown is not None else model.get("unk_id")
-        self.missing = {i for name, i in self.byte.items() if name not in vocab}  # bytes without a token
-        self.cache = {}
+        self.removes = '"Removed"' in self.json  # cuts that are no part of any token
 
     def check(self) -> None:
         """Raises UserError if a hard text is decoded otherwise than by the library."""
         for text in HARD:
-            ids = self.encode(text)
+            ids = self.read(text).ids
             theirs = self.fast.decode(ids, skip_special_tokens=False)
             if theirs != self.decode(ids) and "\ufffd" not in theirs:
                 raise UserError(f"tokenizer.json: its decoder is of a kind that is not known here: {text!r} "
@@ -91,7 +92,7 @@ class HubTokenizer(Tokenizer):
         """Where its own specials go around one text and around two: None stands for the text."""
         tokens = (self.said(i).decode("utf-8", "ignore").strip() for i in range(self.vocab_size))
         for self.probe in itertools.chain("a的", tokens):
-            if self.probe and self.decode(self.encode(self.probe)).strip() == self.probe:
+            if self.probe and self.decode(self.read(self.probe).ids).strip() == self.probe:
                 break
         else:
             raise UserError("tokenizer.json: gives back no text that it reads")
@@ -104,12 +105,10 @@ class HubTokenizer(Tokenizer):
         one = [i for i, _, _ in self.templates[0]]
         self.prefix = one[:one.index(None)]
 
-    def said(self, i: int, first: bool = False) -> bytes:
-        if (i, first) not in self.cache:
-            self.cache[i, first] = self.decoded_token(self.fast.id_to_token(i) if i >= 0 else None, first)
-        return self.cache[i, first]
+    # Ids to text
 
-    def decoded_token(self, token: str | None, first: bool) -> bytes:
+    def decoded_token(self, i: int, first: bool = False) -> bytes:
+        token = self.fast.id_to_token(i) if i >= 0 else None
         if token is None:
             return b""
         if self.by_sign and all(c in self.byte for c in token):
@@ -122,73 +121,79 @@ class HubTokenizer(Tokenizer):
     @functools.cached_property
     def token_bytes(self) -> list[bytes]:
         """The text that each id stands for, of those that stand for any."""
-        found = [self.own_bytes(i) for i in range(self.vocab_size)]
+        found = [self.said(i) for i in range(self.vocab_size)]
+        if self.spaced:
+            for token, i in self.fast.get_vocab().items():
+                found[i] = token.removeprefix(self.continuing).encode()
         for i, token in self.fast.get_added_tokens_decoder().items():
             found[i] = b"" if token.special else token.content.encode()
         if self.unknown is not None:
             found[self.unknown] = b""
         return found
 
-    def own_bytes(self, i: int) -> bytes:
-        token = self.fast.id_to_token(i)
-        if self.spaced and token is not None:
-            return token.removeprefix(self.continuing).encode()
-        return self.said(i)
-
     def byte_lengths(self, ids: np.ndarray, size: int | None) -> np.ndarray | None:
         """What it puts before a text, a space for one, is taken off at the end of the text before that."""
         lengths = super().byte_lengths(ids, size)
-        own = self.encode(self.probe)
-        lengths[self.eot] = len(self.probe.encode()) - lengths[own].sum()
+        lengths[self.eot] = len(self.probe.encode()) - lengths[self.read(self.probe).ids].sum()
         found = 0 if len(ids) and ids[-1] == self.eot else lengths[self.eot]
         for i in range(0, len(ids), UNIT):
             found += lengths[ids[i:i + UNIT]].sum()
         return lengths if found == size else None
 
-    def encode(self, text: str, specials: bool = False) -> list[int]:
-        self.fast.encode_special_tokens = not specials
-        return self.fast.encode(text, add_special_tokens=False).ids
+    # Text to ids
 
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+    def read(self, text: str, specials: bool = False):
+        """What the library makes of a text: ids, and where in it each is."""
+        self.fast.encode_special_tokens = not specials
+        return self.fast.encode(text, add_special_tokens=False)
+
+    def encode(self, text: str, specials: bool = False) -> list[int]:
+        found = self.read(text, specials)
+        self.lost.update(self.lost_of(text, found))
+        return found.ids
+
+    def encode_batch(self, texts: list[str], lost: Counter | None = None) -> list[np.ndarray]:
         self.fast.encode_special_tokens = True
-        found = self.fast.encode_batch_fast(texts, add_special_tokens=False)
+        encode = self.fast.encode_batch_fast if self.lossless else self.fast.encode_batch  # with places
+        found = encode(texts, add_special_tokens=False)
+        lost = self.lost if lost is None else lost
+        for text, one in zip(texts, found):
+            lost.update(self.lost_of(text, one))
         return [np.array(one.ids, np.uint32) for one in found]
 
     def encode_documents(self, texts: list[str], ends: list[bool], lost: Counter | None = None) -> np.ndarray:
-        if lost is None or self.byte and not self.missing:
-            return with_ends(self.encode_batch(texts), ends, self.eot)
-        self.fast.encode_special_tokens = True
-        found = self.fast.encode_batch(texts, add_special_tokens=False)  # slower, with offsets
-        for text, one in zip(texts, found):
-            lost.update(self.lost(text, one))
-        return with_ends([np.array(one.ids, np.uint32) for one in found], ends, self.eot)
+        return with_ends(self.encode_batch(texts, lost), ends, self.eot)
 
-    def lost(self, text: str, found) -> Counter:
+    def offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        found = self.read(text)
+        self.lost.update(self.lost_of(text, found))
+        return found.ids, found.offsets
+
+    def lost_of(self, text: str, found) -> dict[str, int]:
         """How often each character comes that ends in no id, or in the unknown one alone.
 
-        White space does not count, nor what the tokenizer's own normalizer takes out. found: what the
-        library made of the text.
+        White space does not count, nor what the tokenizer's own normalizer takes out.
         """
+        if self.lossless or not (self.unknown in found.ids or self.unknown is None or self.removes):
+            return {}
         if self.by_sign:
-            signs = {c: set(c.encode("utf-8", "replace")) for c in set(text)}
-            return Counter({c: text.count(c) for c, its in signs.items() if its & self.missing})
+            return {c: text.count(c) for c in set(text)
+                    if self.missing.intersection(c.encode("utf-8", "replace"))}
         spans = np.array(found.offsets, dtype=np.int64).reshape(-1, 2)
-        unknown = -1 if self.unknown is None else self.unknown
-        spans = spans[np.array(found.ids, dtype=np.int64) != unknown]
+        spans = spans[[i != self.unknown for i in found.ids]]
         begun, ended = (np.bincount(edge, minlength=len(text) + 1) for edge in spans.T)
         left = Counter(text[i] for i in np.flatnonzero((begun - ended).cumsum()[:-1] <= 0))
-        return Counter({c: n for c, n in left.items() if self.normalized(c).strip(" \u2581")})
+        return {c: n for c, n in left.items() if self.normalized(c).strip(" \u2581")}
 
     def normalized(self, text: str) -> str:
-        normalizer = self.fast.normalizer
-        return normalizer.normalize_str(text) if normalizer else text
+        return self.fast.normalizer.normalize_str(text) if self.fast.normalizer else text
 
     def changes(self) -> list[str]:
         """What its normalizer changes and its words leave out, by examples: 'A' -> 'a'."""
         pairs = [(text, self.normalized(text).strip("\u2581 ")) for text in ("A", "é", "e\u0301", "ﬁ")]
         for text in ("a  b", "a\nb", "a\tb", " a"):
             text = text.replace("a", self.probe).replace("b", self.probe)
-            pairs.append((text, self.decode(self.encode(text))))
+            pairs.append((text, self.decode(self.read(text).ids)))
         return [f"{text!r} -> {got!r}" for text, got in pairs if text != got]
 
     @functools.cached_property
@@ -203,14 +208,9 @@ class HubTokenizer(Tokenizer):
         for before, after in zip(HARD, HARD[7:] + HARD[:7]):
             for letter in "aéд中":
                 a, b = before + letter, mark + after
-                if self.encode(a) + self.encode(b) != self.encode(a + b):
+                if self.read(a).ids + self.read(b).ids != self.read(a + b).ids:
                     return False
         return True
-
-    def offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        self.fast.encode_special_tokens = True
-        found = self.fast.encode(text, add_special_tokens=False)
-        return found.ids, found.offsets
 
     def wrap(self, a: list[int], b: list[int] | None = None) -> tuple[list[int], list[int]]:
         """As the model was trained to read one text or two: [CLS] a [SEP] b [SEP] for BERT."""
@@ -262,16 +262,13 @@ FAMILIES = {
 TURN_ENDS = (EOT, "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>",
              "<|assistant_end|>")
 
-# What is built here from older files: a class of transformers, its family, file, pattern and normalizer
-QWEN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
-        r"\s*[\r\n]+|\s+(?!\S)|\s+")
+# What is built here from older files: a class of transformers, its family and file
 BUILT = {
-    "BertTokenizer": ("BERT", "vocab.txt", None, None),
-    "DistilBertTokenizer": ("BERT", "vocab.txt", None, None),
-    "ElectraTokenizer": ("BERT", "vocab.txt", None, None),
-    "GPT2Tokenizer": ("GPT-2", "merges.txt", None, None),
-    "Qwen2Tokenizer": ("GPT-2", "merges.txt", QWEN, {"type": "NFC"}),
-    "RobertaTokenizer": ("RoBERTa", "merges.txt", None, None)}
+    "BertTokenizer": ("BERT", "vocab.txt"), "DistilBertTokenizer": ("BERT", "vocab.txt"),
+    "ElectraTokenizer": ("BERT", "vocab.txt"), "GPT2Tokenizer": ("GPT-2", "merges.txt"),
+    "Qwen2Tokenizer": ("GPT-2", "merges.txt"), "RobertaTokenizer": ("RoBERTa", "merges.txt")}
+QWEN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+        r"\s*[\r\n]+|\s+(?!\S)|\s+")  # where its texts are cut
 
 # The class of a model whose files do not name it
 CLASS_OF = {
@@ -295,12 +292,12 @@ def read_hub_tokenizer(path: str | Path) -> HubTokenizer:
     config = facts["tokenizer_config.json"]
     if config.get("kind") == "chars":  # an export of ours
         return Tokenizer.from_dict(config)
-    named = {**named_in(facts["special_tokens_map.json"]), **named_in(config)}
+    named = named_in(facts["special_tokens_map.json"]) | named_in(config)
     roles = {role: token for role, token in named.items() if token}
     try:
-        file = folder / "tokenizer.json"
-        if file.is_file():
-            text = as_configured(path, file.read_text(encoding="utf-8"), {**facts["config.json"], **config})
+        if (folder / "tokenizer.json").is_file():
+            text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+            text = as_configured(path, text, facts["config.json"] | config)
         else:
             text = built(path, folder, facts, roles)
         text, vocab = with_added(path, text, facts)
@@ -308,14 +305,20 @@ def read_hub_tokenizer(path: str | Path) -> HubTokenizer:
         raise
     except Exception as error:  # the library has no kind of its own
         raise UserError(f"{path}: tokenizer cannot be read: {error}") from None
-    id_files = facts["generation_config.json"], facts["config.json"]
+    token_of, ends, by_ids = {i: token for token, i in vocab.items()}, [], {}
+    for file in (facts["generation_config.json"], facts["config.json"]):
+        for role in ("bos_token", "eos_token", "pad_token"):
+            ids = file.get(f"{role}_id")
+            ids = [i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)]
+            if ids and ids[0] in token_of:
+                by_ids.setdefault(role, token_of[ids[0]])
+            if role == "eos_token":
+                ends += [i for i in ids if i in token_of]
     if not {"eos_token", "sep_token"} & set(roles):
         family = next((one for one in FAMILIES if vocab.keys() >= set(FAMILIES[one].values())), None)
         if family:
-            print(f"{path}: its files name no special tokens: those of {family}")
-        roles = {**(FAMILIES[family] if family else named_by_ids(id_files, vocab)), **roles}
-    known = set(vocab.values())
-    ends = [i for file in id_files for i in ids_of(file, "eos") if i in known]
+            say(f"{path}: its files name no special tokens: those of {family}")
+        roles = FAMILIES.get(family, by_ids) | roles
     ends += [vocab[token] for token in TURN_ENDS if token in vocab]
     kept = {name: value for name, value in config.items()  # with the roles that are none
             if name != "added_tokens_decoder" and (name not in named or value is None)}
@@ -335,37 +338,40 @@ def named_in(facts: dict) -> dict[str, str | None]:
     return found
 
 
-def named_by_ids(files: Iterable[dict], vocab: dict[str, int]) -> dict[str, str]:
-    """By eos_token_id and so on, in the first file that has it."""
-    token_of, found = {i: token for token, i in vocab.items()}, {}
-    for facts in files:
-        for role in ("bos", "eos", "pad"):
-            for i in ids_of(facts, role)[:1]:
-                if i in token_of:
-                    found.setdefault(f"{role}_token", token_of[i])
-    return found
-
-
-def ids_of(facts: dict, role: str) -> list[int]:
-    found = facts.get(f"{role}_token_id")
-    return [i for i in (found if isinstance(found, list) else [found]) if isinstance(i, int)]
-
-
 def bert_normalizer(config: dict) -> dict:
     return {"type": "BertNormalizer", "clean_text": True,
             "handle_chinese_chars": config.get("tokenize_chinese_chars", True),
             "strip_accents": config.get("strip_accents"), "lowercase": config.get("do_lower_case", True)}
 
 
+def llama_spaces(config: dict) -> dict:
+    """Where LlamaTokenizer puts a space that is not in the text, since transformers 5."""
+    before = config.get("add_prefix_space") in (None, True)
+    scheme = "never" if not before else "always" if config.get("legacy") else "first"
+    back = [{"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}, {"type": "ByteFallback"},
+            {"type": "Fuse"}]
+    back += [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * before
+    return {"normalizer": None, "decoder": {"type": "Sequence", "decoders": back}, "pre_tokenizer": {
+        "type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme, "split": False}}
+
+
 def as_configured(path: str | Path, text: str, config: dict) -> str:
-    """tokenizer.json with the normalizer that BERT's class makes, which tokenizer_config.json alone tells."""
-    content, kind = json.loads(text), config.get("tokenizer_class") or config.get("model_type")
-    normalizer, wanted = content.get("normalizer") or {}, bert_normalizer(config)
-    if "bert" not in str(kind).lower() or normalizer.get("type") != wanted["type"] or normalizer == wanted:
+    """tokenizer.json with the parts that BERT's and Llama's classes make themselves, whatever it says.
+
+    config: of tokenizer_config.json, and of config.json.
+    """
+    content, kind = json.loads(text), str(config.get("tokenizer_class") or config.get("model_type"))
+    wanted = {}
+    if "bert" in kind.lower() and (content.get("normalizer") or {}).get("type") == "BertNormalizer":
+        wanted = {"normalizer": bert_normalizer(config)}
+    elif (kind.startswith("LlamaTokenizer") and config.get("model_type", "llama") == "llama"
+          and content["model"].get("byte_fallback")):
+        wanted = llama_spaces(config)
+    differ = [part for part in wanted if content.get(part) != wanted[part]]
+    if not differ:
         return text
-    differ = [f"{name}={value}" for name, value in wanted.items() if normalizer.get(name) != value]
-    print(f"{path}: {', '.join(differ)}: by tokenizer_config.json, not as tokenizer.json says")
-    return json.dumps({**content, "normalizer": wanted}, ensure_ascii=False)
+    say(f"{path}: {', '.join(differ)}: by tokenizer_config.json, not as tokenizer.json says")
+    return json.dumps(content | wanted, ensure_ascii=False)
 
 
 def with_added(path: str | Path, text: str, facts: dict[str, dict]) -> tuple[str, dict[str, int]]:
@@ -392,15 +398,14 @@ def with_added(path: str | Path, text: str, facts: dict[str, dict]) -> tuple[str
 
 def class_of(path: str | Path, folder: Path, facts: dict[str, dict]) -> str:
     """The class of transformers that reads a folder without a tokenizer.json."""
-    for name in ("tokenizer_config.json", "config.json"):
-        named = facts[name].get("tokenizer_class")
-        if named:
-            return str(named).removesuffix("Fast")
+    named = facts["tokenizer_config.json"].get("tokenizer_class") or facts["config.json"].get("tokenizer_class")
+    if named:
+        return str(named).removesuffix("Fast")
     kind = facts["config.json"].get("model_type")
-    if kind and kind not in CLASS_OF:
+    guess = CLASS_OF.get(kind)
+    if kind and not guess:
         raise UserError(f"{path}: has no tokenizer.json, and which tokenizer goes with model_type={kind} is "
                         "not known here: tokenizer_class in tokenizer_config.json would say it")
-    guess = CLASS_OF.get(kind)
     if guess and (guess not in BUILT or (folder / BUILT[guess][1]).is_file()):
         return guess
     if (folder / "vocab.txt").is_file():
@@ -410,71 +415,43 @@ def class_of(path: str | Path, folder: Path, facts: dict[str, dict]) -> str:
     else:
         raise UserError(f"{path}: has no tokenizer.json, no vocab.txt and no merges.txt, and its "
                         "tokenizer_config.json names no tokenizer_class that would say what else it has")
-    print(f"{path}: names no tokenizer_class: read as a {guess}")
+    say(f"{path}: names no tokenizer_class: read as a {guess}")
     return guess
 
 
 def built(path: str | Path, folder: Path, facts: dict[str, dict], roles: dict) -> str:
-    """tokenizer.json for a folder that has only older files."""
+    """tokenizer.json for a folder that has only older files. roles: gains those that a class knows."""
     config, name = facts["tokenizer_config.json"], class_of(path, folder, facts)
-    family, file, pattern, normalizer = BUILT.get(name, ("", "", None, None))
+    family, file = BUILT.get(name, ("", ""))
     more = config.get("add_bos_token") or config.get("add_eos_token")
     if not family or more or not (folder / file).is_file():
         return converted(path, folder, name, config, roles)
-    roles = {**FAMILIES[family], **roles}
+    token = FAMILIES[family] | roles
     lines = (folder / file).read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    space = config.get("add_prefix_space", False)
     if family == "BERT":
-        vocab = {token: i for i, token in enumerate(lines)}
-        parts = word_pieces(vocab, roles["unk_token"], config)
+        vocab = {piece: i for i, piece in enumerate(lines)}
         around = {"type": "BertProcessing"}
+        parts = {
+            "normalizer": bert_normalizer(config), "pre_tokenizer": {"type": "BertPreTokenizer"},
+            "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
+            "model": {"type": "WordPiece", "unk_token": token["unk_token"], "vocab": vocab,
+                      "continuing_subword_prefix": "##", "max_input_chars_per_word": 100}}
     else:
-        vocab = read_json(folder / "vocab.json")
-        merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-        model = {"type": "BPE", "vocab": vocab, "merges": merges}
-        parts = {"model": model, "normalizer": normalizer, **by_bytes(pattern, space)}
+        vocab, space = read_json(folder / "vocab.json"), config.get("add_prefix_space", False)
         around = {"type": "RobertaProcessing", "trim_offsets": True, "add_prefix_space": space}
+        merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+        parts = {"model": {"type": "BPE", "vocab": vocab, "merges": merges}}
+        is_qwen = name == "Qwen2Tokenizer"
+        parts |= {**by_bytes(QWEN if is_qwen else None, space), "normalizer": {"type": "NFC"} if is_qwen else None}
     if "cls_token" in FAMILIES[family]:
-        cls, sep = roles["cls_token"], roles["sep_token"]
+        cls, sep = token["cls_token"], token["sep_token"]
         parts["post_processor"] = {**around, "cls": [cls, vocab.get(cls)], "sep": [sep, vocab.get(sep)]}
-    specials = {token: vocab[token] for token in roles.values() if token in vocab}
-    return json.dumps(tokenizer_json(specials, parts))
-
-
-def word_pieces(vocab: dict[str, int], unknown: str, config: dict) -> dict:
-    """BERT's cuts and words."""
-    return {
-        "normalizer": bert_normalizer(config),
-        "pre_tokenizer": {"type": "BertPreTokenizer"},
-        "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
-        "model": {"type": "WordPiece", "unk_token": unknown, "continuing_subword_prefix": "##",
-                  "max_input_chars_per_word": 100, "vocab": vocab}}
-
-
-def tokenizer_json(specials: dict[str, int], parts: dict) -> dict:
-    """A mask takes the space before it, as RoBERTa's does."""
-    flags = dict.fromkeys(("single_word", "rstrip", "normalized"), False)
-    added = [{"id": i, "content": token, "lstrip": token == "<mask>", "special": True, **flags}
-             for token, i in sorted(specials.items(), key=lambda pair: pair[1])]
-    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
-            "normalizer": None, "post_processor": None, **parts}
-
-
-def by_bytes(pattern: str | None, space: bool = False) -> dict:
-    """How a text is cut, by GPT-2's own pattern if none is given, and how its bytes are written."""
-    level = {"type": "ByteLevel", "add_prefix_space": space, "trim_offsets": True, "use_regex": not pattern}
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    cut = {"type": "Sequence", "pretokenizers": [split, level]} if pattern else level
-    return {"pre_tokenizer": cut, "decoder": level}
+    return json.dumps(tokenizer_json({one: vocab[one] for one in token.values() if one in vocab}, parts))
 
 
 def converted(path: str | Path, folder: Path, name: str, config: dict, roles: dict) -> str:
-    """tokenizer.json of other files, such as SentencePiece's, by the class of transformers that they name.
-
-    roles: gains those that the class knows.
-    """
-    llama = name == "LlamaTokenizer"
-    begin = {"add_bos_token": True} if llama and "add_bos_token" not in config else {}
+    """tokenizer.json of other files, such as SentencePiece's, by the class of transformers that they name."""
+    begin = {"add_bos_token": True} if name == "LlamaTokenizer" and "add_bos_token" not in config else {}
     try:
         import transformers
         known = getattr(transformers, name, None) if name.endswith("Tokenizer") else None
@@ -482,8 +459,7 @@ def converted(path: str | Path, folder: Path, name: str, config: dict, roles: di
             raise ValueError(f"tokenizer_class={name} is known neither here nor to transformers")
         if not any((folder / file).is_file() for file in known.vocab_files_names.values()):
             raise ValueError(f"it has no file of a {name} ({', '.join(known.vocab_files_names.values())})")
-        made = known.from_pretrained(folder, **begin)
-        text = made.backend_tokenizer.to_str()
+        made = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **begin)
     except ImportError:
         raise UserError(f"{path}: has no tokenizer.json; other files of a {name} need: pip install "
                         "transformers sentencepiece protobuf") from None
@@ -491,20 +467,15 @@ def converted(path: str | Path, folder: Path, name: str, config: dict, roles: di
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{path}: has no tokenizer.json, which would be read, and none can be made: "
                         f"{reason[:200]}") from None
-    print(f"{path}: has no tokenizer.json: converted by transformers' {name}")
-    roles |= {role: token for role, token in made.special_tokens_map.items()
-              if isinstance(token, str) and role not in roles}
-    if not llama or config.get("legacy") is False or config.get("add_prefix_space") is False:
-        return text
-    # a space before all, even before spaces, as in SentencePiece and the files that Llama came with
-    spaces = [{"type": "Prepend", "prepend": "\u2581"},
-              {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]
-    spaces = {"type": "Sequence", "normalizers": spaces}
-    return json.dumps({**json.loads(text), "normalizer": spaces, "pre_tokenizer": None})
+    say(f"{path}: has no tokenizer.json: converted by transformers' {name}")
+    for role, token in made.special_tokens_map.items():
+        if isinstance(token, str):
+            roles.setdefault(role, token)
+    return made.backend_tokenizer.to_str()
 
 
 # -----------------------------------------------------------------------------
-# As transformers' AutoTokenizer reads them
+# Out: as transformers' AutoTokenizer reads them
 
 def export(tokenizer: Tokenizer, folder: str | Path, context: int) -> None:
     """A tokenizer of ours."""
@@ -522,7 +493,24 @@ def export(tokenizer: Tokenizer, folder: str | Path, context: int) -> None:
     if importlib.util.find_spec("tokenizers"):
         same_ids(read_hub_tokenizer(folder), tokenizer.encode, folder)
     else:
-        print(f"{folder}: the exported tokenizer is not checked: pip install tokenizers")
+        say(f"{folder}: the exported tokenizer is not checked: pip install tokenizers")
+
+
+def tokenizer_json(specials: dict[str, int], parts: dict) -> dict:
+    """A mask takes the space before it, as RoBERTa's does."""
+    flags = dict.fromkeys(("single_word", "rstrip", "normalized"), False)
+    added = [{"id": i, "content": token, "lstrip": token == "<mask>", "special": True, **flags}
+             for token, i in sorted(specials.items(), key=lambda pair: pair[1])]
+    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+            "normalizer": None, "post_processor": None, **parts}
+
+
+def by_bytes(pattern: str | None, space: bool = False) -> dict:
+    """How a text is cut, by GPT-2's own pattern if none is given, and how its bytes are written."""
+    level = {"type": "ByteLevel", "add_prefix_space": space, "trim_offsets": True, "use_regex": not pattern}
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    cut = {"type": "Sequence", "pretokenizers": [split, level]} if pattern else level
+    return {"pre_tokenizer": cut, "decoder": level}
 
 
 def merges_of(ranks: list[bytes]) -> Iterator[tuple[bytes, bytes]]:

@@ -10,7 +10,6 @@ import math
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
@@ -22,8 +21,8 @@ import torch
 from config import UserError
 from lib.families import (GPT2, TASKS, Family, body_prefix, canonical, class_of, from_hf_config, guessed,
                           pooler_name, their_names, to_hf_config, turned)
-from lib.hub import ADAPTER_FILES, WEIGHT_FILES, base_of, folder_of, open_weights, read_json
-from lib.run import main_process, write_text
+from lib.hub import ADAPTER_FILES, WEIGHT_FILES, base_of, folder_of, open_weights, read_json, say
+from lib.run import write_text
 from model import Config, Transformer
 
 
@@ -54,12 +53,6 @@ def load(cls: type[Transformer], path: str | Path, dropout: float, block_size: i
     except Exception as error:  # values of any type and size may be in these files
         told = str(error).strip().split("\n")[0][:120]
         raise ValueError(f"{path}: its files are damaged ({type(error).__name__}: {told})") from error
-
-
-def say(what: str) -> None:
-    """On stderr, once: what is printed may be a table."""
-    if main_process():
-        print(f"({what})", file=sys.stderr)
 
 
 def read_model(cls: type[Transformer], source: Source, dropout: float, block_size: int | None,

@@ -129,6 +129,7 @@ class Task:
             if count:
                 say(f"{count:,} {'text' if count == 1 else 'texts'} {note}")
         self.notes.clear()
+        self.tokenizer.tell(say)
 
     def examples(self, rows: list[Row]) -> list[Example]:
         """The one way from texts to a model's inputs, in training and in use. What it cuts or replaces is
@@ -137,10 +138,6 @@ class Task:
             self.check_pair(row)
         found = self.inputs(rows)
         self.notes["empty"] += sum(not row.text.strip() for row in rows)
-        unknown = getattr(self.tokenizer, "unknown", None)
-        if unknown is not None:
-            strange = {one.row for one in found if any(unknown in ids for ids, _ in one.parts)}
-            self.notes["with characters that the tokenizer does not know"] += len(strange)
         return found
 
     def settle(self, examples: list[Example], s) -> str:

@@ -55,6 +55,7 @@ class Tokenizer:
     safe = SAFE  # where a long text may be cut: it gives the same ids
     heavy = False  # does it take much memory for a text?
     prefix = []  # ids that its model reads before every text
+    lost = Counter()  # characters that no id stands for, in what was encoded since the last tell(): none
 
     def __init__(self, kind: str, pattern: str, ranks: list[bytes], specials: dict[str, int]):
         self.kind, self.pattern, self.ranks, self.specials = kind, pattern, ranks, specials
@@ -104,6 +105,12 @@ class Tokenizer:
         if len(self.ranks) > 256 and text.count(EOT) == sum(ends) and not long_gaps(text):
             return self.encoding.encode_to_numpy(text, allowed_special={EOT}, disallowed_special=())
         return with_ends([np.array(self.encode(text), np.uint32) for text in texts], ends, self.eot)
+
+    def tell(self, say: Callable) -> None:
+        """Say what was lost since the last time."""
+        if self.lost:
+            say(f"the tokenizer has no ids for some characters: {in_words(self.lost)}")
+            self.lost.clear()
 
     def changes(self) -> list[str]:
         """What encode and decode do not give back, in words: nothing."""
@@ -216,6 +223,12 @@ class Characters(Tokenizer):
         model = {"type": "BPE", "vocab": self.id_of, "merges": []}
         write(folder, context, {}, self.to_dict(),
               tokenizer_json({}, {"model": model, "pre_tokenizer": None, "decoder": {"type": "Fuse"}}))
+
+
+def in_words(lost: Counter) -> str:
+    """'中' 2 times, '文' 1 times"""
+    most = sorted(lost, key=lambda c: (-lost[c], c))
+    return ", ".join(f"{c!r} {lost[c]:,} times" for c in most[:3]) + ", ..." * (len(most) > 3)
 
 
 def long_gaps(text: str) -> list[int]:

@@ -178,6 +178,18 @@ def test_a_masked_model_fills_gaps():
             sample.fill(model, tokenizer, text)
 
 
+@pytest.mark.parametrize("name, end", [("bert", ""), ("llama", ""), ("bert", "ForSequenceClassification")])
+def test_characters_without_an_id_are_counted_wherever_a_text_is_read(name, end, tmp_path):
+    if end:
+        published_head(tmp_path / "in", name, end)
+    else:
+        theirs(name).save_pretrained(tmp_path / "in")
+        write_tokenizer(tmp_path / "in", causal=name == "llama")
+    said = run_here(sample, f"--init_from={tmp_path / 'in'}", "--start=a 中文中 [MASK]")
+    told = "(the tokenizer has no ids for some characters: '中' 2 times, '文' 1 times)"
+    assert said.count(told) == 1
+
+
 @pytest.mark.parametrize("column, bias", [("modern", False), ("gpt2", False), ("gpt2", True)])
 def test_a_run_is_exported_whole(column, bias, tmp_path):
     transformers = pytest.importorskip("transformers")

@@ -104,6 +104,7 @@ class Case(NamedTuple):
 def of_a_token(model: Transformer, tokenizer, text: str, target: str) -> Case:
     """A language model's logit of a token behind the text, or in its gap: of target, else the likeliest."""
     ids = tokenizer.prompt(text) if model.config.causal else tokenizer.encode(text, specials=True)
+    tokenizer.tell(warn)
     most = model.config.block_size
     if model.config.causal:
         if len(ids) > most:  # as it writes
