@@ -185,7 +185,7 @@ def test_characters_without_an_id_are_counted_wherever_a_text_is_read(name, end,
     else:
         theirs(name).save_pretrained(tmp_path / "in")
         write_tokenizer(tmp_path / "in", causal=name == "llama")
-    said = run_here(sample, f"--init_from={tmp_path / 'in'}", "--start=a 中文中 [MASK]")
+    said = run_here(sample, f"--init_from={tmp_path / 'in'}", "--start=中文中 a" + " [MASK]" * (name == "bert" and not end))
     told = "(the tokenizer has no ids for some characters: '中' 2 times, '文' 1 times)"
     assert said.count(told) == 1
 
