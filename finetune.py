@@ -37,7 +37,7 @@ from lib.optim import Pruning
 from lib.report import Tested, summary_of_folds, table, write_results
 from lib.rows import IN_WORDS, WORDS, Row, text_key
 from lib.run import (BadSteps, Machine, Pace, Run, State, find_checkpoint, in_words,
-                     left_by_runs, load_body, main_process, memory_advice, model_of, refuse_to_replace,
+                     left_by_runs, load_body, main_process, model_of, refuse_to_replace,
                      step_line, stored_settings, to_device, write_json)
 from lib.splits import BUILT_IN, known_columns, read_splits
 from lib.tasks import TASKS, Example, Task, Vectors
@@ -111,6 +111,7 @@ log_interval: at_least(1) = 50  # steps from one log line to the next
 # system
 device: str = "auto"  # auto: cuda, else mps, else cpu
 dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; auto: what is fast
+matmul: Literal["auto", "float32", "bfloat16"] = "auto"  # of a CPU's training steps; auto: what is fast
 seed: at_least(0, below=2**63) = 1337  # of weights, splits, order and dropout
 # -----------------------------------------------------------------------------
 
@@ -596,7 +597,7 @@ def open_model(run: Run, train: list[Row], given: dict, s: SimpleNamespace) -> T
     fields = given if run.init_from == "scratch" else {"dropout": given.get("dropout", 0.1)}
     run.same({**vars(s), **fields}, FIXED + tuple(name for name in fields if name != "dropout"))
     task, saved = TASKS[s.task], run.checkpoint
-    if saved is None:
+    if not saved:
         model = new_model(train, given, run.init_from, s)
     elif "head" not in saved:
         raise UserError(f"{run.source}: a run of train.py: --init_from={run.folder} takes its weights")
@@ -613,7 +614,7 @@ def open_model(run: Run, train: list[Row], given: dict, s: SimpleNamespace) -> T
         add_lora(model.body, s.lora_rank, s.lora_alpha)
     if s.freeze:
         model.body.requires_grad_(False)
-    if saved is not None:
+    if saved:
         model.body.load_state_dict(saved["model"])
         if model.head is not None:
             model.head.load_state_dict(weights)
@@ -655,6 +656,7 @@ def fine_tune(run: Run, train: list[Row], val: list[Row], test: list[Row], given
                         "context, or no prompt leaves room for a response in "
                         f"{task.head['max_length']} tokens")
     settled = task.settle(examples, s)
+    machine.choose(s.matmul, model.body.config.n_embd, run.machine_then)
     origin = {"data": fingerprint(train + val)}
     machine.agree(f"data={s.data}", origin["data"].encode())
     run.check_data(origin)
@@ -692,12 +694,11 @@ def fine_tune(run: Run, train: list[Row], val: list[Row], test: list[Row], given
         # the step's learning rate, its examples, its update
         factor = lr_factor(state.step, s.schedule, warmup_iters, len(plan.steps), s.min_lr / s.learning_rate)
         set_lr(optimizers, factor)
-        with memory_advice(s.batch_size, s.gradient_accumulation_steps):
-            micro_batches = plan.micro_batches(state.step, task, taught, machine)
-            counted = sum(task.count(batch["target"], weight) * batch.get("counts", 1.0)
-                          for batch in micro_batches)
-            (loss, penalty), norm = train_step(objective, [(batch,) for batch in micro_batches], counted,
-                                               model, optimizers, machine, s.grad_clip)
+        micro_batches = plan.micro_batches(state.step, task, taught, machine)
+        counted = sum(task.count(batch["target"], weight) * batch.get("counts", 1.0)
+                      for batch in micro_batches)
+        (loss, penalty), norm = train_step(objective, [(batch,) for batch in micro_batches], counted, model,
+                                           optimizers, machine, s.grad_clip)
         bad_steps.add(state.step + 1, s.learning_rate * factor, loss + penalty, norm)
         if machine.scaler and bad_steps.in_a_row:
             continue  # float16 overflowed: the scaler has lowered its factor, and the step does not count

@@ -20,7 +20,7 @@ import sample
 import train
 from config import SettingError, UserError
 from lib.optim import optimizer_state
-from lib.run import Machine, memory_advice
+from lib.run import Machine
 from model import MLP, POSITIONS, Config, Learned, Sampling, Transformer, block_matrices, draw
 from tests.helpers import (TOY, Half, checkpoint, difference, log_of, posix, run_here, same, script,
                            slow, tiny, together, tokens)
@@ -656,16 +656,6 @@ def test_a_penalty_is_in_the_training_alone_and_a_bad_step_is_told(home, monkeyp
     assert rows[0]["loss"] == pytest.approx(math.log(300), abs=0.2)  # without it
     evaluations = [row for row in log_of(home / "out/penalty") if "val_loss" in row]
     assert "val_accuracy" in evaluations[0] and evaluations[0]["mean_loss"] < 6
-
-
-def test_out_of_memory_says_what_to_lower():
-    with pytest.raises(UserError, match=r"--batch_size=6 --gradient_accumulation_steps=10 .*--remat"):
-        with memory_advice(12, 5, train.REMAT):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-    with pytest.raises(UserError, match="batch_size=1: out of memory: take shorter"), memory_advice(1, 5, ""):
-        torch.empty(2**60)
-    with pytest.raises(RuntimeError, match="other"), memory_advice(1, 5):
-        raise RuntimeError("other")
 
 
 def test_a_masked_model_is_trained_and_teaches(home):

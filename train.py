@@ -31,11 +31,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recomputed
 
 import prepare
-from config import SettingError, UserError, above, at_least, defaults_of, launch, place_of, values_of
+from config import (SettingError, UserError, above, at_least, defaults_of, launch, out_of_memory,
+                    place_of, values_of)
 from lib.hub import full_id, is_published
-from lib.optim import Momentum, Muon, Pruning
+from lib.optim import AdamW, Momentum, Muon, Pruning
 from lib.run import (BadSteps, FileCheck, Machine, Pace, Run, State, clock, in_words, load_body, main_process,
-                     memory_advice, model_of, step_line, stored_settings)
+                     model_of, step_line, stored_settings)
 from lib.tokenizer import Tokenizer, same_tokenizer
 from model import Config, TokenEmbedding, Transformer, block_matrices, tell_compile_failed
 
@@ -91,6 +92,7 @@ max_bad_steps: at_least(1) = 20  # this many in a row with a loss or gradient th
 # system
 device: str = "auto"  # auto: cuda, else mps, else cpu; or one of those, or cuda:1
 dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; auto: what is fast
+matmul: Literal["auto", "float32", "bfloat16"] = "auto"  # of a CPU's training steps; auto: what is fast
 compile: bool = True  # torch.compile: half a minute at the start, faster steps (falls back if it fails)
 remat: bool = False  # compute the blocks' activations again in the backward pass: less memory, a third slower
 backend: Literal["auto", "nccl", "gloo"] = "auto"  # of torch.distributed; auto: nccl on GPUs, else gloo
@@ -293,12 +295,13 @@ class Objective(nn.Module):
             at = at + idx.size(1) * torch.arange(len(idx), device=idx.device).unsqueeze(1)
             rows = [t.index_select(0, at.flatten()) for t in rows]  # (B * counted, C), (B * counted,)
         x, *others = rows
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
-            chunk = max(64, IN_CACHE // self.model.config.vocab_size)  # tokens
-            trained = [p for p in self.model.parameters() if p.requires_grad]
-            sums = InCache.apply(self.head_loss, chunk, x, others, *trained)
-        else:
+        if torch.compiler.is_compiling():
             sums = self.head_loss(x, *others)
+        else:
+            most = IN_CACHE if x.device.type == "cpu" else IN_MEMORY
+            chunk = max(64, most // self.model.config.vocab_size)  # tokens
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            sums = InChunks.apply(self.head_loss, chunk, x, others, *trained)
         if not self.training:
             return sums
         penalty = self.model.penalty() * (targets != -1).sum()
@@ -322,14 +325,16 @@ class Objective(nn.Module):
 
 
 IN_CACHE = 2**19  # logits in a chunk: 2 MB, about a core's own cache
+IN_MEMORY = 2**26  # on a GPU: 0.3 GB, of which there are a few copies
 
 
-class InCache(torch.autograd.Function):
+class InChunks(torch.autograd.Function):
     """A loss over many tokens, with its gradient, a chunk of tokens at a time.
 
     The logits are by far the largest tensor of a small model; written to memory and read again by each of a
-    dozen operations, forward and backward, they took half the time of a step. Compiled code is fused, and
-    needs none of this. params: all that the loss may depend on; those that it does not get no gradient.
+    dozen operations, forward and backward, they took half the time of a step on a CPU, and most of a GPU's
+    memory. Compiled code is fused, and needs none of this. params: all that the loss may depend on; those
+    that it does not get no gradient.
     """
 
     @staticmethod
@@ -359,9 +364,6 @@ class InCache(torch.autograd.Function):
         return None, None, grad_x * g[0], None, *scaled
 
 
-REMAT = "--remat computes activations again instead of keeping them"
-
-
 def recompute_blocks(model: Transformer) -> None:
     """Keep only each block's input for the backward pass, which recomputes the rest."""
     for block in model.blocks:
@@ -386,7 +388,7 @@ def load_teacher(path: str, config: Config, tokenizer: dict) -> Transformer:
 # Optimizers, and the learning rate
 
 OPTIMIZERS = {  # name -> what makes one; groups: of parameters, each with its lr and weight_decay
-    "adamw": lambda groups, betas, momentum: torch.optim.AdamW(groups, betas=betas, fused=True),
+    "adamw": lambda groups, betas, momentum: AdamW(groups, betas=betas, fused=True),
     "muon": lambda groups, betas, momentum: Muon(groups),
     "lars": lambda groups, betas, momentum: Momentum(groups, momentum=momentum, trust=0.001),
     "sgd": lambda groups, betas, momentum: Momentum(groups, momentum=momentum),
@@ -489,17 +491,18 @@ def train_step(objective, micro_batches: list[tuple], counted: torch.Tensor, mod
     counted = machine.sum(counted)
     counted = counted + (counted == 0)  # no targets, nothing to learn: do not divide by 0
     total = torch.zeros(2, device=machine.device)
-    for n, micro_batch in enumerate(micro_batches, start=1):
-        # DDP averages gradients over the processes in a step's last backward pass, earlier ones stay local
-        local = machine.world > 1 and n < len(micro_batches)
-        with objective.no_sync() if local else contextlib.nullcontext():
-            with machine.amp():
-                sums = objective(*micro_batch) / counted
-            total += sums.detach()
-            loss = sums.sum() * machine.world  # undoes DDP's average: a sum is wanted
-            (machine.scaler.scale(loss) if machine.scaler else loss).backward()
-    machine.sum(total)
-    return total, update(model, optimizers, total.sum(), grad_clip, machine.scaler)
+    with machine.training():
+        for n, micro_batch in enumerate(micro_batches, start=1):
+            # DDP averages gradients over the processes in a step's last backward pass, earlier ones stay local
+            local = machine.world > 1 and n < len(micro_batches)
+            with objective.no_sync() if local else contextlib.nullcontext():
+                with machine.amp():
+                    sums = objective(*micro_batch) / counted
+                total += sums.detach()
+                loss = sums.sum() * machine.world  # undoes DDP's average: a sum is wanted
+                (machine.scaler.scale(loss) if machine.scaler else loss).backward()
+        machine.sum(total)
+        return total, update(model, optimizers, total.sum(), grad_clip, machine.scaler)
 
 
 def update(model, optimizers, loss, grad_clip, scaler=None) -> torch.Tensor:
@@ -546,10 +549,12 @@ def compiled(objective: nn.Module, machine: Machine, example: list) -> nn.Module
     devices = [machine.device] if machine.device.type == "cuda" else []
     try:
         faster = torch.compile(objective)
-        with torch.random.fork_rng(devices), machine.amp():  # training's random numbers stay the same
+        with torch.random.fork_rng(devices), machine.training(), machine.amp():  # training's draws stay the same
             faster(*example).sum().backward()
         return faster
     except Exception as error:  # no C++ compiler, no Triton, a GPU too old...
+        if out_of_memory(error):
+            raise  # not compiled it would need even more
         tell_compile_failed(error)
         return objective
     finally:
@@ -730,6 +735,7 @@ def main(given: dict):
     config, tokenizer = model.config, data.tokenizer
     settings = {**values_of(globals()), **asdict(config), "init_from": run.init_from}
     run.same(settings, FIXED, () if eval_only else COMPARED_ON)
+    machine.choose(matmul, config.n_embd, run.machine_then)
     mask = None if config.causal else masking(mask_rate, tokenizer)
     counted = None if config.causal else count_masked(config.block_size, mask_rate)
     windows = Windows(data.train, config.block_size, seed, mask)
@@ -780,9 +786,8 @@ def main(given: dict):
         x, y = next(batches)  # (N, T) each
         state.seen += step_windows
         micro_batches = list(zip(x.split(batch_size), y.split(batch_size), strict=True))
-        with memory_advice(batch_size, gradient_accumulation_steps, "" if remat else REMAT):
-            (loss, penalty), norm = train_step(objective, micro_batches, (y != -1).sum(), model, optimizers,
-                                               machine, grad_clip)
+        (loss, penalty), norm = train_step(objective, micro_batches, (y != -1).sum(), model, optimizers,
+                                           machine, grad_clip)
         bad_steps.add(state.step + 1, learning_rate * factor, loss + penalty, norm)
         if machine.scaler and bad_steps.in_a_row:
             continue  # float16 overflowed: the scaler has lowered its factor, and the step does not count

@@ -136,7 +136,7 @@ def launch(main: Callable, script: dict, fields: type | None = None, stored: Cal
     except SystemExit as done:
         end(done.code or 0)
     except Exception as error:
-        known = in_one_line(error)
+        known = in_one_line(error, script)
         if not known and alone():
             raise
         end(known.status if known else 1, known or error)
@@ -167,23 +167,43 @@ def end(status: int, error: Exception | None = None) -> None:
     group.leave(status, failed=error is not None)
 
 
-NO_MEMORY = "out of memory|can't allocate|not enough memory"
 ELSEWHERE = "you may not: give another folder"
 REMEDIES = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EFBIG: "make room",
             errno.EACCES: ELSEWHERE, errno.EPERM: ELSEWHERE, errno.EROFS: "give another folder",
             errno.ENOTDIR: "a file is where a folder is wanted", errno.ENAMETOOLONG: "give a shorter one"}
 
 
-def in_one_line(error: Exception) -> UserError | None:
-    """What the user can mend; None for any other error."""
+def in_one_line(error: Exception, script: dict) -> UserError | None:
+    """What the user can mend; None for any other error. script: its globals()."""
     if isinstance(error, UserError):
         return error
-    if isinstance(error, MemoryError) or re.search(NO_MEMORY, str(error).lower()):
-        return UserError("out of memory: take a smaller model, a shorter context, a smaller batch_size, or "
-                         "--device=cpu if there was a GPU")
+    if out_of_memory(error):
+        return UserError(what_to_lower(script))
     if isinstance(error, OSError) and error.filename is not None:
         return UserError(f"{error.filename}: {why(error)}")
     return None
+
+
+def out_of_memory(error: Exception) -> bool:
+    told = re.search("out of memory|can't allocate|not enough memory", str(error).lower())
+    return isinstance(error, MemoryError) or told is not None
+
+
+def what_to_lower(script: dict) -> str:
+    """Out of memory: in a training, first what leaves the run as it is."""
+    found, told = [], "out of memory: "
+    size, steps = script.get("batch_size", 1), script.get("gradient_accumulation_steps")
+    half = max((n for n in range(1, size) if size % n == 0), default=None)
+    if steps:
+        told = f"batch_size={size}: {told}"
+    if steps and half:
+        found.append(f"--batch_size={half} --gradient_accumulation_steps={steps * size // half} is the same run "
+                     "in less")
+    if script.get("remat") is False:
+        found.append("--remat computes activations again instead of keeping them")
+    found.append("take a smaller model, a shorter context, a smaller batch_size, or --device=cpu if there was a "
+                 "GPU")
+    return told + "; ".join(found)
 
 
 def why(error: Exception) -> str:
@@ -291,8 +311,8 @@ def begins_from(origins: list[str], folder: str, stored: Callable) -> str:
     from what another place, such as a config file, says. A run that torchrun starts again always goes on.
     """
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-        from lib import group
-        if group.goes_on(folder) and stored(folder)[0]:
+        from lib.run import goes_on
+        if goes_on(folder) and stored(folder)[0]:
             return "resume"
     asked = [one for one in origins if one.partition(":")[0] == "auto"]
     if not asked:
@@ -330,8 +350,9 @@ def fields_of(cls: type | None) -> dict[str, Setting]:
     """The fields of a dataclass, and of those that it extends."""
     found = {}
     for one in reversed(cls.__mro__[:-1]) if cls else ():
-        namespace = {**vars(sys.modules[one.__module__]), **vars(one)}
-        found.update(declared(one.__annotations__, inspect.getsource(one), namespace))
+        module = sys.modules[one.__module__]
+        source = inspect.getsource(module).partition(f"\nclass {one.__name__}")[2]  # without parsing all of it
+        found.update(declared(one.__annotations__, source, {**vars(module), **vars(one)}))
     return found
 
 

@@ -11,14 +11,12 @@ that wait for a GPU, and to those that never came to join.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import sys
 import threading
 import time
 from datetime import timedelta
-from pathlib import Path
 from typing import Optional
 
 import torch.distributed as dist
@@ -47,19 +45,6 @@ def run_id() -> Optional[str]:
     """torchrun's name for the run, the same in all attempts; some have none of their own."""
     name = os.environ.get("TORCHELASTIC_RUN_ID")
     return f"of process {os.getppid()}" if name == "none" else name
-
-
-def holder_of(lock: Path) -> dict:
-    """What the last process to lock a run's folder wrote there."""
-    try:
-        return dict(json.loads(lock.read_text(encoding="utf-8")))
-    except (OSError, TypeError, ValueError):
-        return {}
-
-
-def goes_on(folder: str | Path) -> bool:
-    """Is this another attempt of torchrun's at the run in a folder, which an earlier one was let begin?"""
-    return attempt() > 0 and holder_of(Path(folder) / "run.lock").get("torchrun") == run_id() is not None
 
 
 def join(backend: str) -> None:

@@ -9,6 +9,8 @@ is not finite is found on the device, and nobody waits to read it. See `update` 
 """
 from __future__ import annotations
 
+import inspect
+
 import torch
 import torch.distributed as dist
 from torch.nn.utils import prune
@@ -16,7 +18,18 @@ from torch.nn.utils import prune
 from model import block_matrices
 
 
-class Muon(torch.optim.Optimizer):
+class Uncompiled(torch.optim.Optimizer):
+    """torch imports all of torch.compile, 1.4 s, to keep it out of these functions; nobody compiles them here."""
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+
+
+class AdamW(Uncompiled, torch.optim.AdamW):
+    """torch's own."""
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
+class Muon(Uncompiled):
     """Momentum, whose step is made orthogonal: all directions of a matrix move alike (Jordan et al. 2024).
 
     Takes matrices only. Those of one shape are stacked, so that a model's worth of small products becomes a
@@ -62,7 +75,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(steps, [ok.float()] * len(steps))  # a single one would be read on the host
 
 
-class PerTensor(torch.optim.Optimizer):
+class PerTensor(Uncompiled):
     """Moves each tensor by itself, with a momentum of its own. A subclass writes `move`."""
     _step_supports_amp_scaling = True
 

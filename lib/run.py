@@ -31,7 +31,7 @@ from typing import Optional
 import torch
 import torch.distributed as dist
 
-from config import NO_MEMORY, OF_THE_COMMAND, SettingError, UserError, why
+from config import OF_THE_COMMAND, SettingError, UserError, why
 from lib import group
 from lib.hub import folder_of_tokenizer, is_published
 from lib.optim import load_optimizer_state, optimizer_state
@@ -58,9 +58,11 @@ class Machine:
                  deterministic: bool = False, backend: str = "auto"):
         self.rank, self.world = group.rank(), group.world()
         self.main = self.rank == 0
-        self.first_here = os.environ.get("LOCAL_RANK", "0") == "0"  # of this machine's processes
-        self.device = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
-        self.dtype = pick_dtype(dtype, self.device)
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.first_here = local_rank == 0  # of this machine's processes
+        self.device = pick_device(device, local_rank)
+        on_gpu = self.device.type == "cuda"
+        self.asked, self.dtype = dtype, pick_dtype(dtype, self.device)
         self.scaler = None
         if self.dtype == torch.float16:
             if self.device.type == "cpu":
@@ -68,18 +70,47 @@ class Machine:
             self.scaler = torch.amp.GradScaler(self.device.type)
         if self.world > 1 and not dist.is_initialized():
             # gloo beside nccl: to agree on stopping, the processes need not wait for the GPUs
-            both = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            both = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
             group.join(both if backend in ("auto", "nccl") else backend)
-        torch.set_float32_matmul_precision("high")  # tf32 where a GPU has it
+        if on_gpu:
+            torch.set_float32_matmul_precision("high")  # tf32
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         torch.manual_seed(seed)
+        self.chosen = {"threads": torch.get_num_threads(), "matmul": "float32"}
+
+    def choose(self, matmul: str, width: int, earlier: dict) -> None:
+        """On a CPU, how many threads, and how a training step multiplies: once for a run, since its last bits
+        depend on both.
+
+        matmul: auto, float32 or bfloat16. width: of the model. earlier: what an earlier process of the run
+        chose, which is taken again, if this machine has it. Raises SettingError.
+        """
+        units = self.device.type == "cpu" and has_bfloat16_units()
+        if matmul == "bfloat16" and not units:
+            raise SettingError(f"matmul=bfloat16: {self.device} has no units for that: leave it out")
+        if matmul == "auto":
+            pays = units and self.asked == "auto" and width >= WIDE
+            matmul = earlier.get("matmul") or ("bfloat16" if pays else "float32")
+            matmul = matmul if units else "float32"
+        threads = most = torch.get_num_threads()
+        if self.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+            threads = min(most, earlier.get("threads") or free_cores())
+            torch.set_num_threads(threads)
+        self.chosen = {"threads": threads, "matmul": matmul}
+        for name, now in self.chosen.items():
+            if self.device.type == "cpu" and earlier.get(name, now) != now:
+                self.say(f"{name} {earlier[name]} -> {now}, by this machine: last bits may differ")
+        if threads < most and not earlier:
+            self.say(f"threads {most} -> {threads}: other programs use the other cores")
 
     def __str__(self) -> str:
         processes = "1 process" if self.world == 1 else f"{self.world} processes"
         name = str(self.dtype).removeprefix("torch.")
-        return f"{self.device}, {name}, {torch.get_num_threads()} threads, {processes}"
+        if self.chosen["matmul"] == "bfloat16":
+            name += ", products in bfloat16"
+        return f"{self.device}, {name}, {self.chosen['threads']} threads, {processes}"
 
     def say(self, text: str) -> None:
         """Print, in the first process only."""
@@ -88,7 +119,7 @@ class Machine:
 
     def agree(self, what: str, content: bytes) -> None:
         """Raises UserError in a process whose content differs from the first one's."""
-        if self.world > 1 and self.broadcast([zlib.crc32(content)]) != [zlib.crc32(content)]:
+        if self.broadcast([zlib.crc32(content)]) != [zlib.crc32(content)]:
             raise UserError(f"{what}: process {self.rank}, on {platform.node()}, has another than the first "
                             "process: copy it to all machines, or share it")
 
@@ -97,6 +128,17 @@ class Machine:
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """A training step's products are as `choose` said; evaluation and use stay in full float32."""
+        before = torch.get_float32_matmul_precision()
+        if self.chosen["matmul"] == "bfloat16":
+            torch.set_float32_matmul_precision("medium")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
 
     def to(self, tensor: torch.Tensor) -> torch.Tensor:
         """To the device, on CUDA without waiting for the copy."""
@@ -116,13 +158,6 @@ class Machine:
         dist.all_gather(found, tensor.contiguous())
         return found
 
-    def mfu(self, flops: float) -> Optional[float]:
-        """Model FLOPs utilization: the share of all devices' peak, if that is known. flops: per second."""
-        peak = None
-        if self.device.type == "cuda":
-            peak = peak_flops(torch.cuda.get_device_name(self.device))
-        return flops / (peak * self.world) if peak else None
-
     def broadcast(self, values: list[float]) -> list[float]:
         """The first process's values, for all, so that all decide alike."""
         tensor = torch.tensor(values, dtype=torch.float64)
@@ -130,13 +165,18 @@ class Machine:
             dist.broadcast(tensor, 0)
         return tensor.tolist()
 
-    def looks_each_step(self) -> bool:
-        """Is each loss read at once? That is free on a CPU, and float16 needs it: its scaler skips steps."""
-        return self.device.type == "cpu" or self.scaler is not None
-
     def barrier(self) -> None:
         """Wait until all processes are here."""
         self.sum(torch.zeros(1))
+
+    def mfu(self, flops: float) -> Optional[float]:
+        """Model FLOPs utilization: the share of all devices' peak, if that is known. flops: per second."""
+        peak = self.device.type == "cuda" and peak_flops(torch.cuda.get_device_name(self.device))
+        return flops / (peak * self.world) if peak else None
+
+    def looks_each_step(self) -> bool:
+        """Is each loss read at once? That is free on a CPU, and float16 needs it: its scaler skips steps."""
+        return self.device.type == "cpu" or self.scaler is not None
 
     def random_states(self) -> dict[str, list[torch.Tensor]]:
         """The random state of every process: {"cpu": [...], "cuda": [...]}."""
@@ -191,6 +231,36 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
+WIDE = 256  # narrower models lose as much by turning numbers into bfloat16 as their products gain
+
+
+def has_bfloat16_units() -> bool:
+    """Does this CPU multiply bfloat16 numbers faster than float32 ones?"""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def work_and_rest() -> tuple[float, float, float]:
+    """Seconds: the clock, this process's work on all cores, and the rest of the cores that it may use; nan if
+    the system does not say."""
+    rest = math.nan
+    with contextlib.suppress(AttributeError, OSError):  # not Linux
+        mine = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+        rows = [line.split() for line in Path("/proc/stat").read_text(encoding="ascii").splitlines()]
+        ticks = sum(int(row[4]) + int(row[5]) for row in rows if row[0] in mine)  # idle, and waiting for a disk
+        rest = ticks / os.sysconf("SC_CLK_TCK")
+    return time.time(), sum(os.times()[:4]), rest
+
+
+BEGINNING = work_and_rest()
+
+
+def free_cores() -> int:
+    """Of those that this process may use, how many no other program has used since it began; at least 1."""
+    clock, work, rest = (now - then for now, then in zip(work_and_rest(), BEGINNING, strict=True))
+    free = (work + rest) / clock
+    return torch.get_num_threads() if math.isnan(free) else max(1, int(free + 0.5))
+
+
 # dense bfloat16 (V100, T4: float16) FLOP/s from the makers' data sheets
 PEAK_FLOPS = {"V100": 125e12, "T4": 65e12, "A10": 125e12, "A100": 312e12, "A100 PCIe": 312e12,
               "L4": 121e12, "L40": 181e12, "L40S": 362e12, "RTX 3090": 71e12, "RTX 4090": 165e12,
@@ -218,26 +288,6 @@ def peak_memory() -> float:
 
 def main_process() -> bool:
     return group.rank() == 0
-
-
-@contextlib.contextmanager
-def memory_advice(batch_size: int, steps: int, more: str = "") -> Iterator[None]:
-    """Turns out-of-memory errors into one line that says what to lower so that the run stays the same.
-
-    steps: gradient_accumulation_steps; more: other advice.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if not re.search(NO_MEMORY, str(error).lower()):
-            raise
-        told = f"batch_size={batch_size}: out of memory: "
-        half = max((n for n in range(1, batch_size) if batch_size % n == 0), default=None)
-        if half:
-            told += (f"--batch_size={half} --gradient_accumulation_steps={steps * batch_size // half} "
-                     "is the same run in less; ")
-        told += more or "take shorter inputs, or a smaller model"
-        raise UserError(told) from None
 
 
 # -----------------------------------------------------------------------------
@@ -276,16 +326,20 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content) -> None:
-    """Strict JSON: nan and inf become null."""
     write_text(path, json.dumps(strict(content), indent=1, ensure_ascii=False))
 
 
-def strict(x):
-    if isinstance(x, dict):
-        return {key: strict(value) for key, value in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [strict(value) for value in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x
+def strict(content):
+    """As strict JSON has it: nan and inf are None."""
+    return json.loads(json.dumps(content), parse_constant=lambda name: None)
+
+
+def read_dict(path: Path) -> dict:
+    """Of a JSON file; empty if there is none, or it is damaged."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError):
+        return {}
 
 
 class FileCheck(threading.Thread):
@@ -301,27 +355,18 @@ class FileCheck(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        try:
-            self.look()
-        except OSError as error:  # it is gone, or cannot be read
-            self.wrong = f"{error.filename}: {why(error)}"
-
-    def look(self) -> None:
         place = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or Path.home() / ".cache"
         memory = Path(place) / "transformer" / "sums.json"
-        try:
-            known = dict(json.loads(memory.read_text(encoding="utf-8")))
-        except (OSError, TypeError, ValueError):
-            known = {}
+        known = read_dict(memory)
         for path, expected in self.sums.items():
-            about = path.stat()
-            key = f"{path.resolve()} {about.st_size} {about.st_mtime_ns} {about.st_ino}"
-            if known.get(key) != expected:
-                found = hashlib.sha256()
-                with open(path, "rb") as f:
-                    while block := f.read(2**20):
-                        found.update(block)
-                known[key] = found.hexdigest()
+            try:
+                about = path.stat()
+                key = f"{path.resolve()} {about.st_size} {about.st_mtime_ns} {about.st_ino}"
+                if known.get(key) != expected:
+                    known[key] = sha256_of(path)
+            except OSError as error:  # it is gone, or cannot be read
+                self.wrong = f"{path}: {why(error)}"
+                return
             if known[key] != expected:
                 self.wrong = (f"{path}: has other content than its meta.json says (SHA-256): make the data set "
                               "again, with --overwrite")
@@ -335,32 +380,37 @@ class FileCheck(threading.Thread):
             raise UserError(self.wrong)
 
 
+def sha256_of(path: Path) -> str:
+    found = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(2**20):
+            found.update(block)
+    return found.hexdigest()
+
+
 # -----------------------------------------------------------------------------
 # Checkpoints
 
 VERSION = 2
 RESUME = ("ckpt.pt", "ckpt.prev.pt")  # what a run goes on from, the newest first
 USE = ("best.pt", *RESUME)  # what sample.py and others load, the best first
-REPORTS = ("metrics.json", "predictions.csv", "curves.json", "report.txt", "loss.png", "roc.png",
-           "precision_recall.png", "calibration.png", "confusion.png", "explain.html")
-
-
-REPLACED = "replaced"  # in a folder whose files --overwrite is removing: none of them counts any more
+REPORTS = ("settings.json", "log.jsonl", "metrics.json", "predictions.csv", "curves.json", "report.txt",
+           "loss.png", "roc.png", "precision_recall.png", "calibration.png", "confusion.png", "explain.html")
+REPLACED = "run.replaced"  # in a folder whose files --overwrite is removing: none of them counts any more
 
 
 def left_by_runs(folder: Path) -> list[Path]:
     """What --overwrite removes: the checkpoints of the run in a folder, or of its folds, and its reports."""
     found = []
     for place in (folder, *sorted(folder.glob("fold*"))):
-        others = (place / name for name in (*REPORTS, "settings.json", "log.jsonl"))
-        found += [*sorted(place.glob("*.pt")), *others]
-    return [file for file in found if file.exists()]
+        reports = [place / name for name in REPORTS]
+        found += [*sorted(place.glob("*.pt")), *filter(Path.exists, reports)]
+    return found
 
 
 def is_replaced(folder: Path) -> bool:
     """Was --overwrite killed while it removed the run in a folder, or the run that this is a fold of?"""
-    places = (folder, folder.parent) if folder.name.startswith("fold") else (folder,)
-    return any((place / REPLACED).exists() for place in places)
+    return (folder / REPLACED).exists() or (folder.parent / REPLACED).exists()
 
 
 def refuse_to_replace(folder: Path) -> None:
@@ -453,18 +503,24 @@ def stored_settings(folder: str | Path) -> tuple[dict, dict]:
 
     Only these are read. Whether the checkpoint is intact is checked when its weights are loaded.
     """
-    if is_replaced(Path(folder)):
+    folder = Path(folder)
+    if is_replaced(folder):
         return {}, {}
-    for path in (Path(folder) / name for name in RESUME):
-        try:
+    for path in (folder / name for name in RESUME):
+        with contextlib.suppress(Exception):  # a damaged file can fail in any way
             found = upgraded(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
             return found["settings"], found["defaults"]
-        except Exception:  # a damaged file can fail in any way
-            continue
-    try:  # it ended before its first checkpoint
-        return dict(json.loads((Path(folder) / "settings.json").read_text(encoding="utf-8"))), {}
-    except (OSError, TypeError, ValueError):  # there is none, or it is damaged
-        return {}, {}
+    return read_dict(folder / "settings.json"), {}  # of one that ended before its first checkpoint
+
+
+def holder_of(folder: Path) -> dict:
+    """The last process to lock a run's folder."""
+    return read_dict(folder / "run.lock")
+
+
+def goes_on(folder: str | Path) -> bool:
+    """Is this another attempt of torchrun's at the run in a folder, which an earlier one was let begin?"""
+    return group.attempt() > 0 and holder_of(Path(folder)).get("torchrun") == group.run_id() is not None
 
 
 def newest_run(folder: Path) -> Path:
@@ -499,9 +555,6 @@ def model_of(checkpoint: dict, **changes) -> Transformer:
     return model
 
 
-GPT2_SIZE = 50257  # tokens of GPT-2
-
-
 def tokenizer_of(checkpoint: dict, chars: str = "") -> Tokenizer:
     """Its own. nanoGPT's have none: GPT-2's, or the characters of the text in the file `chars`. Raises
     UserError."""
@@ -515,19 +568,14 @@ def tokenizer_of(checkpoint: dict, chars: str = "") -> Tokenizer:
             raise SettingError(f"chars={chars}: has {found.vocab_size} different characters, the model {size}"
                                ": give the text that it was trained on")
         return found
-    if size < GPT2_SIZE:
+    if size < 50257:
         raise SettingError(f"a checkpoint of nanoGPT with {size} tokens, which it does not tell: "
                            "--chars=input.txt, the text whose characters they are")
     if main_process():
         print("(a checkpoint of nanoGPT, which keeps no tokenizer: read with GPT-2's)", file=sys.stderr)
-    return gpt2_tokenizer(size)
-
-
-def gpt2_tokenizer(size: int) -> Tokenizer:
-    """For a model of `size` tokens: with our mask if there is a place for it."""
     found = make_tokenizer("gpt2", [], 0).to_dict()
-    found["specials"] = {name: i for name, i in found["specials"].items() if i < size}
-    return Tokenizer.from_dict(found)
+    specials = found["specials"].items()  # with our mask, if the model has a place for it
+    return Tokenizer.from_dict({**found, "specials": {name: i for name, i in specials if i < size}})
 
 
 def refuse_chars(chars: str) -> None:
@@ -616,40 +664,41 @@ class Run:
                  max_minutes: Optional[float] = None, origin: Optional[str] = None):
         self.machine, self.folder = machine, Path(folder)
         self.init_from, self.overwrite = init_from, overwrite
-        self.whole = self.folder  # what --overwrite replaces: of a fold, the folder of all
         self.log_file = self.folder / "log.jsonl"
+        self.whole = self.folder  # what --overwrite replaces: of a fold, the folder of all
         self.replaces = [] if init_from == "resume" else left_by_runs(self.folder)
-        self.lock, self.source, self.checkpoint = None, None, None
-        self.resumed = init_from == "resume"
-        self.compiled = None  # a resumed run stays compiled or not: its last bits depend on it
-        if self.resumed:
-            self.init_from = stored_settings(folder)[0].get("init_from", origin)
-            if self.init_from is None or any((self.folder / name).exists() for name in RESUME):
-                self.source, self.checkpoint = find_checkpoint(self.folder, RESUME)
-                if not self.checkpoint["optimizer"] and not self.checkpoint["rng"]:  # at step 0
-                    raise UserError(f"{self.source}: has no state of an optimizer, so it is no run to go on "
-                                    f"with (a best.pt?): --init_from={self.folder} --out_dir=FOLDER begins "
-                                    "one with its weights")
-                self.compiled = self.checkpoint.get("compiled")
-            else:
-                self.resumed = False  # it ended before its first checkpoint: it begins anew
+        self.lock, self.source, self.checkpoint = None, None, {}
+        if init_from == "resume":
+            self.find(origin)
         elif not overwrite:
             refuse_to_replace(self.folder)
-        if init_from != "resume" and Path(init_from).exists() and self.replaces and (
-                Path(init_from).resolve() == self.folder.resolve()):
+        elif self.replaces and Path(init_from).exists() and self.folder.samefile(init_from):
             raise SettingError(f"init_from={init_from}: --overwrite would remove it: give another out_dir")
-        self.stop = Stop(max_minutes)
+        self.resumed = bool(self.checkpoint)
+        self.compiled = self.checkpoint.get("compiled")  # its last bits depend on it: it stays so, or not
+        self.machine_then = self.checkpoint.get("machine", {})  # what Machine.choose chose
         self.forget = self.best_is_gone()  # the best so far, which no longer compares
+        self.stop = Stop(max_minutes)
         self.data_check = None  # a FileCheck
         self.before = 0.0  # seconds that earlier processes took
         self.unit = ("nats a token", 1.0)  # of the training loss; validation losses times this have it
         self.watcher = None  # is told each row of the log, too
 
+    def find(self, origin: Optional[str]) -> None:
+        """The checkpoint to go on from; none, if the run ended before its first: then it begins anew."""
+        self.init_from = stored_settings(self.folder)[0].get("init_from", origin)
+        if self.init_from is not None and not any((self.folder / name).exists() for name in RESUME):
+            return
+        self.source, self.checkpoint = find_checkpoint(self.folder, RESUME)
+        if not self.checkpoint["optimizer"] and not self.checkpoint["rng"]:  # at step 0
+            raise UserError(f"{self.source}: has no state of an optimizer, so it is no run to go on with (a "
+                            f"best.pt?): --init_from={self.folder} --out_dir=FOLDER begins one with its weights")
+
     def best_is_gone(self) -> bool:
         """Was there a best.pt that cannot be loaded any more? The next best is written anew."""
-        best = self.folder / "best.pt"
-        if not (self.checkpoint and self.checkpoint["state"]["best"]):
+        if not self.resumed or not self.checkpoint["state"]["best"]:
             return False
+        best = self.folder / "best.pt"
         try:
             read_checkpoint(best)
         except Exception as error:  # a damaged file can fail in any way
@@ -675,6 +724,8 @@ class Run:
                                    "--out_dir=FOLDER")
             if name == "compile":
                 self.compiled = None  # it may become what it was not
+            if name in ("dtype", "matmul"):
+                self.machine_then.pop("matmul", None)
             forgets = name in compared_on and bool(self.checkpoint["state"]["best"])
             self.forget = self.forget or forgets
             more = ", so the best so far is forgotten" if forgets else ""
@@ -692,7 +743,7 @@ class Run:
 
         Raises SettingError if the folder cannot be made, or another process is writing into it.
         """
-        self.made_of = {"settings": settings, "defaults": defaults, **made_of}
+        self.made_of = {"settings": settings, "defaults": defaults, "machine": self.machine.chosen, **made_of}
         if not self.machine.main:
             return
         try:
@@ -779,9 +830,9 @@ class Run:
         except ImportError:
             print("warning: wandb_log=True, but wandb is not installed: pip install wandb; log.jsonl has "
                   "it all", file=sys.stderr)
-            return
-        wandb.init(project=project, name=name, config=self.made_of["settings"])
-        self.watcher = wandb
+        else:
+            wandb.init(project=project, name=name, config=self.made_of["settings"])
+            self.watcher = wandb
 
     def save(self, name: str, state: State, module, optimizers: Optional[list] = None, **entries) -> None:
         """A checkpoint, by all processes together; with the optimizers, the run can go on from it.
@@ -823,7 +874,7 @@ def locked(path: Path):
     try:
         try_lock(file)
     except (BlockingIOError, PermissionError):  # POSIX, Windows
-        holder = ", ".join(f"{key} {value}" for key, value in group.holder_of(path).items() if value)
+        holder = ", ".join(f"{key} {value}" for key, value in read_dict(path).items() if value)
         raise SettingError(f"{path.parent}: another process is writing here ({holder}): wait for it, or "
                            "--out_dir=FOLDER writes elsewhere") from None
     except OSError as error:

@@ -201,7 +201,7 @@ def test_a_run_that_is_killed_is_the_old_one_or_goes_on(home, case, args):
     pretrain(plain, *SHORT)
     for moment in some(moments(folder, pretrain, folder, *args), 6):
         put_back(moment, folder)
-        is_run = any(folder.glob("*.pt")) and not (folder / "replaced").exists()
+        is_run = any(folder.glob("*.pt")) and not (folder / "run.replaced").exists()
         told = says_why(pretrain, folder, *SHORT)  # the plain command
         if is_run:
             assert "a run is here already" in str(told), (moment, told)

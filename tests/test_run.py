@@ -1,9 +1,12 @@
 """A run: its folder, its checkpoints, its log; what stops one, and that it goes on as if nothing had been."""
 import ast
+import contextlib
+import io
 import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -19,11 +22,14 @@ import torch.distributed as dist
 import finetune
 import sample
 import train
-from config import SettingError, UserError
+from config import SettingError, UserError, launch
 from lib import group
-from lib.run import REPORTS, RESUME, FileCheck, Machine, Pace, Run, State, Stop, find_checkpoint, model_of
-from tests.helpers import (ROOT, TOY, checkpoint, full_disk, log_of, posix, run_here, same, script, slow,
-                           start, tiny, together)
+from lib import run as run_file
+from lib.run import (REPORTS, RESUME, FileCheck, Machine, Pace, Run, State, Stop, find_checkpoint, model_of,
+                     stored_settings)
+from model import Config, Transformer
+from tests.helpers import (QUICK, ROOT, TOY, checkpoint, full_disk, log_of, posix, run_here, same, script, slow,
+                           start, synthetic, tiny, together, write_rows)
 
 LEFT = {"best.pt", "ckpt.pt", "ckpt.prev.pt", "log.jsonl", "run.lock", "settings.json"}  # and loss.png
 
@@ -62,7 +68,7 @@ def test_a_run_does_max_iters_updates_and_leaves_what_it_promised(home):
     mean = np.mean([row["loss"] for row in steps[:4]])
     assert evaluations[0]["mean_loss"] == pytest.approx(mean, rel=1e-5) != evaluations[0]["train_loss"]
     assert json.loads((home / "out/whole/settings.json").read_text())["n_layer"] == 2
-    entries = "version model model_args optimizer scaler rng state settings defaults tokenizer compiled"
+    entries = "version model model_args optimizer scaler rng state settings defaults tokenizer compiled machine"
     assert set(state) == {*entries.split(), "published"}
     assert state["state"]["step"] == 8 and state["state"]["seen"] == 8 * 4
     assert checkpoint(home / "out/whole", "ckpt.prev.pt")["state"]["step"] == 4
@@ -667,3 +673,116 @@ def test_fine_tuned_checkpoints_of_before_are_read(tuned, tmp_path):
     edit("settings", linear=2)
     with pytest.raises(UserError, match="linear=2: .*--overwrite"):
         run_here(finetune, f"--out_dir={out}", "--init_from=resume")
+
+# -----------------------------------------------------------------------------
+# The machine
+
+OUT = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+TRAINING = "batch_size=2: .*--batch_size=1 --gradient_accumulation_steps=4 is the same run in less; "
+
+
+@pytest.mark.parametrize("script, owner, name", [
+    (train, train, "train_step"), (train, train, "validate"), (train, train.Objective, "to"),
+    (train, torch, "compile"), (finetune, finetune, "train_step"), (finetune, finetune, "evaluate"),
+    (finetune, finetune.Tuned, "to")])
+def test_out_of_memory_says_what_to_lower_wherever_it_shows(home, tmp_path, monkeypatch, capsys, script,
+                                                            owner, name):
+    def fails(*args, **more):
+        raise OUT
+    args = [*TOY, "--compile=True"] if script is train else ["--data=rows.csv", *QUICK, "--batch_size=2",
+                                                            "--gradient_accumulation_steps=2"]
+    write_rows(home / "rows.csv", ("text", "label"), *synthetic(40))
+    monkeypatch.setattr(owner, name, fails)
+    if name != "compile":
+        monkeypatch.setattr(train, "compiled", lambda objective, *_: objective)
+    monkeypatch.setattr("config.open_console", lambda: None)
+    monkeypatch.setattr(sys, "argv", [script.__file__, *args, f"--out_dir={tmp_path}"])
+    monkeypatch.chdir(home)
+    for setting in script.__annotations__:
+        monkeypatch.setattr(script, setting, getattr(script, setting))
+    with pytest.raises(SystemExit, match="1"):
+        launch(script.main, vars(script), Config, stored_settings)
+    said = capsys.readouterr()
+    assert re.search("^error: " + TRAINING + ("--remat .*; " if script is train else "") + "take a smaller",
+                     said.err) and said.err.count("\n") == 1 and "compile failed" not in said.out
+
+
+@pytest.fixture
+def bfloat16_units(monkeypatch):
+    """A CPU that has them, whether it has or not."""
+    monkeypatch.setattr(run_file, "has_bfloat16_units", lambda: True)
+
+
+@pytest.mark.parametrize("how, products", [
+    ([], None), (["--n_embd=256"], "bfloat16"), (["--n_embd=256", "--dtype=float32"], None),
+    (["--n_embd=256", "--matmul=float32"], None), (["--matmul=bfloat16"], "bfloat16")])
+def test_products_of_training_steps_alone_are_in_bfloat16(home, monkeypatch, bfloat16_units, how, products):
+    seen = {True: set(), False: set()}  # in a training step; elsewhere
+    real, step = Transformer.hidden, train.train_step
+    training = []
+
+    def hidden(self, *args, **more):
+        seen[bool(training)].add(torch.get_float32_matmul_precision())
+        return real(self, *args, **more)
+
+    def train_step(*args):
+        training.append(1)
+        found = step(*args)
+        training.clear()
+        return found
+
+    monkeypatch.setattr(Transformer, "hidden", hidden)
+    monkeypatch.setattr(train, "train_step", train_step)
+    said = run(home, "products", *TOY, *how, "--max_iters=1", "--overwrite")
+    assert seen == {True: {"medium" if products else "highest"}, False: {"highest"}}
+    assert ("cpu, float32, products in bfloat16, 1 threads" in said) == bool(products)
+    assert checkpoint(home / "out/products")["machine"] == {"threads": 1, "matmul": products or "float32"}
+
+
+def test_a_run_with_products_in_bfloat16_goes_on_as_it_was(home, monkeypatch, bfloat16_units, capsys):
+    args = [*TOY, "--n_embd=256", "--eval_iters=1"]
+    run(home, "amx", *args)
+    run(home, "amx_cut", *args, "--max_iters=5", "--lr_decay_iters=8")
+    assert "products in bfloat16" in resume(home, "amx_cut", "--max_iters=8")
+    assert is_same_run(home, "amx", "amx_cut", EARLIER)
+    said = resume(home, "amx_cut", "--max_iters=9", "--dtype=float32")
+    assert "products" not in said and "dtype auto -> float32" in said
+    monkeypatch.setattr(run_file, "has_bfloat16_units", lambda: False)
+    said = resume(home, "amx", "--max_iters=9")
+    assert "matmul bfloat16 -> float32, by this machine: last bits may differ" in said
+    with pytest.raises(SettingError, match="matmul=bfloat16: cpu has no units for that"):
+        resume(home, "amx", "--matmul=bfloat16")
+
+
+def test_threads_are_those_of_free_cores_once_for_a_run(home, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(run_file, "free_cores", lambda: free)
+    for have, free, earlier, chosen, words in (
+            (3, 3, {}, 3, ""), (3, 2, {}, 2, "threads 3 -> 2: other programs use the other cores"),
+            (3, 3, {"threads": 2}, 2, ""), (3, 1, {"threads": 2}, 2, ""),
+            (3, 3, {"threads": 8}, 3, "threads 8 -> 3, by this machine: last bits may differ")):
+        torch.set_num_threads(have)
+        machine = Machine("cpu")
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            machine.choose("auto", 32, earlier)
+        assert said.getvalue().strip() == words and f", {chosen} threads, " in str(machine)
+        assert torch.get_num_threads() == machine.chosen["threads"] == chosen
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")  # the user knows better
+    torch.set_num_threads(3)
+    machine.choose("auto", 32, {"threads": 2})
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("rest, free", [(20.0, 2), (12.0, 1), (0.0, 1), (math.nan, 1)])
+def test_a_core_is_free_if_nobody_else_works_on_it(monkeypatch, rest, free):
+    monkeypatch.setattr(run_file, "BEGINNING", (100.0, 5.0, 1000.0))
+    monkeypatch.setattr(run_file, "work_and_rest", lambda: (110.0, 5.0 + 2.0, 1000.0 + rest - 2.0))
+    assert run_file.free_cores() == free  # of 10 seconds; this process has worked for 2 of them
+
+
+def test_what_compiles_is_not_imported_for_what_is_not_compiled(home):
+    code = "import sys, train; train.launch(train.main, vars(train), train.Config); " \
+           "assert 'torch._dynamo' not in sys.modules"
+    done = script(sys.executable, "-c", code, *TOY, "--out_dir=out/light", cwd=home)
+    assert done.returncode == 0, done.stderr

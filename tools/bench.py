@@ -26,7 +26,7 @@ from torch import nn
 import sample
 import train
 from config import SettingError, at_least, launch, model_asked, needs_console, values_of
-from lib.run import STARTED, Machine, memory_advice, peak_memory, stored_settings
+from lib.run import STARTED, Machine, peak_memory, stored_settings
 from model import Config, Transformer
 
 # -----------------------------------------------------------------------------
@@ -120,6 +120,7 @@ def bench_training(given: dict, s: SimpleNamespace) -> None:
     start = train.open_model(SimpleNamespace(init_from=origin, resumed=False), given, s.chars)
     model, data = train.fit(*start, given, s.dataset, machine, origin)
     T = model.config.block_size
+    machine.choose(s.matmul, model.config.n_embd, {})
     mask, counted = None, None
     if not model.config.causal:
         mask = partial(train.masked_tokens, rate=s.mask_rate, token=data.tokenizer.mask,
@@ -145,9 +146,7 @@ def bench_training(given: dict, s: SimpleNamespace) -> None:
         x, y = (machine.to(t) for t in windows.get(first, share))  # (N, T) each; the loop reads ahead
         micro_batches = list(zip(x.split(s.batch_size), y.split(s.batch_size), strict=True))
         machine.lap("data")
-        with memory_advice(s.batch_size, s.gradient_accumulation_steps, "" if s.remat else train.REMAT):
-            train.train_step(objective, micro_batches, (y != -1).sum(), model, optimizers, machine,
-                             s.grad_clip)
+        train.train_step(objective, micro_batches, (y != -1).sum(), model, optimizers, machine, s.grad_clip)
         machine.lap("update")
         if step == -2:
             until_first = time.time() - STARTED
