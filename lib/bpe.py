@@ -2,6 +2,7 @@
 Byte pair encoding: the tokens of a new tokenizer, learned from texts.
 """
 import heapq
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable
@@ -14,6 +15,8 @@ BYTES = [bytes([i]) for i in range(256)]  # the first tokens of ours
 # three digits, a run of signs with the space before it, white space but for its last character, which goes
 # with the word behind it. So an indented line of code is: line break and indent, word, word.
 PIECES = r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+|\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+"
+# The same for ASCII alone, at which Python's re is twice as fast as regex.
+ASCII_PIECES = PIECES.replace(r"\p{L}", "a-zA-Z").replace(r"\p{M}", "").replace(r"\p{N}", r"\d")
 
 
 def train_bpe(texts: Iterable[str], n_tokens: int) -> list[bytes]:
@@ -46,14 +49,15 @@ def count_pieces(texts: Iterable[str]) -> Counter:
     and counts as so many.
     """
     import regex  # comes with tiktoken; Python's own re has no \p{L}
-    find = regex.compile(PIECES).findall
+    find_any, find_ascii = regex.compile(PIECES).findall, re.compile(ASCII_PIECES, re.ASCII).findall
     pieces, share, look = Counter(), 1, LOOK
 
     def taken(piece: str) -> bool:
         return not is_clause(piece) or zlib.crc32(piece.encode("utf-8", "replace")) % share == 0
 
     for text in texts:
-        pieces.update(find(text) if share == 1 else filter(taken, find(text)))
+        found = find_ascii(text) if text.isascii() else find_any(text)
+        pieces.update(found if share == 1 else filter(taken, found))
         while len(pieces) > look:
             if sum(len(piece) for piece in pieces if is_clause(piece)) <= CLAUSES:
                 look = len(pieces) + LOOK

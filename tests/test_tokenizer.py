@@ -48,6 +48,9 @@ def test_bpe_equals_its_definition():
     text = (ROOT / "model.py").read_text(encoding="utf-8")[:LONG] + MIXED + "aaaaaaa abababab " * 5
     assert train_bpe([text], 400) == naive_bpe(text, 400)
     assert train_bpe(["abab"], 400) == naive_bpe("abab", 400) and len(train_bpe([], 400)) == 256
+    some = np.random.default_rng(0).choice([*range(128), *b" \n\ta1." * 20], 10_000)  # any ASCII
+    text = bytes(some.tolist()).decode()
+    assert bpe.count_pieces([text]) == Counter(regex.findall(PIECES, text))
 
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])
