@@ -39,6 +39,23 @@ class ByRow:
         return self.each(*arrays).mean()
 
 
+class ByClass:
+    """A metric of how many rows are called each class and are it, are it, and are called it.
+
+    of: a function of these three: (K,) each, or (K, R) of R sets of rows.
+    """
+
+    def __init__(self, of: Callable):
+        self.of = of
+
+    def __call__(self, y, probs):
+        called, n = probs.argmax(1), probs.shape[1]
+        if y.ndim == 1:
+            return self.of(*(np.bincount(one, minlength=n) for one in (y[called == y], y, called)))
+        y, called = y > 0.5, probs > 0.5
+        return self.of((y & called).sum(0), y.sum(0), called.sum(0))
+
+
 # -----------------------------------------------------------------------------
 # Classes. y: (N,) class numbers, or (N, K) of 0 and 1 if a row has several labels; probs: (N, K).
 
@@ -58,35 +75,17 @@ def confusion(y, probs) -> np.ndarray:
     return np.bincount(y * n + probs.argmax(1), minlength=n * n).reshape(n, n)
 
 
-def class_counts(y, probs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each class: rows that are called it and are it, that are it, that are called it; (K,) each."""
-    called, n = probs.argmax(1), probs.shape[1]
-    return tuple(np.bincount(one, minlength=n) for one in (y[called == y], y, called))
-
-
-def f1_macro(y, probs):
+def f1_macro(right, true, called):
     """Mean over the classes that occur, in truth or in prediction."""
-    right, true, called = class_counts(y, probs)
     sizes = true + called
-    return f1(right, sizes)[sizes > 0].mean()
+    return f1(right, sizes).sum(0) / (sizes > 0).sum(0)
 
 
-def label_f1(y, probs, axis=None):
-    """axis 0: of each label, (K,); None: of all together."""
-    y, called = y > 0.5, probs > 0.5
-    return f1((y & called).sum(axis), y.sum(axis) + called.sum(axis))
-
-
-def label_f1_macro(y, probs):
-    return label_f1(y, probs, axis=0).mean()
-
-
-def matthews(y, probs):
+def matthews(right, true, called):
     """Correlation of truth and prediction (Gorodkin 2004 for many classes); 0 if one of them is constant."""
-    right, true, called = (one.astype(float) for one in class_counts(y, probs))
-    n = true.sum()
-    spread = (n * n - true @ true) * (n * n - called @ called)
-    return (right.sum() * n - true @ called) / math.sqrt(spread) if spread else 0.0
+    n, true = true.sum(0), true.astype(float)
+    spread = (n * n - (true * true).sum(0)) * (n * n - (1.0 * called * called).sum(0))
+    return (right.sum(0) * n - (true * called).sum(0)) / np.sqrt(np.where(spread > 0, spread, math.inf))
 
 
 def one_vs_rest(y, probs) -> dict:
@@ -149,16 +148,16 @@ AREAS = {area: partial(over_classes, area) for area in ("roc_auc", "average_prec
 CLASS_METRICS = {
     "loss": ByRow(lambda y, probs: nats(probs[np.arange(len(y)), y])),
     "accuracy": ByRow(lambda y, probs: probs.argmax(1) == y),
-    "f1_macro": f1_macro,
-    "matthews": matthews,
+    "f1_macro": ByClass(f1_macro),
+    "matthews": ByClass(matthews),
     **AREAS,
     "calibration_error": calibration_error,
 }
 LABEL_METRICS = {  # several labels a row
     "loss": ByRow(lambda y, probs: nats(np.where(y > 0.5, probs, 1 - probs))),
     "accuracy": ByRow(lambda y, probs: ((y > 0.5) == (probs > 0.5)).all(1)),  # rows with all labels right
-    "f1_macro": label_f1_macro,
-    "f1_micro": label_f1,
+    "f1_macro": ByClass(lambda right, true, called: f1(right, true + called).mean(0)),
+    "f1_micro": ByClass(lambda right, true, called: f1(right.sum(0), (true + called).sum(0))),
     **AREAS,
 }
 
@@ -339,10 +338,11 @@ def answer_match(said: str, answers: Sequence[str]) -> tuple[float, float]:
     return max(exact for exact, _ in matches), max(f1 for _, f1 in matches)
 
 
-TOKEN_METRICS = {  # of sums over texts: nats, tokens that were likeliest, tokens that count
-    "loss": lambda nats, right, n: nats / max(1, n),
-    "perplexity": lambda nats, right, n: math.exp(min(700, nats / max(1, n))),
-    "accuracy": lambda nats, right, n: right / max(1, n),
+TokenTotals = namedtuple("TokenTotals", "nats right tokens")  # right: were the likeliest
+TOKEN_METRICS = {
+    "loss": lambda n: n.nats / max(1, n.tokens),
+    "perplexity": lambda n: math.exp(min(700, n.nats / max(1, n.tokens))),
+    "accuracy": lambda n: n.right / max(1, n.tokens),
 }
 
 

@@ -55,6 +55,7 @@ class Task:
     head: the plain values that a checkpoint keeps of the task.
     """
     metrics = {}  # name -> function of the arrays
+    totals = None  # or of their sums over all rows: a named tuple of them
     metric = "accuracy"  # of these, the one that tells the best epoch
     unit = ("nats a target", 1.0)  # of the training loss, and what makes a validation loss one of it
     shares = frozenset()  # of these, those that say of each row whether it is right
@@ -88,46 +89,33 @@ class Task:
         """What a new tokenizer is made from."""
         return [one for one in (row.text, row.pair, cls.writes and row.label) if one]
 
-    @staticmethod
-    def split_key(row: Row):
-        """Rows with the same key stay together in splits."""
-        return row.unit or text_key(row)
-
     @classmethod
     def split(cls, rows: list[Row], k: int, seed: int) -> np.ndarray:
-        """Which of k parts each row belongs to, (N,); the classes of texts are spread evenly."""
+        """Which of k parts each row belongs to, (N,): equal texts and units stay together, and the classes of
+        texts are spread evenly."""
         labels = [row.label for row in rows] if cls.classes and cls.of_texts else None
-        return split_rows([cls.split_key(row) for row in rows], labels, k, seed)
+        return split_rows([row.unit or text_key(row) for row in rows], labels, k, seed)
 
     def __init__(self, head: dict, tokenizer):
         self.head, self.tokenizer, self.labels = head, tokenizer, head["labels"]
         self.number = {label: k for k, label in enumerate(self.labels)}
         self.spelling = {label_key(label): label for label in self.labels}
         self.n_out = len(self.labels)  # of a sequence, or of a token
+        self.paired = None if "pair" in self.optional else head.get("paired")  # two texts; None: or one
         self.notes = Counter()  # what became of texts -> of how many
         self.meaning = {}  # of metrics whose names do not say it all: name -> what it is of
 
     def row(self, where: str, text: str, pair: str | None = None) -> Row:
         """A text that stands in no file, or two: the second, if it is not given, is behind the first line."""
-        if pair is None and self.head["paired"] and "pair" not in self.optional:
+        if pair is None and self.paired:
             text, _, rest = text.partition("\n")
             pair = rest or None
-        row = Row(where, text, pair, words=text.split())
-        self.check_pair(row)
-        return row
-
-    def check_pair(self, row: Row) -> None:
-        """Raises UserError if it is two texts and training had one, or the other way round."""
-        paired = self.head["paired"]  # None: either will do
-        if paired not in (None, row.pair is not None) and "pair" not in self.optional:
-            wanted = "two texts are" if paired else "one text is"
-            raise UserError(f"{row.where}: {wanted} wanted, as in the training data")
+        return self.ready(Row(where, text, pair))
 
     def tell(self, say: Callable) -> None:
         """Say what became of the texts since the last time: of how many, by what was noted about them."""
-        for note, count in self.notes.items():
-            if count:
-                say(f"{count:,} {'text' if count == 1 else 'texts'} {note}")
+        for note, count in (+self.notes).items():
+            say(f"{count:,} {'text' if count == 1 else 'texts'} {note}")
         self.notes.clear()
         self.tokenizer.tell(say)
 
@@ -135,7 +123,9 @@ class Task:
         """The one way from texts to a model's inputs, in training and in use. What it cuts or replaces is
         noted, see tell. Raises UserError, naming the row."""
         for row in rows:
-            self.check_pair(row)
+            if self.paired not in (None, row.pair is not None):
+                wanted = "two texts are" if self.paired else "one text is"
+                raise UserError(f"{row.where}: {wanted} wanted, as in the training data")
         found = self.inputs(rows)
         self.notes["empty"] += sum(not row.text.strip() for row in rows)
         return found
@@ -146,30 +136,28 @@ class Task:
 
     def target(self, row: Row):
         """What a label asks of the outputs, if windows do not change it. Raises UserError if unknown."""
+        return 0
 
     def label_number(self, row: Row, label: str) -> int:
         if label in self.number:
             return self.number[label]
-        header = ""
-        if self.of_texts and row.where.endswith(":1"):
-            header = " (is it a header? name its columns: --text_column=..., --label_column=...)"
         raise UserError(f"{row.where}: label {label!r} does not occur in the training data, which has "
-                        f"{', '.join(self.labels[:10])}: give more rows of it, or leave it out{header}")
+                        f"{', '.join(self.labels[:10])}: give more rows of it, or leave it out")
 
     def knows_label(self, row: Row) -> bool:
         """Has it a label that was learned? Then its answer can be scored."""
         try:
-            return row.label is not None and self.target(row) is not None
+            self.target(row)
         except UserError:
             return False
+        return row.label is not None
 
     def to_answer(self, path: str, columns: dict, encoding: str = "",
                   bad: Callable | None = None) -> tuple[dict, Iterable[Row]]:
         """Rows of a file in use, with the columns of training; of a .txt, a text a line. See open_rows."""
-        plain_text = kind_of(path) == ".txt" and self.is_plain(path, columns, encoding)
-        if plain_text:
-            without_columns(path, {role: columns[role] for role in columns.get("asked", ())})
-            columns, rows = {"text": "0"}, read_lines(path, self.head["paired"], encoding)
+        if kind_of(path) == ".txt" and self.is_plain(path, columns, encoding):
+            without_columns(path, {**columns, "unused": ()})
+            columns, rows = {"text": "0"}, read_lines(path, self.paired, encoding)
         else:
             columns, rows = self.open(path, columns, False, encoding, bad)
         return columns, map(self.ready, rows)
@@ -177,12 +165,13 @@ class Task:
     def is_plain(self, path: str, columns: dict, encoding: str) -> bool:
         """Has this .txt a text a line, and not the columns or tags of the training file?"""
         first = next(read_lines(path, False, encoding)).text
-        tabs, paired = first.count("\t"), self.head["paired"]
-        return (tabs <= 1 if paired is None else tabs == paired) and "__label__" not in first
+        tabs = first.count("\t")
+        return (tabs <= 1 if self.paired is None else tabs == self.paired) and "__label__" not in first
 
     def ready(self, row: Row) -> Row:
-        """With its label spelled as training had it."""
-        respell([row], self.spelling)
+        """As training had it: its label spelled so."""
+        if self.classes:
+            respell([row], self.spelling)
         return row
 
     def teaches(self, example: Example, row: Row) -> bool:
@@ -201,10 +190,14 @@ class Task:
         return out
 
     def scores(self, *arrays) -> dict[str, float]:
+        if self.totals:
+            arrays = [self.totals(*np.hstack([one.sum(0) for one in arrays]))]
         return metrics.compute(self.metrics, *arrays)
 
     def drawn(self, *arrays) -> Callable:
         """A function of weights, how often each row is in each of R draws, (N, R): their scores, (R,) each."""
+        if self.totals:
+            return partial(intervals.drawn_by_sums, self.scores, arrays)
         return intervals.Drawn(self.metrics, *arrays)
 
     def given(self, row: Row) -> dict:
@@ -226,8 +219,8 @@ class Task:
         header, (cells,) = self.table([row], [answer])
         return "\n".join(f"{name:15} {cell}" for name, cell in zip(header, cells) if cell)
 
-    def explained(self, row: Row, example: Example, out, target: str) -> tuple[str, int, list[int]]:
-        """What is said, by which part of the example, and the sum of which of that part's outputs says it.
+    def explained(self, row: Row, example: Example, out, target: str) -> tuple[str, list[int]]:
+        """What is said, and the sum of which outputs says it.
 
         out: all outputs for the example; target: a class to explain in place of the likeliest.
         """
@@ -247,8 +240,8 @@ class Task:
         Half of each is in the next one too.
         """
         wrap = self.tokenizer.wrap
-        room = self.head["max_length"] - len(wrap(*question, [])[0])
-        first = wrap(*question, [-1])[0].index(-1)
+        template = wrap(*question, [-1])[0]
+        first, room = template.index(-1), self.head["max_length"] - len(template) + 1
         starts = [0]
         if len(ids) > room:
             self.note_long("read in windows")
@@ -299,7 +292,7 @@ class TextTask(Task):
         if target and not (self.classes and target in self.number):
             raise SettingError(f"--target={target}: must be a class, one of {', '.join(self.labels)}")
         k = self.number[target] if target else int(out.argmax())
-        return self.labels[k], 0, [k]
+        return self.labels[k], [k]
 
     def targets(self, rows: list[Row]) -> np.ndarray:
         return np.array([self.target(row) for row in rows])
@@ -317,9 +310,6 @@ class TextTask(Task):
 
 class Vectors(TextTask):
     """The vector of a text itself: what a sentence encoder is for. It is no task to be trained."""
-
-    def target(self, row):
-        return 0
 
     def answers(self, rows, examples, outputs):
         return outputs
@@ -375,14 +365,15 @@ class Classify(TextTask):
     def loss(self, out, target, weight, smoothing):
         """A row counts by the weight of its class. (torch's own weight would multiply the smoothed share of
         each other class by that class's: a rare one gets more than the row's own, and is called always.)"""
-        if not self.several:
-            if weight is None or not smoothing:
-                return super().loss(out, target, weight, smoothing)
-            each = F.cross_entropy(out, target, label_smoothing=smoothing, reduction="none")  # (B,)
-            return (weight[target] * each).sum()
-        each = 1.0 if weight is None else torch.where(target > 0.5, weight, 1.0)  # (B, K)
-        target = target * (1 - smoothing) + smoothing / 2
-        return (each * F.binary_cross_entropy_with_logits(out, target, reduction="none")).sum()
+        if self.several:
+            if weight is not None:
+                weight = torch.where(target > 0.5, weight, 1.0)  # (B, K)
+            target = target * (1 - smoothing) + smoothing / 2
+            return F.binary_cross_entropy_with_logits(out, target, weight, reduction="sum")
+        if weight is None or not smoothing:
+            return super().loss(out, target, weight, smoothing)
+        each = F.cross_entropy(out, target, label_smoothing=smoothing, reduction="none")  # (B,)
+        return (weight[target] * each).sum()
 
     def count(self, target, weight):
         if self.several or weight is None:
@@ -466,7 +457,7 @@ class Regress(TextTask):
 
 class Tag(Task):
     """A tag for each word, by its first token. A long sentence is read in windows."""
-    metrics = metrics.TAG_METRICS
+    metrics, totals = metrics.TAG_METRICS, metrics.TagTotals
     metric = "f1"
     by_token = classes = True
     knows = {"label_smoothing", "words"}
@@ -485,8 +476,8 @@ class Tag(Task):
         if len(rows) > 1 and all(len(row.words) == 1 for row in rows):
             raise UserError(f"{file_of(rows)}: each row is one word: write a word and its tag a line, and an "
                             "empty line between sentences, as CoNLL")
-        labels = sorted({tag for row in rows for tag in row.label})
-        return {"labels": labels, "words": s.words or kind_of_words(rows)}
+        labels = {tag for row in rows for tag in row.label}
+        return {"labels": sorted(labels), "words": s.words or kind_of_words(rows)}
 
     def is_plain(self, path, columns, encoding):
         """A file of words with tags has as many columns in each line, as the training file had."""
@@ -495,13 +486,9 @@ class Tag(Task):
         cells = [row.text.split() for row in itertools.islice(read_lines(path, False, encoding), 100)]
         return len(set(map(len, cells))) != 1 or len(cells[0]) == 1
 
-    def row(self, where, text, pair=None):
-        words = re.findall(WORDS[self.head.get("words", "spaces")], text)
-        return Row(where, " ".join(words), words=words)
-
     def ready(self, row):
         if row.words is None:
-            row.words = self.row(row.where, row.text).words
+            row.words = re.findall(WORDS[self.head.get("words", "spaces")], row.text)
             row.text = " ".join(row.words)
         return super().ready(row)
 
@@ -512,10 +499,9 @@ class Tag(Task):
 
     def target(self, row):
         """(words,) the numbers of their tags."""
-        tags = [0] * len(row.words)
-        if row.label is not None:
-            tags = [self.label_number(row, tag) for tag in row.label]
-        return np.array(tags, dtype=np.int64)
+        if row.label is None:
+            return np.zeros(len(row.words), dtype=np.int64)
+        return np.array([self.label_number(row, tag) for tag in row.label], dtype=np.int64)
 
     def inputs(self, rows):
         found = []
@@ -550,15 +536,8 @@ class Tag(Task):
         counts, nats = [], []
         for row, (tags, logp) in zip(rows, answers):
             counts.append(metrics.tag_counts(row.label, tags, self.scheme))
-            places = enumerate(self.target(row))
-            nats.append(math.nan if logp is None else -sum(logp[place] for place in places))
+            nats.append(math.nan if logp is None else -sum(logp[place] for place in enumerate(self.target(row))))
         return np.array(counts), np.array(nats)
-
-    def scores(self, counts, nats):
-        return super().scores(metrics.TagTotals(*counts.sum(0), nats.sum()))
-
-    def drawn(self, *arrays):
-        return partial(intervals.drawn_by_sums, self.scores, arrays)
 
     def said(self, answer):
         return {"prediction": answer[0]}
@@ -581,9 +560,9 @@ class Tag(Task):
         tags = out[example.places].argmax(1).tolist()
         wanted = [target == word if target else self.labels[k] != "O" for word, k in zip(words, tags)]
         if not any(wanted) and (target or not words):  # it is in another window
-            return "", 0, []
+            return "", []
         n = wanted.index(True) if any(wanted) else 0
-        return f"{words[n]}: {self.labels[tags[n]]}", 0, [int(example.places[n]) * self.n_out + tags[n]]
+        return f"{words[n]}: {self.labels[tags[n]]}", [int(example.places[n]) * self.n_out + tags[n]]
 
     def baselines(self, train, test):
         """The most frequent tag, and for each word the one that it has most often."""
@@ -592,12 +571,11 @@ class Tag(Task):
             every.update(row.label)
             for word, tag in zip(row.words, row.label):
                 of_word[word][tag] += 1
-        majority, frequent = [], []
-        for row in test:
-            counts = [of_word.get(word, every) for word in row.words]
-            majority.append(([max(every, key=every.get)] * len(counts), None))
-            frequent.append(([max(one, key=one.get) for one in counts], None))
-        return {"majority": majority, "most_frequent_of_word": frequent}
+        usual = every.most_common(1)[0][0]
+        frequent = {word: tags.most_common(1)[0][0] for word, tags in of_word.items()}
+        return {"majority": [([usual] * len(row.words), None) for row in test],
+                "most_frequent_of_word": [([frequent.get(word, usual) for word in row.words], None)
+                                          for row in test]}
 
 
 class Answer(Task):
@@ -608,24 +586,7 @@ class Answer(Task):
     knows = {"max_answer", "pair_column"}
 
     names = ANSWER_NAMES
-
-    @classmethod
-    def open(cls, path, columns, labelled=True, encoding="", bad=None):
-        return open_questions(path, columns, labelled, encoding, bad)
-
-    @classmethod
-    def with_labels(cls, rows, s):
-        return [row for row in rows if row.label is not None]  # an empty list: there is no answer
-
-    def knows_label(self, row):
-        return row.label is not None
-
-    def ready(self, row):
-        return row
-
-    @staticmethod
-    def split_key(row):  # questions on one article
-        return row.unit or row.group or row.pair
+    open = staticmethod(open_questions)  # a label is a list, and empty if there is no answer
 
     @staticmethod
     def learn(rows, s):
@@ -708,10 +669,8 @@ class Answer(Task):
         return found
 
     def arrays(self, rows, answers):
-        matches = []
-        for row, (said, _) in zip(rows, answers):
-            golds = [gold for gold, _ in row.label]
-            matches.append(metrics.answer_match(said, golds))
+        matches = [metrics.answer_match(said, [gold for gold, _ in row.label])
+                   for row, (said, _) in zip(rows, answers)]
         return tuple(np.array(matches).T)  # exact (N,), f1 (N,)
 
     def given(self, row):
@@ -724,7 +683,7 @@ class Answer(Task):
         if target:
             raise SettingError(f"--target={target}: the task has no classes: leave it out")
         _, said, ends = self.best_span(row, example, out)
-        return said, 0, [2 * place + k for k, place in enumerate(ends)]
+        return said, [2 * place + k for k, place in enumerate(ends)]
 
     def baselines(self, train, test):
         """The first sentence; a span from anywhere, as long as answers are."""
@@ -741,12 +700,11 @@ class Answer(Task):
 
 class LM(Task):
     """Every token of a text, in windows; or of the response to a prompt, whose tokens alone count."""
-    metrics = metrics.TOKEN_METRICS
+    metrics, totals = metrics.TOKEN_METRICS, metrics.TokenTotals
     metric, lower_is_better = "loss", True
     by_token = writes = True
     knows = {"pair_column", "label_smoothing"}
     optional = ("pair", "label")
-
     names = LM_NAMES
 
     @classmethod
@@ -778,8 +736,7 @@ class LM(Task):
             if len(ids) > L + 1:
                 self.note_long("cut there" if instruct else "read in windows")
             for begin in range(0, 1 if instruct else max(1, len(ids) - 1), L):
-                window = ids[begin:begin + L + 1]
-                window = np.array(window, np.int32)
+                window = np.array(ids[begin:begin + L + 1], np.int32)
                 places = np.arange(max(0, len(prompt) - 1), len(window) - 1, dtype=np.int32)
                 read = window[:-1] if len(window) > 1 else window
                 found.append(Example(i, [(read, None)], window[places + 1], places))
@@ -803,12 +760,6 @@ class LM(Task):
 
     def arrays(self, rows, answers):
         return (np.stack(answers),)
-
-    def scores(self, sums):
-        return super().scores(*sums.sum(0))
-
-    def drawn(self, *arrays):
-        return partial(intervals.drawn_by_sums, self.scores, arrays)
 
     def said(self, answer):
         nats, _, n = answer.tolist()
@@ -859,23 +810,22 @@ def number_of(row: Row) -> float:
 def each_with_words(path: str, rows: Iterable[Row]) -> Iterator[Row]:
     lost = 0
     for row in rows:
-        if isinstance(row.text, str) and (isinstance(row.label, dict) or row.label == [] or
-                                          isinstance((row.label or [0])[0], (list, dict))):
+        first = (row.label or [{}])[0] if isinstance(row.label, list) else row.label
+        if isinstance(row.text, str) and isinstance(first, (list, dict)):
             row.words, row.label, n = tags_of_spans(row)
             row.text = " ".join(row.words)
             lost += n
-            yield row
         else:
-            yield with_words(row)
+            take_words(row)
+        yield row
     if lost:
         tell(f"{path}: {lost:,} places of tags overlap a longer one, or do not begin and end with a word: a "
              "word has the longest that touches it")
 
 
-def with_words(row: Row) -> Row:
-    """A row of a list of words and one of tags."""
-    words = row.text.split() if isinstance(row.text, str) else row.text
-    tags = row.label.split() if isinstance(row.label, str) else row.label
+def take_words(row: Row) -> None:
+    """Of a list of words and one of tags."""
+    words, tags = (one.split() if isinstance(one, str) else one for one in (row.text, row.label))
     tags_fit = tags is None or (None not in tags and len(tags) == len(words))
     if not tags_fit or any(isinstance(word, (list, dict, type(None))) for word in words):
         raise UserError(f"{row.where}: wanted a list of words, and one of as many tags: it reads "
@@ -883,7 +833,6 @@ def with_words(row: Row) -> Row:
     row.words = [str(word) for word in words]
     row.text = " ".join(row.words)
     row.label = tags and [str(tag) for tag in tags]
-    return row
 
 
 def one_spelling(rows: list[Row], say: Callable) -> dict[str, str]:

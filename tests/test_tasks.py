@@ -26,7 +26,7 @@ def contexts(n):
         name, _, answer = facts[0].rstrip(".").split()
         context = " ".join(rng.permutation(facts))
         begin = context.index(facts[0]) + len(f"{name} has ")
-        rows.append(Row("", f"what has {name}?", context, [(answer, begin)], f"article {i % 20}"))
+        rows.append(Row("", f"what has {name}?", context, [(answer, begin)], unit=f"article {i % 20}"))
     return rows
 
 
@@ -133,8 +133,8 @@ def test_answers_are_scored_if_their_labels_were_learned():
 
 def test_what_is_explained_is_the_likeliest_class_or_the_one_asked_for():
     out = np.array([0.1, 0.9, 0.3])
-    assert CLASSIFY.explained(None, None, out, "") == ("b", 0, [1])
-    assert CLASSIFY.explained(None, None, out, "c") == ("c", 0, [2])
+    assert CLASSIFY.explained(None, None, out, "") == ("b", [1])
+    assert CLASSIFY.explained(None, None, out, "c") == ("c", [2])
     with pytest.raises(SettingError, match="--target=d: must be a class, one of a, b, c"):
         CLASSIFY.explained(None, None, out, "d")
     with pytest.raises(UserError, match="explain"):
@@ -160,7 +160,7 @@ def test_answers_are_exact_and_in_some_window(kind):
             gold = row.label[0][0]
             assert gold in text and len(text) <= len(gold) + 3 and p > 0.5  # whole tokens
             first, last = example.target
-            assert task.explained(row, example, out, "") == (text, 0, [2 * first, 2 * last + 1])
+            assert task.explained(row, example, out, "") == (text, [2 * first, 2 * last + 1])
             answered.add(example.row)
     assert answered == set(range(40))
 

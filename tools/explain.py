@@ -149,8 +149,8 @@ def of_a_row(tuned: Tuned, row: Row, target: str) -> Case:
         del batch["target"]
         batch.pop("places", None)  # all outputs
         out = tuned(**batch)[0].cpu().numpy()
-        answer, part, places = task.explained(row, example, out, target)
-        idx, segments = batch["idx"][part:part + 1], batch["segments"][part:part + 1]  # (1, T) each
+        answer, places = task.explained(row, example, out, target)
+        idx, segments = batch["idx"], batch["segments"]  # (1, T) each
         score = partial(sum_of_outputs, tuned, places, segments)
         if places:
             found.append((score(idx).item(), answer, idx, score))
