@@ -16,6 +16,7 @@ import re
 import sys
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Optional
 
@@ -58,13 +59,21 @@ def join(backend: str) -> None:
                             world_size=world(), timeout=timedelta(days=1))
 
 
-def store(patience: float = 10.0) -> dist.Store:
+def store() -> dist.Store:
     """A connection of one's own to the store. Raises an error of torch.distributed if it does not answer."""
     if rank() == 0 and not has_store:
         raise dist.DistNetworkError("there is none before this process has joined")
     found = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
-                          wait_for_workers=False, timeout=timedelta(seconds=patience))
+                          wait_for_workers=False, timeout=timedelta(seconds=10))
     return dist.PrefixStore(f"run{attempt()}", found)
+
+
+def answer(question: Callable, otherwise=None):
+    """To a question to the store; if it does not answer, `otherwise`."""
+    try:
+        return question(store())
+    except RuntimeError:
+        return otherwise
 
 
 class Heartbeat(threading.Thread):
@@ -110,19 +119,13 @@ def end(reason: str) -> None:
 
 def say_once(reason: str) -> None:
     """Print an error, unless another process has printed the same."""
-    try:
-        first = world() == 1 or store().add("said " + hashlib.sha256(reason.encode()).hexdigest(), 1) == 1
-    except (RuntimeError, ValueError, KeyError):  # nobody can be asked
-        first = True
-    if first:
+    name = "said " + hashlib.sha256(reason.encode()).hexdigest()
+    if world() == 1 or answer(lambda store: store.add(name, 1), otherwise=1) == 1:
         print(f"error: {reason}", file=sys.stderr, flush=True)
 
 
 def tell_failure() -> None:
-    try:
-        store().set("failed", str(rank()))
-    except (RuntimeError, ValueError, KeyError):
-        pass
+    answer(lambda store: store.set("failed", str(rank())))
 
 
 LOST = "gloo|nccl|connection (closed|reset|refused)|broken pipe|tcpstore|timed out|socket|process group"
@@ -135,11 +138,7 @@ def is_lost(error: Exception) -> bool:
 
 def say_lost() -> None:
     """Another process has gone. If it could still say why, that was enough."""
-    try:
-        said = store().check(["failed"])
-    except (RuntimeError, ValueError, KeyError):
-        said = False
-    if not said:
+    if not answer(lambda store: store.check(["failed"])):
         say_once("another process of the run has died, or cannot be reached: --init_from=resume goes on with "
                  "what was saved")
 

@@ -75,12 +75,16 @@ class Muon(Uncompiled):
         torch._foreach_add_(steps, [ok.float()] * len(steps))  # a single one would be read on the host
 
 
-class PerTensor(Uncompiled):
-    """Moves each tensor by itself, with a momentum of its own. A subclass writes `move`."""
+class Momentum(Uncompiled):
+    """SGD with momentum; with `trust`, LARS (You et al. 2017).
+
+    LARS gives each tensor a step of its own size: lr * trust times its length, whatever the gradient's. Its
+    decay is part of the gradient, as in the paper; that of SGD is decoupled.
+    """
     _step_supports_amp_scaling = True
 
-    def __init__(self, params, **defaults):
-        super().__init__(params, defaults)
+    def __init__(self, params, lr=0.1, momentum=0.9, weight_decay=0.0, trust=None):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust})
         for group in self.param_groups:
             for p in group["params"]:
                 self.state[p] = {"momentum": torch.zeros_like(p)}
@@ -94,21 +98,7 @@ class PerTensor(Uncompiled):
                     self.move(p, torch.where(ok, p.grad, 0), self.state[p]["momentum"], group, ok)
 
     def move(self, p, grad, momentum, group, ok):
-        """Change p and its momentum in place; if `ok` is False, neither may change."""
-        raise NotImplementedError
-
-
-class Momentum(PerTensor):
-    """SGD with momentum; with `trust`, LARS (You et al. 2017).
-
-    LARS gives each tensor a step of its own size: lr * trust times its length, whatever the gradient's. Its
-    decay is part of the gradient, as in the paper; that of SGD is decoupled.
-    """
-
-    def __init__(self, params, lr=0.1, momentum=0.9, weight_decay=0.0, trust=None):
-        super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust)
-
-    def move(self, p, grad, momentum, group, ok):
+        """Change p and its momentum in place; if `ok` is False, neither changes."""
         lr, decay, trust = group["lr"], group["weight_decay"], group["trust"]
         if trust is None:
             p.mul_(1 - lr * decay * ok)
@@ -189,13 +179,8 @@ class Pruning:
 
 def optimizer_state(optimizers, model) -> dict:
     """Parameter name -> that parameter's state."""
-    names = {p: name for name, p in model.named_parameters()}
-    found = {}
-    for optimizer in optimizers:
-        for p, state in optimizer.state.items():
-            if state:
-                found[names[p]] = dict(state)
-    return found
+    states = {p: state for optimizer in optimizers for p, state in optimizer.state.items() if state}
+    return {name: dict(states[p]) for name, p in model.named_parameters() if p in states}
 
 
 def load_optimizer_state(optimizers, model, saved: dict) -> None:
@@ -205,17 +190,16 @@ def load_optimizer_state(optimizers, model, saved: dict) -> None:
         for group in optimizer.param_groups:
             for p in group["params"]:
                 state = saved.get(names[p], {})
-                check_state(names[p], p, state, optimizer, fused=group.get("fused", False))
+                fresh = optimizer.state.get(p, {})
+                if group.get("fused") and state:  # torch's makes them in its first step
+                    fresh = {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p}
+                if fresh:
+                    check_state(names[p], state, fresh)
                 optimizer.state[p] = {key: on_device(value, p.device) for key, value in state.items()}
 
 
-def check_state(name: str, p, state: dict, optimizer, fused: bool) -> None:
+def check_state(name: str, state: dict, fresh: dict) -> None:
     """Kernels trust the shape of what they are given: another one corrupts the memory."""
-    fresh = optimizer.state.get(p)
-    if fused and state:
-        fresh = {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p}
-    if not fresh:
-        return  # another one's own business
     if state.keys() != fresh.keys():
         raise ValueError(f"{name}: the optimizer's state has {', '.join(state) or 'nothing'}, wanted "
                          f"{', '.join(fresh)}")

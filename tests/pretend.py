@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -168,17 +169,16 @@ def run(function, args, kwargs):
     look_for_waits(name, args, kwargs, on_gpu)
     plain = {**kwargs, "device": "cpu"} if target is not None else kwargs
     found = function(*tree_map(inner, args), **tree_map(inner, plain))
-    known = {id(tensor.inner): tensor for tensor in there}
+    if not on_gpu:
+        return found.clone() if name == "_to_copy" and there else found
+    known = {} if name == "detach" else {id(tensor.inner): tensor for tensor in there}  # changed in place
+    return tree_map(partial(outer, known=known), found)
 
-    def outer(value):
-        if not isinstance(value, torch.Tensor) or not on_gpu or isinstance(value, Pretended):
-            return value
-        same = known.get(id(value))  # what was changed in place
-        return Pretended(value) if same is None or name == "detach" else same
 
-    if name == "_to_copy" and there and not on_gpu and isinstance(found, torch.Tensor):
-        return found.clone()
-    return tree_map(outer, found)
+def outer(value, known: dict):
+    if not isinstance(value, torch.Tensor) or isinstance(value, Pretended):
+        return value
+    return known.get(id(value), Pretended(value))
 
 
 def look_for_waits(name: str, args, kwargs, on_gpu: bool) -> None:
@@ -211,24 +211,42 @@ def models(**fields):
     return Transformer(Config(**{**small, **fields}))
 
 
-def pretraining(machine, optimizer="adamw", fields=None, teacher=None, remat=False):
+def pretraining(machine, optimizer="adamw", teacher=None, remat=False, **fields):
     import train
-    model = models(**(fields or {})).to(machine.device)
-    mask = not model.config.causal
+    model = models(**fields).to(machine.device)
     made = train.make_optimizers(model, optimizer, 1e-3, 0.02, 0.1, (0.9, 0.95))
     if remat:
         train.recompute_blocks(model)
-    objective = train.Objective(model, train.count_masked(32, 0.3) if mask else None, 0.0,
-                                models().to(machine.device).requires_grad_(False) if teacher else None)
-    x = torch.randint(256, (2, 32))
-    y = x.roll(-1, 1)
-    if mask:
-        x, y = train.masked_tokens(x, range(2), 0, 0.3, 257, 258)
+    if teacher:
+        teacher = models().to(machine.device).requires_grad_(False)
+    train.IN_MEMORY = 1  # the smallest chunks: 64 tokens, of 96
+    model.head.register_forward_pre_hook(few_tokens)
+    x = torch.randint(256, (3, 32))
+    y, counted = x.roll(-1, 1), None
+    if not model.config.causal:
+        x, y = train.masked_tokens(x, range(3), 0, 0.3, 257, 258)
+        counted = train.count_masked(32, 0.3)
+    return partial(pretraining_step, train.Objective(model, counted, 0.0, teacher), x, y, made, machine)
 
-    def step():
-        batch = [(machine.to(x), machine.to(y))]
-        train.train_step(objective, batch, (y != -1).sum(), model, made, machine, 1.0)
-    return step
+
+def few_tokens(head, args):
+    if args[0].numel() > 64 * 16:
+        raise RuntimeError("the scores of all tokens at once")
+
+
+def pretraining_step(objective, x, y, optimizers, machine):
+    import train
+    batch = [(machine.to(x), machine.to(y))]
+    train.train_step(objective, batch, (y != -1).sum(), objective.model, optimizers, machine, 1.0)
+
+
+HEAD = {"labels": ["x", "y"], "several": False, "space": "", "paired": False, "apart": False, "pool": "mean",
+        "max_length": 32, "instruct": False, "mean": 1.0, "std": 1.0, "no_answer": False}
+OF_TASKS = {  # what their heads have besides
+    "classify": {}, "lm": {}, "regress": {"labels": ["number"]}, "tag": {"pool": None},
+    "qa": {"labels": ["first", "last"], "paired": True, "pool": None}}
+LABELS = {"classify": ["x", "y"], "regress": ["0", "1"], "tag": [["x", "x", "x"], ["x", "x"]],
+          "qa": [[("a b c", 0)], [("d e", 0)]], "lm": [None, None]}
 
 
 def tuning(machine, name):
@@ -237,35 +255,27 @@ def tuning(machine, name):
     from lib.rows import Row
     from lib.tasks import TASKS
     from lib.tokenizer import make_tokenizer
-    rows = [Row("1", "a b c", label="x", words=["a", "b", "c"]), Row("2", "d e", label="y", words=["d", "e"])]
-    head = {"task": name, "labels": ["x", "y"], "several": False, "space": "", "paired": False,
-            "apart": False, "pool": "mean", "max_length": 32, "instruct": False, "mean": 1.0, "std": 1.0,
-            "no_answer": False}
-    for n, row in enumerate(rows):
-        if name == "tag":
-            row.label, head["pool"] = ["x"] * len(row.words), None
-        if name == "qa":
-            row.pair, row.label = row.text + " more", [(row.text, 0)]
-            head |= {"labels": ["first", "last"], "paired": True, "pool": None}
-        if name == "regress":
-            row.label, head["labels"] = str(n), ["number"]
-        if name == "lm":
-            row.label = None
-    task = TASKS[name](head, make_tokenizer("bytes", [], 0))
+    rows = [Row(str(n), text, label=label, words=text.split())
+            for n, (text, label) in enumerate(zip(("a b c", "d e"), LABELS[name], strict=True))]
+    if name == "qa":
+        for row in rows:
+            row.pair = row.text + " more"
+    task = TASKS[name]({"task": name, **HEAD, **OF_TASKS[name]}, make_tokenizer("bytes", [], 0))
     body = models(causal=name == "lm", head="linear" if name == "lm" else "none")
     finetune.fit_head(body, TASKS[name])
     model = finetune.Tuned(body, task).to(machine.device)
     s = SimpleNamespace(token_dropout=0.1, label_smoothing=0.0, l1=0.0, l2=0.0, teacher_share=0.0,
                         teacher_temperature=1.0)
-    objective = finetune.Objective(model, None, s)
     made = train.make_optimizers(model, "adamw", 1e-3, 0.02, 0.1, (0.9, 0.95))
-    examples = task.examples(rows)
+    return partial(tuning_step, finetune.Objective(model, None, s), task.examples(rows), task, made, machine)
 
-    def step():
-        batch = finetune.collate(examples, task, machine.device)
-        counted = task.count(batch["target"], None)
-        train.train_step(objective, [(batch,)], counted, model, made, machine, 1.0)
-    return step
+
+def tuning_step(objective, examples, task, optimizers, machine):
+    import finetune
+    import train
+    batch = finetune.collate(examples, task, machine.device)
+    counted = task.count(batch["target"], None)
+    train.train_step(objective, [(batch,)], counted, objective.model, optimizers, machine, 1.0)
 
 
 def sampling(machine):
@@ -277,26 +287,21 @@ def sampling(machine):
 def explaining(machine):
     from lib.tokenizer import make_tokenizer
     from tools import explain
+    explain.samples = 8
     model, tokenizer = models(dropout=0.0).to(machine.device).eval(), make_tokenizer("bytes", [], 0)
-
-    def step():
-        case = explain.of_a_token(model, tokenizer, "abc", "")
-        explain.samples = 8
-        explain.look_inside(model, tokenizer, case, True)
-    return step
+    return lambda: explain.look_inside(model, tokenizer, explain.of_a_token(model, tokenizer, "abc", ""), True)
 
 
 PATHS = {
     "adamw": pretraining,
-    "muon": lambda machine: pretraining(machine, "muon"),
-    "lars": lambda machine: pretraining(machine, "lars"),
-    "sgd": lambda machine: pretraining(machine, "sgd"),
-    "masked": lambda machine: pretraining(machine, fields={"causal": False}),
-    "teacher": lambda machine: pretraining(machine, teacher=True),
-    "n_gram": lambda machine: pretraining(machine, fields={"n_gram": 3, "n_gram_rows": 50, "pos": "rope"}),
-    "remat": lambda machine: pretraining(machine, remat=True),
-    **{name: lambda machine, name=name: tuning(machine, name) for name in
-       ("classify", "regress", "tag", "qa", "lm")},
+    "muon": partial(pretraining, optimizer="muon"),
+    "lars": partial(pretraining, optimizer="lars"),
+    "sgd": partial(pretraining, optimizer="sgd"),
+    "masked": partial(pretraining, causal=False),
+    "teacher": partial(pretraining, teacher=True),
+    "n_gram": partial(pretraining, n_gram=3, n_gram_rows=50, pos="rope"),
+    "remat": partial(pretraining, remat=True),
+    **{name: partial(tuning, name=name) for name in LABELS},
     "sample": sampling, "explain": explaining,
 }
 

@@ -103,41 +103,43 @@ def test_writing_is_the_cpu_s(column, exact):
         assert torch.equal(model.generate(idx[:1], 30, temperature=0, compile=True).cpu(), want)
 
 
+class Batch:
+    """A model, and steps on one batch."""
+
+    def __init__(self, optimizer, dtype):
+        self.model, self.machine = fresh("modern").to(DEVICE), Machine(str(DEVICE), dtype)
+        self.objective = train.Objective(self.model)
+        self.optimizers = train.make_optimizers(self.model, optimizer, 1e-3, 0.02, 0.1, (0.9, 0.95))
+        self.batch = [self.machine.to(one) for one in batch(3)]
+        self.counted = (self.batch[1] != -1).sum()
+
+    def step(self, scale=1.0):
+        return train.train_step(lambda *batch: self.objective(*batch) * scale, [self.batch], self.counted,
+                                self.model, self.optimizers, self.machine, 1.0)
+
+
 @on_gpu
 @pytest.mark.parametrize("optimizer", train.OPTIMIZERS)
 def test_a_step_waits_for_nothing_and_nan_moves_nothing(optimizer):
-    model, machine = fresh("modern").to(DEVICE), Machine(str(DEVICE), "float32")
-    optimizers = train.make_optimizers(model, optimizer, 1e-3, 0.02, 0.1, (0.9, 0.95))
-    x, y = (machine.to(one) for one in batch(3))
-    counted = (y != -1).sum()
-
-    def step(scale=1.0):
-        objective = train.Objective(model)
-        loss, _ = train.train_step(lambda *b: objective(*b) * scale, [(x, y)], counted, model, optimizers,
-                                   machine, 1.0)
-        return loss
-
-    step()
+    made = Batch(optimizer, "float32")
+    made.step()
     with no_waits():
-        step()
-    before = [p.clone() for p in model.parameters()]
-    step(torch.nan)
-    assert same(before, list(model.parameters()))
-    step()
-    assert not same(before, list(model.parameters()))
+        made.step()
+    before = [p.clone() for p in made.model.parameters()]
+    made.step(torch.nan)
+    assert same(before, list(made.model.parameters()))
+    made.step()
+    assert not same(before, list(made.model.parameters()))
 
 
 @on_gpu
 @pytest.mark.skipif(not GPU, reason="float16 is for GPUs")
 def test_float16_learns_after_its_scaler_has_come_down():
-    model, machine = fresh("modern").to(DEVICE), Machine(str(DEVICE), "float16")
-    machine.scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**40)
-    optimizers = train.make_optimizers(model, "muon", 1e-3, 0.02, 0.1, (0.9, 0.95))
-    x, y = (machine.to(one) for one in batch(3))
+    made = Batch("muon", "float16")
+    made.machine.scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**40)
     losses = []
     for _ in range(60):
-        loss, norm = train.train_step(train.Objective(model), [(x, y)], (y != -1).sum(), model, optimizers,
-                                      machine, 1.0)
+        loss, norm = made.step()
         losses.append(loss[0].item() if norm.isfinite() else torch.inf)
     assert losses[0] == torch.inf and min(losses[-5:]) < 3.5  # log 61 is 4.1
 
