@@ -35,6 +35,18 @@ def test_a_training_step_is_taken_apart(home):
     assert again.returncode == 0 and "2 layers, 32 wide" in again.stdout, again.stderr
 
 
+def test_a_table_is_ready_to_paste(monkeypatch, capsys):
+    tiny = "--n_layer=1 --n_head=2 --n_embd=32 --vocab_size=50 --block_size=32"
+    rows = [f"--device=cpu {tiny}", f"write --device=cpu --batch_size=1 {tiny}", "--n_head=5"]
+    monkeypatch.setattr(bench, "ROWS", {"cpu": rows, "cuda": rows, "mps": rows})
+    bench.bench_table()
+    machine, _, _, _, trained, written, refused = capsys.readouterr().out.splitlines()
+    assert torch.__version__ in machine
+    assert re.match(r"\| `--dev.*` \| [\d,]+ tokens/s, .*product's \| [\d.]+ GB \| [\d.]+ s \|$", trained)
+    assert re.match(r"\| `write.*` \| [\d,.]+ tokens/s \|  \|  \|$", written)
+    assert "n_head=5" in refused
+
+
 @pytest.mark.parametrize("words, weights", [
     (("--out_dir=out/whole", "--prompt_tokens=999"), ["float32"]),
     (("--n_layer=1", "--n_head=2", "--n_embd=32", "--vocab_size=50", "--block_size=32", "--quantize=int8"),

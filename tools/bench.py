@@ -1,8 +1,9 @@
 """
 How fast is it on this machine, and where does the time go? Nothing of it is kept.
 
-    python -m tools.bench                                a training step: 6 layers, 384 wide, built-in data
+    python -m tools.bench                                a training step: 6 layers, 384 wide, random tokens
     python -m tools.bench config/small.py --batch_size=8     of any recipe, with any setting of train.py
+    python -m tools.bench table                          GPT-2 on this GPU, as a table to paste into a report
     python -m tools.bench write --out_dir=out/small      writing: the prompt at once, then token after token
     python -m tools.bench write --n_layer=24 --quantize=int8     by random weights, with the fields of Config
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +22,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Literal, Optional
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -27,6 +30,7 @@ import sample
 import train
 from config import SettingError, at_least, launch, model_asked, needs_console, values_of
 from lib.run import STARTED, Machine, peak_memory, stored_settings
+from lib.tokenizer import make_tokenizer
 from model import Config, Transformer
 
 # -----------------------------------------------------------------------------
@@ -44,8 +48,16 @@ dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weig
 # -----------------------------------------------------------------------------
 
 # The training step that is timed if no words say which.
-RECIPE = ["--n_layer=6", "--n_head=6", "--n_embd=384", "--block_size=256", "--batch_size=8",
-          "--gradient_accumulation_steps=1", "--compile=False"]
+RECIPE = ["--dataset=random", "--n_layer=6", "--n_head=6", "--n_embd=384", "--block_size=256",
+          "--batch_size=8", "--gradient_accumulation_steps=1", "--compile=False"]
+# The rows of `table`: what fits on this GPU, and how fast; without one, a rehearsal.
+ROWS = {
+    "cuda": [*(f"config/gpt2.py --dataset=random --batch_size={n} --gradient_accumulation_steps={128 // n}"
+               for n in (8, 16, 32, 64)),
+             "config/shakespeare_char_gpu.py --dataset=random",
+             *(f"write --dtype=bfloat16 --batch_size=1 --compile={compile}" for compile in (False, True))],
+    "cpu": ["--batch_size=1", "--batch_size=8", "write --n_layer=6 --n_head=6 --n_embd=384 --batch_size=1"],
+}
 STEPS = 10  # training steps that are timed
 ROUNDS = 3  # times that writing is timed: the fastest counts
 
@@ -112,13 +124,30 @@ class Stopwatch(Machine):
         return super().sum(tensor)
 
 
+def new_model(given: dict) -> Transformer:
+    try:
+        return Transformer(Config(**given))
+    except ValueError as error:  # it names the field
+        raise SettingError(str(error)) from None
+
+
+def random_data(config: Config) -> train.Data:
+    """Tokens drawn at random: what they say makes a step no faster."""
+    ids = np.random.default_rng(0).integers(config.vocab_size, size=2**20 + config.block_size)
+    return train.Data("random", ids, ids, make_tokenizer("bytes", [], 0), many=True, sums={}, token_bytes=None)
+
+
 def bench_training(given: dict, s: SimpleNamespace) -> None:
-    """given: the model's settings; s: all of train.py's."""
+    """given: the model's settings; s: all of train.py's, but that dataset=random needs no data."""
     machine = Stopwatch(s.device, s.dtype, s.seed, s.deterministic, s.backend)
     machine.start()
     origin = s.out_dir if s.init_from == "resume" else s.init_from
     start = train.open_model(SimpleNamespace(init_from=origin, resumed=False), given, s.chars)
-    model, data = train.fit(*start, given, s.dataset, machine, origin)
+    if s.dataset == "random":
+        model = start[0] or new_model(given)
+        data = random_data(model.config)
+    else:
+        model, data = train.fit(*start, given, s.dataset, machine, origin)
     T = model.config.block_size
     machine.choose(s.matmul, model.config.n_embd, {})
     mask, counted = None, None
@@ -185,10 +214,7 @@ def model_to_write(given: dict, machine: Machine) -> Transformer:
         model, _ = sample.load(out_dir, machine.device, machine.dtype)
         model = getattr(model, "body", model)  # of a fine-tuned one
     else:
-        try:
-            model = Transformer(Config(**given)).to(machine.device, machine.dtype)
-        except ValueError as error:  # it names the field
-            raise SettingError(str(error)) from None
+        model = new_model(given).to(machine.device, machine.dtype)
     if model.head is None or not model.config.causal:
         raise SettingError(f"{out_dir or 'causal=False'}: only a causal model with a head can write")
     return model.eval()
@@ -258,6 +284,29 @@ def bench_writing(given: dict) -> None:
 
 
 # -----------------------------------------------------------------------------
+# All of it, to paste into a report
+
+def bench_table() -> None:
+    """Each row is a process of its own: what one takes in memory, or fails at, is no other's."""
+    machine = Machine("auto", "auto")
+    print(f"{machine}; PyTorch {torch.__version__}, Python {sys.version.split()[0]}, {sys.platform}\n")
+    print("| `python -m tools.bench ...` | speed | memory | first step |\n|---|---|---|---|")
+    for words in ROWS.get(machine.device.type, ROWS["cpu"]):
+        done = subprocess.run([sys.executable, "-m", "tools.bench", *words.split()], capture_output=True,
+                              encoding="utf-8", errors="replace")
+        found = dict.fromkeys(("speed", "memory", "start"), "")
+        for line in done.stdout.splitlines():
+            name, _, value = line.partition(" ")
+            if name in found:
+                found[name] = value.strip().removesuffix(" at most").split(" from the")[0]
+            elif "tokens/s" in line:  # of writing: the row of one text
+                found["speed"] = line.split("tokens/s")[1].strip() + " tokens/s"
+        if done.returncode:
+            found["speed"] = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+        print(f"| `{words}` | {' | '.join(found.values())} |", flush=True)
+
+
+# -----------------------------------------------------------------------------
 
 def main() -> None:
     needs_console()
@@ -266,6 +315,10 @@ def main() -> None:
         from tools import growth
         del sys.argv[1]
         launch(growth.main, vars(growth))
+        return
+    if words[:1] == ["table"]:
+        del sys.argv[1]
+        launch(bench_table, {**globals(), "__annotations__": {}})  # it has no settings
         return
     if words[:1] == ["write"]:
         del sys.argv[1]
