@@ -38,7 +38,7 @@ from lib.report import Tested, summary_of_folds, table, write_results
 from lib.rows import IN_WORDS, WORDS, Row, text_key
 from lib.run import (BadSteps, Machine, Pace, Run, State, find_checkpoint, in_words,
                      left_by_runs, load_body, main_process, model_of, refuse_to_replace,
-                     step_line, stored_settings, to_device, write_json)
+                     step_line, stored_settings, to_device, tokenizer_of, write_json)
 from lib.splits import BUILT_IN, known_columns, read_splits
 from lib.tasks import TASKS, Example, Task, Vectors
 from lib.tokenizer import Tokenizer, make_tokenizer
@@ -283,7 +283,7 @@ def tuned_of(checkpoint: dict) -> Tuned:
         with_lora.load_state_dict({**with_lora.state_dict(), **checkpoint["model"]})
         body.load_state_dict(merged(with_lora))
     else:
-        body, tokenizer = model_of(checkpoint, dropout=0.0), Tokenizer.from_dict(checkpoint["tokenizer"])
+        body, tokenizer = model_of(checkpoint, dropout=0.0), tokenizer_of(checkpoint)
     return with_head(body, tokenizer, head, weights)
 
 
@@ -609,7 +609,7 @@ def open_model(run: Run, train: list[Row], given: dict, s: SimpleNamespace) -> T
         weights = saved["head"].pop("weights")
         body = Transformer(Config(**{**saved["model_args"], "dropout": given.get("dropout", 0.1)}))
         fit_head(body, task)
-        model = Tuned(body, task(saved["head"], Tokenizer.from_dict(saved["tokenizer"])))
+        model = Tuned(body, task(saved["head"], tokenizer_of(saved)))
     if s.lora_rank:
         add_lora(model.body, s.lora_rank, s.lora_alpha)
     if s.freeze:

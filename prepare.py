@@ -37,8 +37,8 @@ from config import (SettingError, UserError, above, at_least, checked, launch, n
                     values_of)
 from lib.clean import Progress, collect, make_rules, near_groups
 from lib.text import BLOCK, BUILT_IN, UNPACK, documents, local_files, locked, note, source_parts
-from lib.tokenizer import (Characters, Tokenizer, encode_stream, in_words, make_tokenizer, read_texts, sample,
-                           with_prefix)
+from lib.tokenizer import (Characters, Tokenizer, encode_stream, examples_of, make_tokenizer, read_texts,
+                           sample, with_prefix)
 
 # -----------------------------------------------------------------------------
 # Settings
@@ -496,7 +496,7 @@ def say_lost(lost: Counter, chars: int, s: SimpleNamespace) -> None:
     """Print what the tokenizer has no ids for. Raises UserError if it is much."""
     share = sum(lost.values()) / max(chars, 1)
     if lost:
-        print(f"the tokenizer has no ids for {share:.2%} of the characters: {in_words(lost)}")
+        print(f"the tokenizer has no ids for {share:.2%} of the characters: {examples_of(lost)}")
     if share > 0.01 and not s.lossy:
         raise UserError(f"--tokenizer={s.tokenizer}: loses {share:.1%} of the characters: take another one, "
                         "or add --lossy=True")

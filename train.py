@@ -35,8 +35,8 @@ from config import (SettingError, UserError, above, at_least, defaults_of, launc
                     place_of, values_of)
 from lib.hub import full_id, is_published
 from lib.optim import AdamW, Momentum, Muon, Pruning
-from lib.run import (BadSteps, FileCheck, Machine, Pace, Run, State, clock, in_words, load_body, main_process,
-                     model_of, step_line, stored_settings)
+from lib.run import (BadSteps, FileCheck, Machine, Pace, Run, State, clock, fitting, in_words, load_body,
+                     main_process, model_of, step_line, stored_settings)
 from lib.tokenizer import Tokenizer, same_tokenizer
 from model import Config, TokenEmbedding, Transformer, block_matrices, tell_compile_failed
 
@@ -682,7 +682,7 @@ def fit(model: Optional[Transformer], tokenizer: Optional[dict], given: dict, da
         raise SettingError(f"dataset={dataset}: its tokenizer is not the one that the checkpoint was trained "
                            "with: prepare the text with the same one, or start from scratch")
     if tokenizer:
-        data = data._replace(tokenizer=Tokenizer.from_dict(tokenizer))
+        data = data._replace(tokenizer=fitting(Tokenizer.from_dict(tokenizer), config.vocab_size))
     if not model and "vocab_size" not in given:
         config.vocab_size = data.tokenizer.vocab_size
     if not config.causal and data.tokenizer.mask is None:

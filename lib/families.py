@@ -157,6 +157,24 @@ FAMILIES = {  # model_type in config.json -> the column; of two that fit, the fi
 # -----------------------------------------------------------------------------
 # config.json
 
+ONLY = dict(quantization_config=None, is_decoder=False, add_cross_attention=False, partial_rotary_factor=1.0)
+ROPE = ("rope_parameters", "rope_scaling", "rope_theta", "layer_types")
+
+# What tells nothing of what a model computes, is of training, which has settings here, or is read elsewhere
+ASIDE = re.compile(r"architectures|model_type|_.*|.*_version|.*dtype|.*_token_id|.*dropout.*|.*_pdrop|"
+                   r"initializer_range|use_cache|output_.*|pretraining_tp|n_ctx|id2label|label2id|num_labels|"
+                   r"problem_type|tokenizer_class|sentence_transformers|sbert_ce_.*|max_(length|new_tokens)")
+
+
+def unused(theirs: dict, family: Family | None = None) -> list[str]:
+    """What a config.json or generation_config.json says and is not followed, by name."""
+    used = {*family.fields.values(), *family.only, *ONLY, *ROPE} if family else set()
+    if "use_sliding_window" in used:  # at False, these are nothing
+        used |= {"sliding_window", "max_window_layers"}
+    return [name for name, value in theirs.items()
+            if value not in (None, False, "", [], {}) and name not in used and not ASIDE.fullmatch(name)]
+
+
 def from_hf_config(theirs: dict) -> tuple[Family, dict]:
     """config.json -> the family and our settings. Raises ValueError, naming what we cannot follow."""
     kind = theirs.get("model_type")
@@ -164,9 +182,7 @@ def from_hf_config(theirs: dict) -> tuple[Family, dict]:
         raise ValueError(f"config.json: model_type={kind!r}: must be one of {', '.join(FAMILIES)}")
     family = FAMILIES[kind]
     theirs = {**family.defaults, **theirs}
-    only = {"quantization_config": None, "is_decoder": False, "add_cross_attention": False,
-            "partial_rotary_factor": 1.0, **family.only}
-    for name, value in only.items():
+    for name, value in {**ONLY, **family.only}.items():
         if theirs.get(name, value) != value:
             raise ValueError(f"config.json: {name}={theirs[name]!r}: only {value!r} is supported")
     if set(theirs.get("layer_types") or ()) - {"full_attention"}:

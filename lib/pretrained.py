@@ -20,7 +20,7 @@ import torch
 
 from config import UserError
 from lib.families import (GPT2, TASKS, Family, body_prefix, canonical, class_of, from_hf_config, guessed,
-                          pooler_name, their_names, to_hf_config, turned)
+                          pooler_name, their_names, to_hf_config, turned, unused)
 from lib.hub import ADAPTER_FILES, WEIGHT_FILES, base_of, folder_of, open_weights, read_json, say
 from lib.run import write_text
 from model import Config, Transformer
@@ -248,8 +248,12 @@ def published(source: Source) -> dict:
             raise ValueError(f"{source.path}: config.json: {name}={value!r}: wanted numbers of tokens")
     if source.folder is None:
         return {}
-    return {"model_type": source.config["model_type"], "ids": ids,
-            "generation": read_json(source.folder / "generation_config.json"),
+    generation = read_json(source.folder / "generation_config.json")
+    for file, names in (("config.json", unused(source.config, source.family)),
+                        ("generation_config.json", unused(generation))):
+        if names:
+            say(f"{source.path}: {file}: not used: {', '.join(names)}")
+    return {"model_type": source.config["model_type"], "ids": ids, "generation": generation,
             "encoder": encoder_of(source.folder)}
 
 

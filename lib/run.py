@@ -555,13 +555,20 @@ def model_of(checkpoint: dict, **changes) -> Transformer:
     return model
 
 
+def fitting(tokenizer: Tokenizer, size: int, where: str = "the checkpoint") -> Tokenizer:
+    """The tokenizer, if each of its ids has a row in an embedding of that size. Raises UserError."""
+    if tokenizer.vocab_size > size:
+        raise UserError(f"{where}: its tokenizer has {tokenizer.vocab_size} tokens, its embedding {size}")
+    return tokenizer
+
+
 def tokenizer_of(checkpoint: dict, chars: str = "") -> Tokenizer:
     """Its own. nanoGPT's have none: GPT-2's, or the characters of the text in the file `chars`. Raises
     UserError."""
     size = checkpoint["model_args"]["vocab_size"]
     if checkpoint["tokenizer"]:
         refuse_chars(chars)
-        return Tokenizer.from_dict(checkpoint["tokenizer"])
+        return fitting(Tokenizer.from_dict(checkpoint["tokenizer"]), size)
     if chars:
         found = Characters.of(read_text(chars).replace("\r\n", "\n"))
         if found.vocab_size != size:
@@ -604,10 +611,7 @@ def load_whole(path: str | Path, dtype: torch.dtype = torch.float32, whole: bool
             settings = {"dropout": 0.0, "block_size": None, **changes}
             model, head = load(Transformer, name, dtype=dtype, whole=whole, **settings)
             tokenizer = Tokenizer.from_pretrained(folder_of_tokenizer(name))
-            if tokenizer.vocab_size > model.config.vocab_size:
-                raise ValueError(f"its tokenizer has {tokenizer.vocab_size} tokens, its embedding "
-                                 f"{model.config.vocab_size}")
-            return model.train(), tokenizer, head
+            return model.train(), fitting(tokenizer, model.config.vocab_size, name), head
         checkpoint = find_checkpoint(path)[1]
         tokenizer = tokenizer_of(checkpoint, chars)
         return model_of(checkpoint, **changes).to(dtype), tokenizer, {}

@@ -109,7 +109,7 @@ class Tokenizer:
     def tell(self, say: Callable) -> None:
         """Say what was lost since the last time."""
         if self.lost:
-            say(f"the tokenizer has no ids for some characters: {in_words(self.lost)}")
+            say(f"the tokenizer has no ids for some characters: {examples_of(self.lost)}")
             self.lost.clear()
 
     def changes(self) -> list[str]:
@@ -225,7 +225,7 @@ class Characters(Tokenizer):
               tokenizer_json({}, {"model": model, "pre_tokenizer": None, "decoder": {"type": "Fuse"}}))
 
 
-def in_words(lost: Counter) -> str:
+def examples_of(lost: Counter) -> str:
     """'中' 2 times, '文' 1 times"""
     most = sorted(lost, key=lambda c: (-lost[c], c))
     return ", ".join(f"{c!r} {lost[c]:,} times" for c in most[:3]) + ", ..." * (len(most) > 3)

@@ -114,6 +114,17 @@ def test_what_we_cannot_follow_is_named(llama, change, words):
         Transformer.from_pretrained(folder)
 
 
+def test_what_is_not_followed_is_named_in_a_line(llama, capsys):
+    folder, config = llama
+    more = {"task_specific_params": {"summary": {"beams": 4}}, "odd_scale": 0.5, "odd_off": False, "use_cache": True}
+    (folder / "config.json").write_text(json.dumps(config | more))
+    (folder / "generation_config.json").write_text('{"top_p": 0.9, "eos_token_id": 5}')
+    Transformer.from_pretrained(folder)
+    assert capsys.readouterr().err.splitlines() == [
+        f"({folder}: config.json: not used: task_specific_params, odd_scale)",
+        f"({folder}: generation_config.json: not used: top_p)"]
+
+
 def test_a_damaged_or_missing_file_is_named(llama, tmp_path):
     folder, _ = llama
     (folder / "model.safetensors").write_bytes(b"\x10" * 99)
@@ -577,9 +588,19 @@ def test_a_tokenizer_with_more_tokens_than_the_embedding_is_refused(tmp_path):
     made = write_tokenizer(tmp_path)
     made.add_tokens([f"<extra{i}>" for i in range(40)])
     made.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="its tokenizer has 117 tokens, its embedding 97") as error:
+    with pytest.raises(UserError) as error:
         sample.load(tmp_path)
-    says(error)
+    says(error, f"{tmp_path.as_posix()}: its tokenizer has 117 tokens, its embedding 97")
+    model = tiny("gpt2", vocab_size=258)
+    for head in ({}, {"head": {"task": "classify", "weights": {}}}):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        save_checkpoint(tmp_path / "run/ckpt.pt", {
+            "version": 1, "model": model.state_dict(), "model_args": asdict(model.config), "iter_num": 1,
+            "tokenizer": make_tokenizer("bpe", [TEXT], 300).to_dict(), **head})
+        for read in (sample.load, load_body):
+            with pytest.raises(UserError) as error:
+                read(tmp_path / "run")
+            says(error, "the checkpoint: its tokenizer has 300 tokens, its embedding 258")
 
 
 @posix

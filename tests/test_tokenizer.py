@@ -295,7 +295,7 @@ def test_lost_characters_are_counted(tmp_path):
             getattr(tokenizer, use)([text] if "batch" in use else text)
             tokenizer.tell(said.append)
             tokenizer.tell(said.append)
-            told = f"the tokenizer has no ids for some characters: {tokenizer_file.in_words(lost)}"
+            told = f"the tokenizer has no ids for some characters: {tokenizer_file.examples_of(lost)}"
             assert said == [told] * bool(expected)
     assert make_tokenizer("bytes", [], 300).changes() == []
     changes = Tokenizer.from_pretrained(tmp_path / "bert").changes()
