@@ -98,10 +98,10 @@ def once(text: str, stop: int) -> tuple[str, str, int]:
 # HTML
 
 MARKUP = re.compile(  # what begins something that goes on to its own end, or a tag, or a declaration
-    r"<(?:(!--)|(\?)(?=[a-z=])|(script|style)(?![\w-])|/?([a-z][^\s/<>]*)"
+    r"<(?:(!--)|(!\[CDATA\[)|(\?)(?=[a-z=])|(script|style)(?![\w-])|/?([a-z][^\s/<>]*)"
     r"[^<>=]*(?:(?:=(?!\s*[\"'])|=\s*(?:\"[^\"]*\"|'[^']*'))[^<>=]*)*>"  # with values in quotes
     r"|[!?][a-z][^<>]*>)", re.IGNORECASE)
-ENDS = {"!--": re.compile("-->"), "?": re.compile(r"\?>"),
+ENDS = {"!--": re.compile("-->"), "![cdata[": re.compile("]]>"), "?": re.compile(r"\?>"),
         "script": re.compile(r"</script[^<>]*>", re.IGNORECASE),
         "style": re.compile(r"</style[^<>]*>", re.IGNORECASE)}
 ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[a-zA-Z][a-zA-Z0-9]{1,31});")
@@ -111,41 +111,41 @@ LINES = frozenset("""
     summary table tbody tfoot thead title tr ul""".split())  # tags that begin a line, and end one
 
 
-class WithoutTags:
-    """HTML as a browser would show it, more or less: a tab between the cells of a table, entities resolved.
+def without_tags(text: str, stop: int) -> tuple[str, str, int]:
+    """HTML as a browser would show it, more or less: a tab between cells of a table, entities resolved.
 
     A scanner of our own, linear in the text: the standard library's is not (a missing end is looked for again
     and again). What has no end within REACH is no tag, and stays.
     """
-    in_row = False  # of a table, behind its first cell
-
-    def __call__(self, text: str, stop: int) -> tuple[str, str, int]:
-        parts, n, at = [], 0, 0
-        next_end = {}  # of comments and so on: the first that is not behind us
-        place = MARKUP.search(text)
-        while place and place.start() < stop:
-            start, end = place.span()
-            kind = place[1] or place[2] or place[3]
-            if kind:
-                end = end_of(text, kind.lower(), start, next_end)
-            if end - start > REACH["html"]:
-                place = MARKUP.search(text, start + 1)
-                continue
-            parts.append(resolved(text[at:start]))
-            name = place[4] and place[4].lower()
-            if name in LINES:
-                parts.append("\n")
-                self.in_row = False
-            elif name in ("td", "th") and text[start + 1] != "/":
-                parts.append("\t" * self.in_row)
-                self.in_row = True
-            at = end
-            n += 1
-            place = MARKUP.search(text, at)
-        self.in_row = self.in_row and stop < len(text)
-        stop = max(at, stop)
-        parts.append(resolved(text[at:stop]))
-        return "".join(parts), text[stop:], n
+    parts, n, at = [], 0, 0
+    next_end = {}  # of comments and so on: the first that is not behind us
+    in_row = True  # of a table, behind its first cell; a block may begin there
+    place = MARKUP.search(text)
+    while place and place.start() < stop:
+        start, end = place.span()
+        *kinds, name = place.groups("")
+        kind = "".join(kinds).lower()
+        if kind:
+            end = end_of(text, kind, start, next_end)
+        if end - start > REACH["html"]:
+            place = MARKUP.search(text, start + 1)
+            continue
+        parts.append(resolved(text[at:start]))
+        if kind == "![cdata[":
+            inner = text[start + 9:end - 3]
+            parts.append(without_tags(inner, len(inner))[0])
+        elif name.lower() in LINES:
+            parts.append("\n")
+            in_row = False
+        elif name.lower() in ("td", "th") and text[start + 1] != "/":
+            parts.append("\t" * in_row)
+            in_row = True
+        at = end
+        n += 1
+        place = MARKUP.search(text, at)
+    stop = max(at, stop)
+    parts.append(resolved(text[at:stop]))
+    return "".join(parts), text[stop:], n
 
 
 def end_of(text: str, kind: str, start: int, next_end: dict) -> int:
@@ -166,7 +166,7 @@ RULES = {  # in this order
     "line_ends": functools.partial(substitute, re.compile(r"\r\n?"), "\n"),
     "control_chars": functools.partial(
         substitute, re.compile("[\0-\x08\x0b\x0e-\x1f\x7f-\x9f\ufeff\ufffe\uffff]"), ""),
-    "html": WithoutTags,
+    "html": without_tags,
     "repeated_lines": once,
     "scrub_pii": Scrub,
 }
@@ -175,9 +175,7 @@ RULES = {  # in this order
 def make_rules(settings: SimpleNamespace) -> dict[str, Callable]:
     """Those that the settings ask for."""
     found = {name: rule for name, rule in RULES.items() if vars(settings)[name]}
-    if "html" in found:
-        found["html"] = WithoutTags()
-    if "scrub_pii" in found:
+    if "scrub_pii" in found:  # it keeps counts
         found["scrub_pii"] = Scrub(settings.phones)
     return found
 
@@ -185,9 +183,9 @@ def make_rules(settings: SimpleNamespace) -> dict[str, Callable]:
 # -----------------------------------------------------------------------------
 # The spool and its index
 
-# Of each document: where it is (in bytes), its characters, and a hash of it that stands for it; and its
-# sketch, if near copies are looked for.
-INDEX = [("start", "<i8"), ("size", "<i8"), ("chars", "<i8"), ("hash", ">u8")]
+# Of each document: where it is (in bytes), its characters, a hash of it that stands for it and its copies, one
+# of all but its white space, by which these are known; and its sketch, if near copies are looked for.
+INDEX = [("start", "<i8"), ("size", "<i8"), ("chars", "<i8"), ("hash", ">u8"), ("ink", "<u8")]
 
 
 def collect(docs: Iterator[tuple[str, str]], spool: Path, rules: dict[str, Callable], min_chars: int,
@@ -208,7 +206,7 @@ def collect(docs: Iterator[tuple[str, str]], spool: Path, rules: dict[str, Calla
     with open(spool, "wb") as f:
         for _, parts in itertools.groupby(docs, which):
             start, chars, plain, times = f.tell(), 0, 0, Counter()
-            sha, low = hashlib.sha256(), np.zeros(0, "<u4")
+            sha, ink, low = hashlib.sha256(), hashlib.blake2b(digest_size=8), np.zeros(0, "<u4")
             (title, text), head = next(parts), ""
             blocks = itertools.chain([text], (text for _, text in parts))
             for text in cleaned(blocks, rules, title, found, times):
@@ -216,6 +214,7 @@ def collect(docs: Iterator[tuple[str, str]], spool: Path, rules: dict[str, Calla
                 data = text.encode("utf-8", "replace")
                 f.write(data)
                 sha.update(data)
+                ink.update(data.translate(None, b" \t\n\r\f\v"))
                 chars += len(text)
                 if min_text:
                     plain += len(text) - len(not_text.findall(text))
@@ -230,10 +229,16 @@ def collect(docs: Iterator[tuple[str, str]], spool: Path, rules: dict[str, Calla
             elif plain < min_text * chars:
                 note(found, "mostly_not_text", f"{title}: {head!r}")
             else:
-                rows += struct.pack("<qqq", start, f.tell() - start, chars) + sha.digest()[:8]
+                rows += struct.pack("<qqq", start, f.tell() - start, chars)
+                rows += sha.digest()[:8] + ink.digest()
                 if sketches:
                     rows += np.append(low, np.full(K - len(low), NONE, "<u4")).tobytes()
-    return np.frombuffer(rows, INDEX + [("sketch", "<u4", (K,))] * sketches)
+    index = np.frombuffer(rows, INDEX + [("sketch", "<u4", (K,))] * sketches)
+    _, same = np.unique(index["ink"], return_inverse=True)
+    lowest = np.full(len(index), 2**64 - 1, np.uint64)  # the hash of a group: another copy can only lower it,
+    np.minimum.at(lowest, same, index["hash"].astype(np.uint64))  # and held out is what is low
+    index["hash"] = lowest[same]
+    return index
 
 
 # -----------------------------------------------------------------------------

@@ -27,10 +27,11 @@ DOMAIN = re.compile(rf"[@\uff20](?:[{LETTER}][{LETTER}-]{{0,62}}\.){{1,6}}"
 LOCAL = re.compile(rf"[{LETTER}_][{LETTER}_.%+'-]{{0,255}}$")
 TOP = frozenset("com org net edu gov mil int info biz dev app xyz online site shop tech store cloud email "
                 "club live pro social blog news media agency digital studio solutions systems services "
-                "academy company museum travel gmbh".split())  # or any two letters, as of a country
+                "academy company museum travel gmbh io co ai uk de fr eu ch nl cn jp in ru it es br us "
+                "kr".split())  # or any two letters, as of a country, behind what is longer than in q@k.mT
 
-IP4 = re.compile(r"[0-9]{1,3}(?:\.[0-9]{1,3}){3}")
-IP6 = re.compile(r":[0-9a-fA-F]{0,4}:[0-9a-fA-F:]*")
+IP4 = re.compile(r"(?<![\w.-])[0-9]{1,3}(?:\.[0-9]{1,3}){3}(?!\w|[.-]\w)", re.ASCII)
+IP6 = re.compile(r"(?<![\w:])(?:[0-9a-fA-F]{0,4}:){2,7}[0-9a-fA-F]{0,4}(?![\w:]|\.[0-9])", re.ASCII)
 VERSION = re.compile(r"(?:\b(?:v|ver|version|release|build|rev|section|chapter)|版本|バージョン|버전"
                      r"|[A-Za-z]/|[<>=~^!]=|[~^])[\s:`\"'(]*$", re.IGNORECASE)
 
@@ -54,8 +55,9 @@ OTHER = re.compile("|".join((  # what looks like a telephone number, and is none
 CODE = (r"(?:[17]|2[07]|3[0-469]|4[013-9]|5[1-8]|6[0-6]|8[1246]|9[0-58]"  # of a country
         r"|(?:2[1-689]|3[578]|42|5[09]|6[789]|8[58]|9[679])[0-9])")
 PHONE = re.compile("|".join((
-    # +44 20 7946 0958, +49 (0)30 123456
-    rf"(?:\(?\+|\b00){CODE}\)?[ ./-]?(?:\(0?[0-9]{{1,5}}\)[ .-]?)?[0-9]{{1,5}}(?:[ ./-]?[0-9]{{2,8}}){{1,5}}",
+    # +44 20 7946 0958, +49 (0)30 123456-0
+    rf"(?:\(?\+|\b00){CODE}\)?[ ./-]?(?:\(0?[0-9]{{1,5}}\)[ .-]?)?[0-9]{{1,5}}(?:[ ./-]?[0-9]{{2,8}}){{1,5}}"
+    r"(?:-[0-9](?![0-9]))?",
     # (555) 123-4567, (03) 9123 4567, but not (2004) 1234-1250
     r"\((?:0[1-9][0-9]{0,4}|[1-9][0-9]{1,2})\) ?[0-9]{3,5}[ -]?[0-9]{3,5}(?:[ -][0-9]{2,4})?",
     r"(?:1[-.])?[2-9][0-9]{2}([ .-])[0-9]{3}\1[0-9]{4}",  # 555-123-4567
@@ -153,30 +155,26 @@ def addresses(text: str) -> Iterator[tuple[int, int]]:
     """IPv4, unless it looks like a version; IPv6 if the standard library says so."""
     found = []
     for place in IP4.finditer(text):
-        start, end = place.span()
         parts = [int(part) for part in place[0].split(".")]
-        before, after = text[max(start - 1, 0):start], text[end:end + 2]
-        joined = is_word(before) or before in (".", "-") or is_word(after[:1])
-        joined = joined or (after[:1] in (".", "-") and is_word(after[1:]))
-        version = max(parts) < 10 or VERSION.search(text, max(start - 16, 0), start)
-        if max(parts) < 256 and not joined and not version:
-            found.append((start, end))
+        small = max(parts[:3]) < 32 and parts[0] != 10  # OpenSSL 1.0.2.15; of addresses one in 500
+        version = small or VERSION.search(text, max(place.start() - 16, 0), place.start())
+        if max(parts) < 256 and not version:
+            found.append(place.span())
     for place in IP6.finditer(text):
-        start, end = place.span()
-        while start and text[start - 1] in "0123456789abcdefABCDEF:" and place.start() - start < 40:
-            start -= 1
-        try:
-            ipaddress.IPv6Address(text[start:end])
-        except ValueError:
-            continue
-        groups = [group for group in text[start:end].split(":") if group]
-        joined = is_word(text[max(start - 1, 0):start]) or is_word(text[end:end + 1])
-        joined = joined or (text[end:end + 1] == "." and text[end + 1:end + 2].isdigit())  # ::ffff:10.1.2.3
+        groups = [group for group in place[0].split(":") if group]
         letters = not "".join(groups).isdigit()  # not x[1::2], nor b64::dec
-        long = len(groups) > 1 and (len(groups) > 3 or (letters and (len(groups) > 2 or len(groups[0]) == 4)))
-        if long and not joined and digits_in(text[start:end]):
-            found.append((start, end))
+        long = len(groups) > 3 or (letters and len(groups) > 1 and (len(groups) > 2 or len(groups[0]) == 4))
+        if long and digits_in(place[0]) and is_ip6(place[0]):
+            found.append(place.span())
     return iter(sorted(found))
+
+
+def is_ip6(text: str) -> bool:
+    try:
+        ipaddress.IPv6Address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def likely_numbers(text: str) -> Iterator[tuple[int, int]]:

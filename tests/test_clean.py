@@ -77,6 +77,7 @@ PRIVATE = ("-----BEGIN RSA PRIVATE KEY-----\n"
     (PRIVATE[:-40] + " more", "[KEY] more"), (f"a{PRIVATE}b{PRIVATE}c", "a[KEY]b[KEY]c"),
     ("Jo@Example.Com", "[EMAIL]"), ("<jo@mail.social>", "<[EMAIL]>"), ("2001:db8::2", "[IP]"),
     ("(03) 9123 4567", "[PHONE]"), ("Phone (home): 5551234567", "Phone (home): [PHONE]"),
+    ("write to a@b.co now", "write to [EMAIL] now"), ("Tel. +43 1 588 80-0", "Tel. [PHONE]"),
     ("मोबाइल नंबर: 9876543210", "मोबाइल नंबर: [PHONE]"), ("手机号码：13912345678", "手机号码：[PHONE]"),
     ("Phone: +1.5551234567", "Phone: [PHONE]"), ("ASIA" + "A1" * 8, "[KEY]"),
     *[(same, same) for same in (
@@ -88,7 +89,7 @@ PRIVATE = ("-----BEGIN RSA PRIVATE KEY-----\n"
         "x[..., 1::2]", "a[0::4, 100::2] + t[1:2::3]", "b64::dec", "Phys. Rev. (1998) 5932-5935", "a[::]",
         "mobile users 2019-2020", "phone 2024-01-15", "phones 10 000 000", "手机出货量 2019-2020",
         "Cambridge, MA 02139-4307", "0041 0042 0043", "ISBN 0786904070", "0110 1001 1100", "08-2023 123456",
-        "[1., +1.12345679]",
+        "[1., +1.12345679]", "OpenSSL 1.0.2.15", "nginx 1.18.0.4", "q@k.mT", "q@k.to(device)",
     )]])
 def test_what_looks_like_personal_data_and_what_does_not(text, expected):
     assert by("scrub_pii", text) == expected
@@ -133,12 +134,13 @@ def test_what_was_replaced_is_shown_without_its_digits_and_not_stored(tmp_path):
     "<!-- open"),
     ("<script>if (a<b) x='</p>'</script>k<STYLE type=x>p{}</style >m", "km"), ("a<br/>b", "a\nb"),
     ("&lt;b&gt; AT&amp;T &#233;&#x4e2d; &no; &#99999999999;", "<b> AT&T é中 &no; &#99999999999;"),
+    ("<x><![CDATA[<p>a &amp; b < c</p>]]></x>d[e[0]]>f", "a & b < c\nd[e[0]]>f"), ("<![CDATA[a", "<![CDATA[a"),
     ("<!DOCTYPE html><?xml version='1.0'?>hi", "hi"), ('<a href="' + "x" * 500_000 + '">a</a>', "a")])
 def test_html_as_it_is_read(text, expected):
     assert by("html", text).strip("\n") == expected
 
 
-UNITS = {"html": ["<a ", "<!--", "<", "</", "<?", "<?x", "<a b=\"", "<a b='\"", "<script>", "</script",
+UNITS = {"html": ["<a ", "<!--", "<![CDATA[", "<", "</", "<?", "<?x", "<a b=\"", "<a b='\"", "<script>", "</script",
                   "<a b=\"<a c='",
                   "&#", "<p>", "&lt;", "<a x=\"y>\" "],
          "scrub_pii": ["-----BEGIN RSA PRIVATE KEY-----\n", "1 ", "1", "a@b.", "::", "a:", "(1", "sk-",

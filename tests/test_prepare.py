@@ -114,6 +114,17 @@ def test_copies_leave_the_shares_as_they_were_asked_for(tmp_path, capsys, near, 
     assert ("copies of " in said and f"{copies} documents, 1.7% of" in said) == (n == 60)
 
 
+def test_copies_that_differ_in_white_space_are_in_one_split(tmp_path):
+    """And the hash that stands for all is the lowest: another copy moves none into training."""
+    texts = essays(200)
+    spaced = [f"\n {text}\n" if i % 2 else text.replace(" ", "\n") for i, text in enumerate(texts)]
+    before = read_back(prepared(tmp_path, texts, tokenizer="bytes"))
+    found = read_back(prepared(tmp_path, texts + spaced, tokenizer="bytes", overwrite=True))
+    inks = {split: {"".join(text.split()) for text in some} for split, some in found.items()}
+    assert sum(map(len, found.values())) == 400 and sum(map(len, inks.values())) == 200
+    assert not set(found["train"]) & set(before["val"] + before["test"])
+
+
 def test_a_novel_and_some_notes_are_mostly_for_training(tmp_path, capsys):
     for folder_of in range(10):
         notes = [" ".join(words(40, 1000 * folder_of + i)) for i in range(25)]
