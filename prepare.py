@@ -33,9 +33,9 @@ from typing import Literal
 
 import numpy as np
 
-from config import (SettingError, UserError, above, at_least, checked, launch, needs_console, settings_of,
-                    values_of)
-from lib.clean import Progress, collect, make_rules, near_groups
+from config import (SettingError, UserError, above, at_least, check_used, checked, defaults_of, launch,
+                    needs_console, settings_of, values_of)
+from lib.clean import Progress, Scrub, collect, make_rules, near_groups
 from lib.text import BLOCK, BUILT_IN, UNPACK, documents, local_files, locked, note, source_parts
 from lib.tokenizer import (Characters, Tokenizer, encode_stream, examples_of, make_tokenizer, read_texts,
                            sample, with_prefix)
@@ -63,10 +63,10 @@ min_text: at_least(0.0, at_most=1.0) = 0.0  # drop those with less letters, digi
 near_duplicates: at_least(0.0, at_most=1.0) = 0.0  # drop those that share so much with another; try 0.6
 
 tokenizer: str = ""  # bytes, bpe (of the text), gpt2, a .tiktoken file, a Hugging Face folder; empty: bpe
-vocab_size: at_least(258) = 4096  # tokens of a bpe, specials included
+vocab_size: at_least(258) = 4096  # tokens, specials included
 lossy: bool = False  # go on if the tokenizer has no ids for more than 1% of the characters
 prefix: bool = False  # before each document, what the tokenizer's model reads before a text (as Llama's BOS)
-sample_mb: at_least(1) = 100  # text that a bpe is trained on, at most, evenly from all of the training text
+sample_mb: at_least(1) = 100  # text that it is trained on, at most, evenly from all of the training text
 val_fraction: above(0.0, below=1.0) = 0.1  # share of the text for validation
 test_fraction: at_least(0.0, below=1.0) = 0.1  # share kept for the very end
 threads: at_least(0) = 0  # that tokenize; 0: one a core
@@ -79,9 +79,17 @@ seed: at_least(0) = 0  # that picks those
 FORMAT = 1  # of meta.json and the .bin files
 SPLITS = ("train", "val", "test")
 OURS = ("train.bin", "val.bin", "test.bin", "meta.json", "report.png")  # all that a data set has
+CONTINUED = bytes(range(0x80, 0xC0))  # bytes of UTF-8 that go on with a character
 NAME = re.compile(r"\w(?:[\w.+-]*\w)?")  # of a data set
 # Settings that older data sets lack, and what they were made with.
-NEW = {"phones": "patterns", "split_on": "", "skip_bad_rows": False}
+NEW = {"phones": "patterns", "split_on": "", "skip_bad_rows": False, "prefix": False}
+OTHER = ("dataset", "threads", "overwrite", "report", "show", "seed", "lossy")  # the result is the same
+ONLY = [  # a setting, and what it is of use with; see check_used
+    ("vocab_size", "tokenizer", ("bpe",)),
+    ("sample_mb", "tokenizer", ("bpe",)),
+    ("phones", "scrub_pii", (True,)),
+    ("seed", "show", ()),
+]
 
 
 # -----------------------------------------------------------------------------
@@ -97,21 +105,23 @@ def prepare(dataset: str = "", *, root: str | Path = "data", **settings) -> Path
     folder = Path(root) / s.dataset
     if folder.is_symlink():  # to another disk, say
         folder = folder.resolve()
-    for part in source_parts(s.source):
-        if inside(part, folder):
-            raise SettingError(f"--source={part}: lies in {folder}, which is for the data set: move it, or "
-                               "give another --dataset=NAME")
+    paths = [path for part in source_parts(s.source) for path in local_files(part)]
+    for parent in {path.parent for path in paths}:
+        if parent.resolve().is_relative_to(folder.resolve()):
+            raise SettingError(f"--source={s.source}: {parent} lies in {folder}, which is for the data set: "
+                               "move it, or give another --dataset=NAME")
+    files = fingerprint(paths)
     new = folder.with_name(f".{folder.name}.preparing")
     old = folder.with_name(f".{folder.name}.replaced")
     with locked(folder):
         try:
             settle(folder, new, old)  # after one that was killed
-            if is_there(folder, s):
+            if is_there(folder, s, files):
                 print(f"{folder} is there already, made with the same settings")
                 return folder
             try:
                 new.mkdir(parents=True)
-                done = build(new, s, Path(root) / "downloads")
+                done = build(new, s, files, Path(root) / "downloads")
                 if folder.exists():
                     os.replace(folder, old)
                 os.replace(new, folder)
@@ -124,18 +134,19 @@ def prepare(dataset: str = "", *, root: str | Path = "data", **settings) -> Path
     return folder
 
 
-def inside(part: str, folder: Path) -> bool:
-    """Is a source in this folder, or is it this folder?"""
-    if not folder.exists():
-        return False
-    for parent in {path.parent for path in local_files(part)}:
-        parent = parent.resolve()
-        if folder.resolve() in (parent, *parent.parents):
-            return True
-    return False
+def fingerprint(paths: list[Path]) -> dict:
+    """What tells whether a source has changed: number, bytes, and a hash of names, sizes and times."""
+    sha, n, size = hashlib.sha256(), 0, 0
+    for path in paths:
+        with contextlib.suppress(OSError):
+            status = path.stat()
+            sha.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "replace"))
+            n += 1
+            size += status.st_size
+    return {"files": n, "bytes": size, "sha256": sha.hexdigest()}
 
 
-def is_there(folder: Path, s: SimpleNamespace) -> bool:
+def is_there(folder: Path, s: SimpleNamespace, files: dict) -> bool:
     """Is this data set there? Raises SettingError if it may not be made there."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
@@ -145,32 +156,19 @@ def is_there(folder: Path, s: SimpleNamespace) -> bool:
     if s.overwrite:
         return False
     meta = read_meta(folder)
-    then, now = {**NEW, **meta["settings"]}, of_the_data(s)
-    changed = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    then, now = {**NEW, **meta["settings"]}, {**NEW, **of_the_data(s)}
+    changed = [name for name in now if then.get(name) != now[name]]
     if changed:
         raise SettingError(f"{folder}: is there already, made with other settings ({', '.join(changed)}): "
                            "--overwrite replaces it, --dataset=NAME makes another")
-    before, now = meta.get("files") or {"files": 0}, files_of(s.source)
-    if before["files"] and not now["files"]:
+    before = meta.get("files") or {"files": 0}  # older ones do not say
+    if before["files"] and not files["files"]:
         print(f"{s.source}: not here, so not compared with what {folder} was made of")
-    elif before["files"] and before != now:
+    elif before["files"] and before != files:
         raise SettingError(f"{folder}: its source has changed since ({before['files']:,} files, "
-                           f"{before['bytes']:,} bytes; now {now['files']:,} files, {now['bytes']:,} bytes, "
-                           "or their times or names): --overwrite makes it again")
+                           f"{before['bytes']:,} bytes; now {files['files']:,} files, {files['bytes']:,} "
+                           "bytes, or their times or names): --overwrite makes it again")
     return True
-
-
-def files_of(source: str) -> dict:
-    """What tells whether a source has changed: number, bytes, and a hash of names, sizes and times."""
-    sha, n, size = hashlib.sha256(), 0, 0
-    for part in source_parts(source):
-        for path in local_files(part):
-            with contextlib.suppress(OSError):
-                status = path.stat()
-                sha.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "replace"))
-                n += 1
-                size += status.st_size
-    return {"files": n, "bytes": size, "sha256": sha.hexdigest()}
 
 
 def is_data_set(folder: Path) -> bool:
@@ -179,16 +177,14 @@ def is_data_set(folder: Path) -> bool:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     except OSError:
         return False
-    except ValueError:
+    except (ValueError, RecursionError):
         return (folder / "train.bin").is_file()
     return isinstance(meta, dict) and {"format", "splits"} <= set(meta)
 
 
 def settle(folder: Path, new: Path, old: Path) -> None:
     """Whatever became of a prepare: the data set is the new one or the old one, and nothing else is left.
-
-    What is in the folder of the old one and is not ours, moves into that of the new one.
-    """
+    What the old one's folder has that is not ours moves into the new one's."""
     if old.exists() and not folder.exists():  # between the two renames
         print(f"{folder}: put back as it was before a prepare that was killed")
         os.replace(old, folder)
@@ -202,28 +198,28 @@ def settle(folder: Path, new: Path, old: Path) -> None:
 
 def complete(dataset: str, given: dict) -> SimpleNamespace:
     """All settings of a data set. Raises TypeError, SettingError."""
-    known, values = settings_of(globals()), values_of(globals())
+    known, script = settings_of(globals()), {**globals(), "DEFAULTS": defaults_of(globals())}
     for name, value in given.items():
         if name not in known:
             raise TypeError(f"prepare() has no setting {name!r}")
-        values[name] = checked(value, known[name].kind, f"--{name}")
-    s = SimpleNamespace(**values)
-    s.dataset = dataset or (default_name(s.source) if s.source else "python")
-    if not NAME.fullmatch(s.dataset) or s.dataset == "downloads" or len(s.dataset.encode()) > 200:
-        raise SettingError(f"--dataset={s.dataset}: wanted the name of a folder under data/: letters, "
-                           "digits, - and _, and not downloads, which is taken")
-    if not s.source and s.dataset not in BUILT_IN:
-        raise SettingError(f"--dataset={s.dataset}: not a built-in ({', '.join(BUILT_IN)}): give its "
-                           "--source=")
-    own_source, own_tokenizer = BUILT_IN.get(s.dataset, ("", "bpe"))
-    s.source = s.source or own_source
-    s.tokenizer = s.tokenizer or own_tokenizer
+        script[name] = checked(value, known[name].kind, f"--{name}")
+    source = script["source"]
+    name = script["dataset"] = dataset or (default_name(source) if source else "python")
+    if not NAME.fullmatch(name) or name == "downloads" or len(name.encode()) > 200:
+        raise SettingError(f"--dataset={name}: wanted the name of a folder under data/: letters, digits, - and "
+                           "_, and not downloads, which is taken")
+    if not source and name not in BUILT_IN:
+        raise SettingError(f"--dataset={name}: not a built-in ({', '.join(BUILT_IN)}): give its --source=")
+    own_source, own_tokenizer = BUILT_IN.get(name, ("", "bpe"))
+    script["source"] = source or own_source
+    script["tokenizer"] = script["tokenizer"] or own_tokenizer
+    for line in check_used(script):
+        print(line)
+    s = SimpleNamespace(**values_of(script))
     if s.val_fraction + s.test_fraction >= 1:
         raise SettingError(f"--test_fraction={s.test_fraction}: must be below 1 with val_fraction")
     if s.phones == "library" and importlib.util.find_spec("phonenumbers") is None:
         raise SettingError("--phones=library: needs a package: pip install phonenumbers")
-    if s.phones == "library" and not s.scrub_pii:
-        raise SettingError("--phones=library: only with --scrub_pii=True")
     if s.prefix and s.tokenizer == "bpe":
         raise SettingError("--prefix=True: for a tokenizer with a template, not for a bpe")
     try:
@@ -235,9 +231,7 @@ def complete(dataset: str, given: dict) -> SimpleNamespace:
 
 def of_the_data(s: SimpleNamespace) -> dict:
     """The settings that the result depends on."""
-    other = ("dataset", "threads", "overwrite", "report", "show", "seed", "lossy")
-    other += () if s.prefix else ("prefix",)  # data sets of before it was a setting
-    found = {name: value for name, value in vars(s).items() if name not in other}
+    found = {name: value for name, value in vars(s).items() if name not in OTHER}
     return {**found, "source": s.source.removeprefix("builtin:")}
 
 
@@ -245,12 +239,12 @@ def default_name(source: str) -> str:
     """novel of books/novel.txt.gz."""
     path = Path(source.split(",")[0].partition("#")[0].removeprefix("hf:"))
     stem = Path(path.stem).stem if path.suffix in UNPACK else path.stem
-    return "".join(c if c.isalnum() or c in "-_" else "_" for c in stem)[:60] or "text"
+    return re.sub(r"[^\w-]", "_", stem)[:60] or "text"
 
 
-def build(folder: Path, s: SimpleNamespace, downloads: Path) -> str:
+def build(folder: Path, s: SimpleNamespace, files: dict, downloads: Path) -> str:
     """Both passes, into an empty folder: the .bin files and meta.json. Returns a summary."""
-    began, files = time.monotonic(), files_of(s.source)
+    began = time.monotonic()
     spool, found = folder / "spool.tmp", {}
     # a tokenizer that cannot be had is said before the first byte is read
     codec = None if s.tokenizer == "bpe" else open_tokenizer(s)
@@ -259,9 +253,10 @@ def build(folder: Path, s: SimpleNamespace, downloads: Path) -> str:
     size = {name: int((rows[:, 1] - rows[:, 0]).sum()) for name, rows in spans.items()}
     print_shares(size, spool, index, s)
     codec = codec or train_tokenizer(s, spool, spans["train"], size["train"])
-    if not codec.safe and index["size"].max() > 2**24:
-        print(f"the tokenizer reads a document at once, with 170 times its size in memory; the longest has "
-              f"{index['size'].max() / 1e6:.0f} MB")
+    longest = int(index["size"].max())
+    if not codec.safe and longest > 2**24:
+        print("the tokenizer reads a document at once, with 170 times its size in memory; the longest has "
+              f"{longest / 1e6:.0f} MB")
     tick = Progress("tokenizing", sum(size.values()))
     splits, lost = {}, Counter()
     for name, rows in spans.items():
@@ -272,10 +267,10 @@ def build(folder: Path, s: SimpleNamespace, downloads: Path) -> str:
         if s.prefix:
             ids = with_prefix(ids, codec)
         its = write_split(folder / f"{name}.bin", ids, codec.vocab_size)
-        splits[name] = {**its, "bytes": size[name], "documents": len(rows)}
         if its["tokens"] < 32 and (name != "test" or s.test_fraction):
             raise UserError(f"{s.source}: only {its['tokens']} tokens for {name}.bin, too few to be of use: "
                             "give more text, or larger fractions")
+        splits[name] = {**its, "bytes": size[name], "documents": len(rows)}
         print(f"{name:>6} {len(rows):8,} documents {size[name]:14,} bytes {its['tokens']:14,} tokens")
     say_lost(lost, int(index["chars"].sum()), s)
     spool.unlink()
@@ -345,12 +340,11 @@ def print_notes(found: dict) -> None:
         print(f"{entry['documents']:8,} {NOTES.get(what, what)}{times}: {visible(entry['example'])}")
 
 
-def print_replaced(scrub) -> None:
+def print_replaced(scrub: Scrub) -> None:
     """What was taken for personal data: counts, and a few of each, which are not stored."""
-    for kind, n in scrub.counts.items():
-        if n:
-            examples = map(visible, scrub.examples[kind])
-            print(f"{n:8,} [{kind}] put in place of the like of {', '.join(examples)}")
+    for kind, examples in scrub.examples.items():
+        shown = visible(", ".join(examples))
+        print(f"{scrub.counts[kind]:8,} [{kind}] put in place of the like of {shown}")
 
 
 def visible(text: str) -> str:
@@ -363,37 +357,35 @@ def copies(index: np.ndarray, spool: Path, s: SimpleNamespace, found: dict) -> n
 
     Otherwise all stay, and those that are exact will be in one split, since it follows from the text.
     """
+    documents = np.arange(len(index))
     _, first, same = np.unique(index["hash"], return_index=True, return_inverse=True)
     group = first[same]
+    exact = group != documents
     if s.near_duplicates:
-        distinct = np.sort(first)
-        near = distinct[near_groups(index["sketch"][distinct], s.near_duplicates)]
-        group = near[np.searchsorted(distinct, group)]
-    sizes = np.bincount(group, index["size"], len(index))
-    for i in np.flatnonzero((sizes > 0.01 * index["size"].sum()) & (sizes > index["size"])):
-        print(f"copies of {beginning(spool, index[i])!r}: {np.count_nonzero(group == i):,} documents, "
-              f"{sizes[i] / index['size'].sum():.1%} of the text")
-
-    later = group != np.arange(len(index))
-    exact = later & (first[same] != np.arange(len(index)))
-    kinds = {"duplicates": exact, "near_duplicates": later & ~exact}
-    for what, which in kinds.items():
+        group = near_groups(index["sketch"], s.near_duplicates)
+    later = group != documents
+    total, sizes = index["size"].sum(), np.bincount(group, index["size"], len(index))
+    for i in np.flatnonzero((sizes > 0.01 * total) & (sizes > index["size"])):
+        print(f"copies of {beginning(spool, index[i])}: {np.count_nonzero(group == i):,} documents, "
+              f"{sizes[i] / total:.1%} of the text")
+    for what, which in (("duplicates", later & exact), ("near_duplicates", later & ~exact)):
         if which.any():
-            example = repr(beginning(spool, index[which][0]))
-            note(found, what if s.near_duplicates else "copies_kept", example, documents=int(which.sum()))
+            what = what if s.near_duplicates else "copies_kept"
+            note(found, what, beginning(spool, index[which][0]), documents=int(which.sum()))
     if not s.near_duplicates:
         return index
     held_out = splits_of(index["hash"], s.val_fraction, s.test_fraction) > 0
     moved = np.unique(group[held_out & later & ~held_out[group]])
     if len(moved):
-        note(found, "copies_in_train", repr(beginning(spool, index[moved[0]])), documents=len(moved))
+        note(found, "copies_in_train", beginning(spool, index[moved[0]]), documents=len(moved))
     return index[~later]
 
 
 def beginning(spool: Path, document: np.ndarray) -> str:
+    """In quotes."""
     with open(spool, "rb") as f:
         f.seek(document["start"])
-        return f.read(min(int(document["size"]), 240)).decode("utf-8", "ignore")[:60]
+        return repr(f.read(min(document["size"], 240)).decode("utf-8", "ignore")[:60])
 
 
 # -----------------------------------------------------------------------------
@@ -410,7 +402,7 @@ def split(spool: Path, index: np.ndarray, val_fraction: float, test_fraction: fl
 
     Each goes whole where its hash says, but into train if it and its copies have too much of the text. So
     whatever is added, nothing that was held out gets into train. If that leaves a split empty, each is cut
-    into the three, by characters: its beginning is for train.
+    into the three: its beginning is for train.
     """
     starts, ends = index["start"], index["start"] + index["size"]
     which = splits_of(index["hash"], val_fraction, test_fraction)
@@ -420,39 +412,32 @@ def split(spool: Path, index: np.ndarray, val_fraction: float, test_fraction: fl
     which[large] = 0
     present = np.bincount(which, minlength=3) > 0
     if len(index) > 1 and present[:2].all() and (present[2] or not test_fraction):
-        rows = np.stack((starts, ends), axis=1)
         if large.any():
             print(f"too large to be held out, so in train: {large.sum():,} documents, of up to "
                   f"{share[large].max():.1%} of the text with their copies, such as "
-                  f"{beginning(spool, index[large][0])!r}")
+                  f"{beginning(spool, index[large][0])}")
+        rows = np.stack((starts, ends), axis=1)
         return {name: rows[which == i] for i, name in enumerate(SPLITS)}
     if len(index) > 1:
         print(f"{len(index):,} documents are too few to be split whole: each is cut into the three, from its "
               "beginning to its end (if more are added they stay whole, most of them in train)")
     edges = [starts]
     for part in (1 - val_fraction - test_fraction, 1 - test_fraction):
-        wanted = (index["chars"] * part).astype(np.int64)
-        cuts = [byte_of_char(spool, int(start), int(n)) for start, n in zip(starts, wanted)]
-        edges.append(np.array(cuts))
+        edges.append(characters_at(spool, starts + (index["size"] * part).astype(np.int64)))
     edges.append(ends)
-    found = {}
-    for i, name in enumerate(SPLITS):
-        rows = np.stack((edges[i], edges[i + 1]), axis=1)
-        found[name] = rows[rows[:, 0] < rows[:, 1]]
-    return found
+    rows = [np.stack(pair, axis=1) for pair in zip(edges, edges[1:])]
+    return {name: its[its[:, 0] < its[:, 1]] for name, its in zip(SPLITS, rows)}
 
 
-def byte_of_char(spool: Path, at: int, n: int) -> int:
-    """Where in the spool the n-th character of the document that begins at byte `at` begins."""
+def characters_at(spool: Path, places: np.ndarray) -> np.ndarray:
+    """The places in the spool from each of these on where a character begins."""
+    found = places.copy()
     with open(spool, "rb") as f:
-        f.seek(at)
-        while n:
-            data = np.frombuffer(f.read(min(BLOCK, 4 * n + 4)), np.uint8)
-            begins = np.flatnonzero(data & 0xC0 != 0x80)  # all but bytes that go on with a character
-            if n < len(begins):
-                return at + int(begins[n])
-            n, at = n - len(begins), at + len(data)
-    return at
+        for i, place in enumerate(places.tolist()):
+            f.seek(place)
+            rest = f.read(4)
+            found[i] += len(rest) - len(rest.lstrip(CONTINUED))
+    return found
 
 
 def print_shares(size: dict[str, int], spool: Path, index: np.ndarray, s: SimpleNamespace) -> None:
@@ -464,7 +449,7 @@ def print_shares(size: dict[str, int], spool: Path, index: np.ndarray, s: Simple
         largest = index[np.argmax(index["size"])]
         share = largest["size"] / index["size"].sum()
         print(f"shares of the text: {', '.join(parts)}: each document goes whole where the hash of its text "
-              f"says, and of these {len(index):,} the largest has {share:.1%}: {beginning(spool, largest)!r}")
+              f"says, and of these {len(index):,} the largest has {share:.1%}: {beginning(spool, largest)}")
 
 
 # -----------------------------------------------------------------------------
@@ -528,24 +513,18 @@ def bin_dtype(vocab_size: int) -> np.dtype:
 
 def read_meta(folder: Path) -> dict:
     """meta.json. Raises UserError if it is missing or damaged."""
-    path = Path(folder) / "meta.json"
+    path, again = Path(folder) / "meta.json", "make the data set again, with --overwrite"
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
+        version = meta["format"]
+        whole = meta["dtype"] in ("uint16", "uint32") and meta["vocab_size"] > 0 and meta["tokenizer"]
+        whole = whole and meta["settings"] and all(meta["splits"][name]["tokens"] >= 0 for name in SPLITS)
     except FileNotFoundError:
         raise UserError(f"{folder}: no data set here: make one, see python prepare.py --help") from None
-    except (ValueError, RecursionError, OSError) as error:
-        raise UserError(f"{path}: damaged ({error}): make the data set again, with --overwrite") from None
-    found = meta.get("format") if isinstance(meta, dict) else None
-    if found != FORMAT:
-        raise UserError(f"{path}: format {found}, wanted {FORMAT}: make the data set again, with --overwrite")
-    try:
-        whole = meta["dtype"] in ("uint16", "uint32") and meta["vocab_size"] > 0
-        whole = whole and meta["tokenizer"] and meta["settings"]
-        whole = whole and all(meta["splits"][name]["tokens"] >= 0 for name in SPLITS)
-    except (KeyError, TypeError):
-        whole = False
-    if not whole:
-        raise UserError(f"{path}: damaged (something is missing): make the data set again, with --overwrite")
+    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
+        raise UserError(f"{path}: damaged ({type(error).__name__}: {error}): {again}") from None
+    if version != FORMAT or not whole:
+        raise UserError(f"{path}: damaged, or of another format ({version}, wanted {FORMAT}): {again}")
     return meta
 
 
@@ -589,33 +568,33 @@ def read_split(folder: Path, split: str, meta: dict) -> np.ndarray:
 # -----------------------------------------------------------------------------
 # Look
 
-def read_whole(folder: Path, split: str, meta: dict) -> np.ndarray:
-    """read_split, every id looked at. Raises UserError for one that the vocabulary does not have."""
-    ids = read_split(folder, split, meta)
+def read_whole(folder: Path, split: str, meta: dict) -> tuple[np.ndarray, np.ndarray]:
+    """The token ids, and how often each comes. Raises UserError for one that the vocabulary does not have."""
+    ids, counts = read_split(folder, split, meta), np.zeros(meta["vocab_size"], np.int64)
     for i in range(0, len(ids), BLOCK):
-        if ids[i:i + BLOCK].max() >= meta["vocab_size"]:
-            raise UserError(f"{Path(folder) / split}.bin: damaged: token {ids[i:i + BLOCK].max()} of "
-                            f"{meta['vocab_size']}: make the data set again, with --overwrite")
-    return ids
+        some = ids[i:i + BLOCK]
+        if some.max() >= len(counts):
+            raise UserError(f"{Path(folder) / split}.bin: damaged: token {some.max()} of {len(counts)}: make "
+                            "the data set again, with --overwrite")
+        counts += np.bincount(some, minlength=len(counts))
+    return ids, counts
 
 
 def print_report(folder: Path) -> None:
     """What is in a data set, what was dropped and why; with matplotlib as report.png in its folder too."""
     meta = read_meta(folder)
-    codec, lengths = Tokenizer.from_dict(meta["tokenizer"]), []
-    counts = np.zeros(meta["vocab_size"], np.int64)
+    codec, lengths, counts = Tokenizer.from_dict(meta["tokenizer"]), [], 0
     for split in SPLITS:
-        ids, its = read_whole(folder, split, meta), meta["splits"][split]
-        if its["tokens"]:
-            for i in range(0, len(ids), BLOCK):
-                counts += np.bincount(ids[i:i + BLOCK], minlength=len(counts))
+        (ids, some), its = read_whole(folder, split, meta), meta["splits"][split]
+        counts += some
+        if len(ids):
             lengths.append(np.diff(document_ends(ids, codec.eot), prepend=0))
             low, middle, high = np.quantile(lengths[-1], (0.1, 0.5, 0.9))
             print(f"{split:>6}: {its['bytes'] / its['tokens']:.3f} bytes a token; {its['documents']:,} "
                   f"documents of {low:,.0f}, {middle:,.0f}, {high:,.0f} tokens (10%, 50%, 90%)")
     order = np.argsort(-counts, kind="stable")[:np.count_nonzero(counts)]
-    print(f"{len(order):,} of {len(counts):,} tokens are used, these the most:", *(
-        f"{codec.decode([i])!r} {counts[i] / counts.sum():.1%}" for i in order[:20].tolist()))
+    most = [f"{codec.decode([i])!r} {counts[i] / counts.sum():.1%}" for i in order[:20].tolist()]
+    print(f"{len(order):,} of {len(counts):,} tokens are used, these the most:", *most)
     print_notes(meta["report"])
     try:
         from matplotlib.figure import Figure
@@ -623,7 +602,8 @@ def print_report(folder: Path) -> None:
         return
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.hist(np.concatenate(lengths), bins=np.geomspace(1, max(map(np.max, lengths)) + 1, 40))
+    lengths = np.concatenate(lengths)
+    left.hist(lengths, bins=np.geomspace(1, lengths.max() + 1, 40))
     left.set(xscale="log", xlabel="tokens in a document", ylabel="documents")
     right.loglog(np.arange(1, len(order) + 1), counts[order])
     right.set(xlabel="rank of a token", ylabel="how often it comes")
@@ -632,14 +612,14 @@ def print_report(folder: Path) -> None:
 
 def document_ends(ids: np.ndarray, eot: int) -> np.ndarray:
     """One past the last token of each document."""
-    ends = [np.flatnonzero(ids[i:i + BLOCK] == eot) + i + 1 for i in range(0, len(ids), BLOCK)]
-    return np.union1d(np.concatenate(ends), len(ids))
+    return np.union1d(np.flatnonzero(ids == eot) + 1, len(ids))
 
 
 def show_documents(folder: Path, n: int, seed: int) -> None:
     """Print some, decoded from train.bin, picked by the seed; of a long one the beginning."""
     meta = read_meta(folder)
-    codec, ids = Tokenizer.from_dict(meta["tokenizer"]), read_whole(folder, "train", meta)
+    codec = Tokenizer.from_dict(meta["tokenizer"])
+    ids, _ = read_whole(folder, "train", meta)
     ends = document_ends(ids, codec.eot)
     for i in np.random.default_rng(seed).permutation(len(ends))[:n].tolist():
         start, end = ends[i - 1] if i else 0, ends[i]

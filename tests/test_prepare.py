@@ -58,21 +58,19 @@ def names_in(folder) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.parametrize("block", [64, 2**22])
 @pytest.mark.parametrize("texts", [[MIXED * 10 + "y" * 3000 + CHINESE], [PAGES[0], "", PAGES[1], CHINESE]])
-def test_too_few_documents_are_cut_each(tmp_path, monkeypatch, texts, block):
-    monkeypatch.setattr(prepare, "BLOCK", block)
+def test_too_few_documents_are_cut_each(tmp_path, texts):
+    """Where a character begins."""
     source = write_jsonl(tmp_path / "my texts.jsonl", texts)
     folder = prepare.prepare(source=source, tokenizer="bytes", test_fraction=0.2, root=tmp_path / "data")
     assert folder.name == "my_texts"
-    parts = []
-    for text in filter(None, texts):
-        a, b = int(len(text) * (1 - 0.1 - 0.2)), int(len(text) * 0.8)
-        parts.append((text[:a], text[a:b], text[b:]))
-    parts = [list(split) for split in zip(*parts)]
-    assert list(read_back(folder).values()) == parts
+    found = list(read_back(folder).values())
+    assert ["".join(parts) for parts in zip(*found)] == list(filter(None, texts))
+    for text, *parts in zip(filter(None, texts), *found):
+        sizes = np.array([len(part.encode()) for part in parts])
+        assert max(np.abs(sizes - np.array([0.7, 0.1, 0.2]) * len(text.encode()))) <= 4
     splits = prepare.read_meta(folder)["splits"].values()
-    assert [its["bytes"] for its in splits] == [len("".join(part).encode()) for part in parts]
+    assert [its["bytes"] for its in splits] == [len("".join(part).encode()) for part in found]
 
 
 def essays(n, copies=1, near=False) -> list[str]:
@@ -242,6 +240,17 @@ def test_what_cannot_be_is_said_and_leaves_nothing(tmp_path, monkeypatch, settin
     with pytest.raises(error, match=said) as found:
         prepare.prepare(**{"source": "a.jsonl", **settings})
     assert "\n" not in str(found.value) and not list(tmp_path.glob("data/*"))
+
+
+@pytest.mark.parametrize("flags, said", [
+    ("--tokenizer=gpt2 --vocab_size=300", "vocab_size=300: of no use with tokenizer=gpt2"),
+    ("--dataset=shakespeare_char --sample_mb=3", "sample_mb=3: of no use with tokenizer=bytes"),
+    ("--phones=library", "phones=library: of no use with scrub_pii=False"),
+    ("--seed=3", "seed=3: of no use with show=0")])
+def test_what_is_of_no_use_is_refused(tmp_path, flags, said):
+    done = subprocess.run([sys.executable, ROOT / "prepare.py", *flags.split()], cwd=tmp_path, text=True,
+                          capture_output=True)
+    assert done.returncode == 2 and said in done.stderr and not list(tmp_path.iterdir())
 
 
 def prepare_numbers(folder, **settings):
