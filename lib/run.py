@@ -87,22 +87,23 @@ class Machine:
         matmul: auto, float32 or bfloat16. width: of the model. earlier: what an earlier process of the run
         chose, which is taken again, if this machine has it. Raises SettingError.
         """
-        units = self.device.type == "cpu" and has_bfloat16_units()
+        on_cpu = self.device.type == "cpu"
+        units = on_cpu and not self.sum(torch.tensor(float(not has_bfloat16_units())))  # in all processes
         if matmul == "bfloat16" and not units:
             raise SettingError(f"matmul=bfloat16: {self.device} has no units for that: leave it out")
         if matmul == "auto":
-            pays = units and self.asked == "auto" and width >= WIDE
-            matmul = earlier.get("matmul") or ("bfloat16" if pays else "float32")
-            matmul = matmul if units else "float32"
+            pays = self.asked == "auto" and width >= WIDE
+            wanted = earlier.get("matmul", "bfloat16" if pays else "float32")
+            matmul = wanted if units else "float32"
         threads = most = torch.get_num_threads()
-        if self.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        if on_cpu and "OMP_NUM_THREADS" not in os.environ:  # else its user has chosen
             threads = min(most, earlier.get("threads") or free_cores())
             torch.set_num_threads(threads)
         self.chosen = {"threads": threads, "matmul": matmul}
         for name, now in self.chosen.items():
-            if self.device.type == "cpu" and earlier.get(name, now) != now:
+            if on_cpu and earlier.get(name, now) != now:
                 self.say(f"{name} {earlier[name]} -> {now}, by this machine: last bits may differ")
-        if threads < most and not earlier:
+        if threads < most and "threads" not in earlier:
             self.say(f"threads {most} -> {threads}: other programs use the other cores")
 
     def __str__(self) -> str:
@@ -681,8 +682,10 @@ class Run:
         self.resumed = bool(self.checkpoint)
         self.compiled = self.checkpoint.get("compiled")  # its last bits depend on it: it stays so, or not
         self.machine_then = self.checkpoint.get("machine", {})  # what Machine.choose chose
-        self.forget = self.best_is_gone()  # the best so far, which no longer compares
+        if self.resumed:
+            self.machine_then.setdefault("matmul", "float32")  # of a run of before there was a choice
         self.stop = Stop(max_minutes)
+        self.forget = self.best_is_gone()  # the best so far, which no longer compares
         self.data_check = None  # a FileCheck
         self.before = 0.0  # seconds that earlier processes took
         self.unit = ("nats a token", 1.0)  # of the training loss; validation losses times this have it
@@ -922,7 +925,7 @@ class Stop:
         if not self.signal and time.time() > self.deadline:
             self.signal = OUT_OF_TIME
         if dist.is_initialized():
-            got = torch.tensor(self.signal, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+            got = torch.tensor(self.signal)
             dist.all_reduce(got, op=dist.ReduceOp.MAX)
             if not got:
                 return 0  # one that came in the meantime is for the next time: all do the same

@@ -709,13 +709,14 @@ def test_out_of_memory_says_what_to_lower_wherever_it_shows(home, tmp_path, monk
 
 @pytest.fixture
 def bfloat16_units(monkeypatch):
-    """A CPU that has them, whether it has or not."""
+    """A CPU that has them, whether it has or not; tiny models are wide enough, but for one."""
     monkeypatch.setattr(run_file, "has_bfloat16_units", lambda: True)
+    monkeypatch.setattr(run_file, "WIDE", 32)
 
 
 @pytest.mark.parametrize("how, products", [
-    ([], None), (["--n_embd=256"], "bfloat16"), (["--n_embd=256", "--dtype=float32"], None),
-    (["--n_embd=256", "--matmul=float32"], None), (["--matmul=bfloat16"], "bfloat16")])
+    (["--n_embd=16"], None), ([], "bfloat16"), (["--dtype=float32"], None), (["--matmul=float32"], None),
+    (["--n_embd=16", "--matmul=bfloat16"], "bfloat16")])
 def test_products_of_training_steps_alone_are_in_bfloat16(home, monkeypatch, bfloat16_units, how, products):
     seen = {True: set(), False: set()}  # in a training step; elsewhere
     real, step = Transformer.hidden, train.train_step
@@ -740,11 +741,14 @@ def test_products_of_training_steps_alone_are_in_bfloat16(home, monkeypatch, bfl
 
 
 def test_a_run_with_products_in_bfloat16_goes_on_as_it_was(home, monkeypatch, bfloat16_units, capsys):
-    args = [*TOY, "--n_embd=256", "--eval_iters=1"]
-    run(home, "amx", *args)
-    run(home, "amx_cut", *args, "--max_iters=5", "--lr_decay_iters=8")
+    run(home, "amx", *TOY)
+    run(home, "amx_cut", *TOY, "--max_iters=5", "--lr_decay_iters=8")
     assert "products in bfloat16" in resume(home, "amx_cut", "--max_iters=8")
     assert is_same_run(home, "amx", "amx_cut", EARLIER)
+    path = home / "out/amx_cut/ckpt.pt"
+    torch.save({key: value for key, value in checkpoint(path.parent).items() if key != "machine"}, path)
+    assert "products" not in resume(home, "amx_cut", "--max_iters=8")  # of before there was a choice
+    path.with_name("ckpt.prev.pt").replace(path)
     said = resume(home, "amx_cut", "--max_iters=9", "--dtype=float32")
     assert "products" not in said and "dtype auto -> float32" in said
     monkeypatch.setattr(run_file, "has_bfloat16_units", lambda: False)
