@@ -493,7 +493,7 @@ def train_step(objective, micro_batches: list[tuple], counted: torch.Tensor, mod
     total = torch.zeros(2, device=machine.device)
     with machine.training():
         for n, micro_batch in enumerate(micro_batches, start=1):
-            # DDP averages gradients over the processes in a step's last backward pass, earlier ones stay local
+            # DDP averages gradients over the processes in the last backward pass, earlier ones stay local
             local = machine.world > 1 and n < len(micro_batches)
             with objective.no_sync() if local else contextlib.nullcontext():
                 with machine.amp():
@@ -549,7 +549,8 @@ def compiled(objective: nn.Module, machine: Machine, example: list) -> nn.Module
     devices = [machine.device] if machine.device.type == "cuda" else []
     try:
         faster = torch.compile(objective)
-        with torch.random.fork_rng(devices), machine.training(), machine.amp():  # training's draws stay the same
+        # training's random numbers stay the same
+        with torch.random.fork_rng(devices), machine.training(), machine.amp():
             faster(*example).sum().backward()
         return faster
     except Exception as error:  # no C++ compiler, no Triton, a GPU too old...

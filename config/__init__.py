@@ -197,12 +197,12 @@ def what_to_lower(script: dict) -> str:
     if steps:
         told = f"batch_size={size}: {told}"
     if steps and half:
-        found.append(f"--batch_size={half} --gradient_accumulation_steps={steps * size // half} is the same run "
-                     "in less")
+        more = steps * size // half
+        found.append(f"--batch_size={half} --gradient_accumulation_steps={more} is the same run in less")
     if script.get("remat") is False:
         found.append("--remat computes activations again instead of keeping them")
-    found.append("take a smaller model, a shorter context, a smaller batch_size, or --device=cpu if there was a "
-                 "GPU")
+    found.append("take a smaller model, a shorter context, a smaller batch_size, or --device=cpu if there "
+                 "was a GPU")
     return told + "; ".join(found)
 
 
@@ -351,7 +351,7 @@ def fields_of(cls: type | None) -> dict[str, Setting]:
     found = {}
     for one in reversed(cls.__mro__[:-1]) if cls else ():
         module = sys.modules[one.__module__]
-        source = inspect.getsource(module).partition(f"\nclass {one.__name__}")[2]  # without parsing all of it
+        source = inspect.getsource(module).partition(f"\nclass {one.__name__}")[2]  # parses nothing
         found.update(declared(one.__annotations__, source, {**vars(module), **vars(one)}))
     return found
 

@@ -19,7 +19,7 @@ from model import block_matrices
 
 
 class Uncompiled(torch.optim.Optimizer):
-    """torch imports all of torch.compile, 1.4 s, to keep it out of these functions; nobody compiles them here."""
+    """torch imports all of torch.compile, 1.4 s, only to keep it out of these functions."""
     add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
     zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
 
@@ -84,7 +84,8 @@ class Momentum(Uncompiled):
     _step_supports_amp_scaling = True
 
     def __init__(self, params, lr=0.1, momentum=0.9, weight_decay=0.0, trust=None):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust})
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay,
+                                  "trust": trust})
         for group in self.param_groups:
             for p in group["params"]:
                 self.state[p] = {"momentum": torch.zeros_like(p)}

@@ -167,7 +167,6 @@ class Machine:
         return tensor.tolist()
 
     def barrier(self) -> None:
-        """Wait until all processes are here."""
         self.sum(torch.zeros(1))
 
     def mfu(self, flops: float) -> Optional[float]:
@@ -241,13 +240,13 @@ def has_bfloat16_units() -> bool:
 
 
 def work_and_rest() -> tuple[float, float, float]:
-    """Seconds: the clock, this process's work on all cores, and the rest of the cores that it may use; nan if
-    the system does not say."""
+    """Seconds: the clock, this process's work, the rest of its cores (on Linux; else nan)."""
     rest = math.nan
-    with contextlib.suppress(AttributeError, OSError):  # not Linux
+    with contextlib.suppress(AttributeError, OSError):
         mine = {f"cpu{number}" for number in os.sched_getaffinity(0)}
         rows = [line.split() for line in Path("/proc/stat").read_text(encoding="ascii").splitlines()]
-        ticks = sum(int(row[4]) + int(row[5]) for row in rows if row[0] in mine)  # idle, and waiting for a disk
+        # idle, and waiting for a disk
+        ticks = sum(int(row[4]) + int(row[5]) for row in rows if row[0] in mine)
         rest = ticks / os.sysconf("SC_CLK_TCK")
     return time.time(), sum(os.times()[:4]), rest
 
@@ -369,8 +368,8 @@ class FileCheck(threading.Thread):
                 self.wrong = f"{path}: {why(error)}"
                 return
             if known[key] != expected:
-                self.wrong = (f"{path}: has other content than its meta.json says (SHA-256): make the data set "
-                              "again, with --overwrite")
+                self.wrong = (f"{path}: has other content than its meta.json says (SHA-256): make the data "
+                              "set again, with --overwrite")
         with contextlib.suppress(OSError, UserError):
             memory.parent.mkdir(parents=True, exist_ok=True)
             write_json(memory, known)
@@ -472,13 +471,11 @@ def upgraded(checkpoint: dict) -> dict:
 
 
 def find_checkpoint(folder: str | Path, names=USE) -> tuple[Path, dict]:
-    """The first intact checkpoint of these names, or the file itself. A damaged one is skipped with a
-    warning.
+    """The first intact checkpoint of these names, or the file itself; damaged ones are skipped, and told.
 
     Raises UserError if there is none. Nothing in the file is run: tensors and plain values only.
     """
-    damaged = []
-    folder = Path(folder)
+    damaged, folder = [], Path(folder)
     for path in [folder] if folder.is_file() else [folder / name for name in names]:
         if not path.is_file() or is_replaced(path.parent):
             continue
@@ -514,14 +511,10 @@ def stored_settings(folder: str | Path) -> tuple[dict, dict]:
     return read_dict(folder / "settings.json"), {}  # of one that ended before its first checkpoint
 
 
-def holder_of(folder: Path) -> dict:
-    """The last process to lock a run's folder."""
-    return read_dict(folder / "run.lock")
-
-
 def goes_on(folder: str | Path) -> bool:
     """Is this another attempt of torchrun's at the run in a folder, which an earlier one was let begin?"""
-    return group.attempt() > 0 and holder_of(Path(folder)).get("torchrun") == group.run_id() is not None
+    holder = read_dict(Path(folder) / "run.lock")
+    return group.attempt() > 0 and holder.get("torchrun") == group.run_id() is not None
 
 
 def newest_run(folder: Path) -> Path:
@@ -564,8 +557,7 @@ def fitting(tokenizer: Tokenizer, size: int, where: str = "the checkpoint") -> T
 
 
 def tokenizer_of(checkpoint: dict, chars: str = "") -> Tokenizer:
-    """Its own. nanoGPT's have none: GPT-2's, or the characters of the text in the file `chars`. Raises
-    UserError."""
+    """nanoGPT's have none: GPT-2's, or the characters of the text in the file `chars`. Raises UserError."""
     size = checkpoint["model_args"]["vocab_size"]
     if checkpoint["tokenizer"]:
         refuse_chars(chars)
@@ -593,8 +585,7 @@ def refuse_chars(chars: str) -> None:
 
 def load_body(path: str | Path, dtype: torch.dtype = torch.float32,
               **changes) -> tuple[Transformer, Tokenizer]:
-    """A run's model, the best one, nanoGPT's, or Hugging Face's (a folder, or an id on the hub), and its
-    tokenizer.
+    """The model and tokenizer of a run, nanoGPT's or ours, or of Hugging Face: a folder, or an id on the hub.
 
     dtype: of the weights. changes: another dropout or block_size; chars: see tokenizer_of. Raises UserError.
     """
@@ -626,8 +617,7 @@ def load_whole(path: str | Path, dtype: torch.dtype = torch.float32, whole: bool
 
 @dataclass
 class State:
-    """Where a run is. All that changes from step to step, but for weights and optimizers, is here: it is
-    saved and restored as it is."""
+    """All that changes from step to step, but for weights and optimizers: saved and restored as it is."""
     step: int = 0  # updates of the weights made
     seen: int = 0  # windows or examples taken, including those of skipped steps
     best: dict = field(default_factory=dict)  # the best evaluation: its metrics, iter and goal
@@ -699,7 +689,8 @@ class Run:
         self.source, self.checkpoint = find_checkpoint(self.folder, RESUME)
         if not self.checkpoint["optimizer"] and not self.checkpoint["rng"]:  # at step 0
             raise UserError(f"{self.source}: has no state of an optimizer, so it is no run to go on with (a "
-                            f"best.pt?): --init_from={self.folder} --out_dir=FOLDER begins one with its weights")
+                            f"best.pt?): --init_from={self.folder} --out_dir=FOLDER begins one with its "
+                            "weights")
 
     def best_is_gone(self) -> bool:
         """Was there a best.pt that cannot be loaded any more? The next best is written anew."""
@@ -895,10 +886,9 @@ OUT_OF_TIME = 1000  # in place of a signal's number
 class Stop:
     """When to leave the loop: at SIGINT, SIGTERM or SIGHUP to any process, or after max_minutes.
 
-    A signal that is ignored at the start stays ignored: that is what nohup does.
-
-    The first signal asks to stop after the step under way. Another one stops at once, but only a second later
-    or more, since torchrun passes on what the terminal has sent to all processes already.
+    One that is ignored at the start stays ignored: that is what nohup does. The first asks to stop after the
+    step under way. Another one stops at once, but only a second later or more, since torchrun passes on what
+    the terminal has sent to all processes already.
     """
 
     def __init__(self, max_minutes: Optional[float] = None):
@@ -911,7 +901,6 @@ class Stop:
                 self.before[one] = signal.signal(one, self.ask)
 
     def release(self) -> None:
-        """Put back the signal handlers that were there before."""
         for one, handler in self.before.items():
             signal.signal(one, handler)
 

@@ -289,7 +289,8 @@ def explaining(machine):
     from tools import explain
     explain.samples = 8
     model, tokenizer = models(dropout=0.0).to(machine.device).eval(), make_tokenizer("bytes", [], 0)
-    return lambda: explain.look_inside(model, tokenizer, explain.of_a_token(model, tokenizer, "abc", ""), True)
+    case = partial(explain.of_a_token, model, tokenizer, "abc", "")
+    return lambda: explain.look_inside(model, tokenizer, case(), True)
 
 
 PATHS = {

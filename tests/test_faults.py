@@ -326,8 +326,8 @@ def interrupted(said: Path, number: int, owner, name: str, call: int, script, ar
 PHASES = [  # owner, function and its call in which the signal comes; what does
     (train, "settle", 1, "train"), (train, "fit", 1, "train"), (train, "make_optimizers", 1, "train"),
     (run_file, "write_json", 1, "train"), (train, "train_step", 1, "train"),
-    (train, "train_step", 6, "train"), (train, "validate", 1, "train"), (train, "validate", 2, "train"), (torch, "save", 1, "train"),
-    (torch, "save", 2, "train"), (torch, "save", 4, "train"), (run_file, "plot_losses", 1, "train"),
+    (train, "train_step", 6, "train"), (train, "validate", 1, "train"), (train, "validate", 2, "train"),
+    (torch, "save", 1, "train"), (torch, "save", 2, "train"), (torch, "save", 4, "train"), (run_file, "plot_losses", 1, "train"),
     (train, "sample_text", 1, "train"),
     (prepare, "read", 1, "prepare"), (prepare, "train_tokenizer", 1, "prepare"),
     (prepare, "write_split", 2, "prepare"), (prepare, "settle", 2, "prepare"),
