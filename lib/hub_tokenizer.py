@@ -398,9 +398,9 @@ def with_added(path: str | Path, text: str, facts: dict[str, dict]) -> tuple[str
 
 def class_of(path: str | Path, folder: Path, facts: dict[str, dict]) -> str:
     """The class of transformers that reads a folder without a tokenizer.json."""
-    named = facts["tokenizer_config.json"].get("tokenizer_class") or facts["config.json"].get("tokenizer_class")
-    if named:
-        return str(named).removesuffix("Fast")
+    for name in ("tokenizer_config.json", "config.json"):
+        if facts[name].get("tokenizer_class"):
+            return str(facts[name]["tokenizer_class"]).removesuffix("Fast")
     kind = facts["config.json"].get("model_type")
     guess = CLASS_OF.get(kind)
     if kind and not guess:
@@ -440,9 +440,9 @@ def built(path: str | Path, folder: Path, facts: dict[str, dict], roles: dict) -
         vocab, space = read_json(folder / "vocab.json"), config.get("add_prefix_space", False)
         around = {"type": "RobertaProcessing", "trim_offsets": True, "add_prefix_space": space}
         merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-        parts = {"model": {"type": "BPE", "vocab": vocab, "merges": merges}}
-        is_qwen = name == "Qwen2Tokenizer"
-        parts |= {**by_bytes(QWEN if is_qwen else None, space), "normalizer": {"type": "NFC"} if is_qwen else None}
+        parts = {"model": {"type": "BPE", "vocab": vocab, "merges": merges}, **by_bytes(None, space)}
+        if name == "Qwen2Tokenizer":
+            parts |= {"normalizer": {"type": "NFC"}, **by_bytes(QWEN, space)}
     if "cls_token" in FAMILIES[family]:
         cls, sep = token["cls_token"], token["sep_token"]
         parts["post_processor"] = {**around, "cls": [cls, vocab.get(cls)], "sep": [sep, vocab.get(sep)]}

@@ -195,10 +195,12 @@ def add_adapter(weights: dict[str, Callable], folder: Path, adapter: dict, famil
             raise ValueError(f"adapter_config.json: {name}={adapter[name]!r}: only {values[0]} is supported")
     begun = str(adapter.get("init_lora_weights"))
     if begun.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
-        raise ValueError(f"adapter_config.json: init_lora_weights={begun!r}: such an adapter changes its base "
-                         "too: only those that do not are supported")
-    added = {canonical(re.sub(r"^base_model\.model\.|\.(modules_to_save|base_layer)\b", "", name), family): read
-             for name, read in open_weights(folder, ADAPTER_FILES).items()}
+        raise ValueError(f"adapter_config.json: init_lora_weights={begun!r}: such an adapter changes its "
+                         "base too: only those that do not are supported")
+    added = {}
+    for name, read in open_weights(folder, ADAPTER_FILES).items():
+        name = re.sub(r"^base_model\.model\.|\.(modules_to_save|base_layer)\b", "", name)
+        added[canonical(name, family)] = read
     whole = {name: read for name, read in added.items()  # trained as a whole
              if ".lora_" not in name and ".original_module." not in name}
     ends = [f"{family.names['wte']}.weight", f"{family.head.get('head')}.weight"]
