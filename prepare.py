@@ -156,8 +156,8 @@ def is_there(folder: Path, s: SimpleNamespace, files: dict) -> bool:
     if s.overwrite:
         return False
     meta = read_meta(folder)
-    then, now = {**NEW, **meta["settings"]}, {**NEW, **of_the_data(s)}
-    changed = [name for name in now if then.get(name) != now[name]]
+    then = {**NEW, **meta["settings"]}
+    changed = [name for name, value in of_the_data(s).items() if then.get(name) != value]
     if changed:
         raise SettingError(f"{folder}: is there already, made with other settings ({', '.join(changed)}): "
                            "--overwrite replaces it, --dataset=NAME makes another")
@@ -165,9 +165,8 @@ def is_there(folder: Path, s: SimpleNamespace, files: dict) -> bool:
     if before["files"] and not files["files"]:
         print(f"{s.source}: not here, so not compared with what {folder} was made of")
     elif before["files"] and before != files:
-        raise SettingError(f"{folder}: its source has changed since ({before['files']:,} files, "
-                           f"{before['bytes']:,} bytes; now {files['files']:,} files, {files['bytes']:,} "
-                           "bytes, or their times or names): --overwrite makes it again")
+        raise SettingError(f"{folder}: its source has changed since (names, sizes or times of its files): "
+                           "--overwrite makes it again")
     return True
 
 
@@ -206,8 +205,8 @@ def complete(dataset: str, given: dict) -> SimpleNamespace:
     source = script["source"]
     name = script["dataset"] = dataset or (default_name(source) if source else "python")
     if not NAME.fullmatch(name) or name == "downloads" or len(name.encode()) > 200:
-        raise SettingError(f"--dataset={name}: wanted the name of a folder under data/: letters, digits, - and "
-                           "_, and not downloads, which is taken")
+        raise SettingError(f"--dataset={name}: wanted the name of a folder under data/: letters, digits, - "
+                           "and _, and not downloads, which is taken")
     if not source and name not in BUILT_IN:
         raise SettingError(f"--dataset={name}: not a built-in ({', '.join(BUILT_IN)}): give its --source=")
     own_source, own_tokenizer = BUILT_IN.get(name, ("", "bpe"))

@@ -6,6 +6,7 @@ ASCII, since beside Chinese, Japanese or Korean there is no space. Much else is 
 """
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import re
 from collections import Counter
@@ -17,9 +18,9 @@ BEGIN_KEY = re.compile(r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----")
 END_KEY = re.compile(r"-----(?:END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----|(BEGIN))")
 KEY_LINES = re.compile(r"(?:\s{0,4}[A-Za-z0-9+/=]{32,})+")
 KEY = re.compile(
-    r"sk-[\w-]{20,}|hf_[A-Za-z0-9]{30,}|gh[opsur]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}"
+    r"(?<!\w)(?:sk-[\w-]{20,}|hf_[A-Za-z0-9]{30,}|gh[opsur]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}"
     r"|xox[abeprs]-[\w-]{16,}|A[KS]IA[A-Z0-9]{16}|AIza[\w-]{30,}|[rs]k_live_[A-Za-z0-9]{16,}"
-    r"|npm_[A-Za-z0-9]{30,}|eyJ(?<![\w-]eyJ)[\w-]{10,}\.[\w-]{10,}\.[\w-]{10,}", re.ASCII)
+    r"|npm_[A-Za-z0-9]{30,}|eyJ(?<![\w-]eyJ)[\w-]{10,}\.[\w-]{10,}\.[\w-]{10,})", re.ASCII)
 
 LETTER = r"A-Za-z0-9\u00c0-\u024f"  # of an address: those of Western languages
 DOMAIN = re.compile(rf"[@\uff20](?:[{LETTER}][{LETTER}-]{{0,62}}\.){{1,6}}"
@@ -78,39 +79,32 @@ class Scrub:
     """
 
     def __init__(self, phones: str):
-        self.phones = phones
+        numbers = library_numbers if phones == "library" else likely_numbers
+        self.finders = [("KEY", private_keys), ("KEY", keys), ("EMAIL", emails), ("IP", addresses),
+                        ("PHONE", numbers)]
         self.examples, self.counts = {}, Counter()
 
     def __call__(self, text: str, stop: int) -> tuple[str, str, int]:
-        done, end, n = self.replaced("KEY", private_keys(text), text, stop)
-        rest = text[end:]
-        phone_numbers = library_numbers if self.phones == "library" else likely_numbers
-        for kind, find in ("KEY", keys), ("EMAIL", emails), ("IP", addresses), ("PHONE", phone_numbers):
-            done, _, more = self.replaced(kind, find(done), done, len(done))
-            n += more
-        return done, rest, n
+        total = 0
+        for kind, find in self.finders:
+            parts, at, n = [], 0, 0
+            for start, end in find(text):
+                if at <= start < stop:
+                    parts += text[at:start], f"[{kind}]"
+                    self.keep(kind, text[start:end])
+                    at, n = end, n + 1
+            done = "".join(parts)
+            text, stop = done + text[at:], len(done) + max(stop - at, 0)
+            self.counts[kind] += n
+            total += n
+        return text[:stop], text[stop:], total
 
-    def replaced(self, kind: str, places: Iterator[tuple[int, int]], text: str, stop: int):
-        parts, at, n = [], 0, 0
-        for start, end in places:
-            if start >= stop:
-                break
-            if start < at:
-                continue
-            parts += text[at:start], f"[{kind}]"
-            shown = self.examples.setdefault(kind, [])
-            if len(shown) < 3:
-                shown.append(masked(kind, text[start:end]))
-            at, n = end, n + 1
-        self.counts[kind] += n
-        stop = max(at, stop)
-        return ("".join(parts) + text[at:stop] if n else text[:stop]), stop, n
-
-
-def masked(kind: str, text: str) -> str:
-    """As it may be shown: without its digits; of a key the beginning."""
-    shown = text[:8] + "..." if kind == "KEY" else text[:40]
-    return re.sub(r"\d", "#", shown)
+    def keep(self, kind: str, found: str) -> None:
+        """As it may be shown: without its digits; of a key the beginning."""
+        shown = found[:8] + "..." if kind == "KEY" else found[:40]
+        examples = self.examples.setdefault(kind, [])
+        if len(examples) < 3:
+            examples.append(re.sub(r"\d", "#", shown))
 
 
 def private_keys(text: str) -> Iterator[tuple[int, int]]:
@@ -127,15 +121,8 @@ def private_keys(text: str) -> Iterator[tuple[int, int]]:
 def keys(text: str) -> Iterator[tuple[int, int]]:
     """Tokens of services. What is made of words is a name: hf_hub_download_of_all_files, sk-learn-..."""
     for place in KEY.finditer(text):
-        start, end = place.span()
-        parts = re.split("[-_.]", place[0])
-        if not is_word(text[max(start - 1, 0):start]) and max(map(len, parts)) >= 16:
-            yield start, end
-
-
-def is_word(character: str) -> bool:
-    """A letter, digit or _ of ASCII?"""
-    return character.isascii() and (character.isalnum() or character == "_")
+        if max(map(len, re.split("[-_.]", place[0]))) >= 16:
+            yield place.span()
 
 
 def emails(text: str) -> Iterator[tuple[int, int]]:
@@ -164,17 +151,10 @@ def addresses(text: str) -> Iterator[tuple[int, int]]:
         groups = [group for group in place[0].split(":") if group]
         letters = not "".join(groups).isdigit()  # not x[1::2], nor b64::dec
         long = len(groups) > 3 or (letters and len(groups) > 1 and (len(groups) > 2 or len(groups[0]) == 4))
-        if long and digits_in(place[0]) and is_ip6(place[0]):
-            found.append(place.span())
+        with contextlib.suppress(ValueError):
+            if long and digits_in(place[0]) and ipaddress.IPv6Address(place[0]):
+                found.append(place.span())
     return iter(sorted(found))
-
-
-def is_ip6(text: str) -> bool:
-    try:
-        ipaddress.IPv6Address(text)
-    except ValueError:
-        return False
-    return True
 
 
 def likely_numbers(text: str) -> Iterator[tuple[int, int]]:
@@ -218,12 +198,10 @@ def digits_in(text: str) -> int:
     return sum(map(str.isdigit, text))
 
 
+BEHIND = re.compile(r"[\w.\-/=+,#]\Z|[0-9][ \t:]\Z", re.ASCII)
+AHEAD = re.compile(r"\w|[ \t.,\-/:][0-9]", re.ASCII)
+
+
 def stands_alone(text: str, start: int, end: int) -> bool:
     """Is it no part of a longer number, a word, a date or a row of numbers?"""
-    before, after = text[max(start - 2, 0):start], text[end:end + 2]
-    last, first = before[-1:], after[:1]
-    if is_word(last) or is_word(first) or last in tuple(".-/=+,#"):
-        return False
-    if last in (" ", "\t", ":") and before[:1].isdigit():
-        return False
-    return not (first in tuple(" \t.,-/:") and after[1:].isdigit())
+    return not (BEHIND.search(text[max(start - 2, 0):start]) or AHEAD.match(text, end))

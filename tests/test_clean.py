@@ -134,14 +134,15 @@ def test_what_was_replaced_is_shown_without_its_digits_and_not_stored(tmp_path):
     "<!-- open"),
     ("<script>if (a<b) x='</p>'</script>k<STYLE type=x>p{}</style >m", "km"), ("a<br/>b", "a\nb"),
     ("&lt;b&gt; AT&amp;T &#233;&#x4e2d; &no; &#99999999999;", "<b> AT&T é中 &no; &#99999999999;"),
-    ("<x><![CDATA[<p>a &amp; b < c</p>]]></x>d[e[0]]>f", "a & b < c\nd[e[0]]>f"), ("<![CDATA[a", "<![CDATA[a"),
+    ("<x><![CDATA[<p>a &amp; b < c</p>]]></x>d[e[0]]>f", "a & b < c\nd[e[0]]>f"),
+    ("<![CDATA[a", "<![CDATA[a"),
     ("<!DOCTYPE html><?xml version='1.0'?>hi", "hi"), ('<a href="' + "x" * 500_000 + '">a</a>', "a")])
 def test_html_as_it_is_read(text, expected):
     assert by("html", text).strip("\n") == expected
 
 
-UNITS = {"html": ["<a ", "<!--", "<![CDATA[", "<", "</", "<?", "<?x", "<a b=\"", "<a b='\"", "<script>", "</script",
-                  "<a b=\"<a c='",
+UNITS = {"html": ["<a ", "<!--", "<![CDATA[", "<", "</", "<?", "<?x", "<a b=\"", "<a b='\"", "<script>",
+                  "</script", "<a b=\"<a c='",
                   "&#", "<p>", "&lt;", "<a x=\"y>\" "],
          "scrub_pii": ["-----BEGIN RSA PRIVATE KEY-----\n", "1 ", "1", "a@b.", "::", "a:", "(1", "sk-",
          "eyJ", "06 12 "],
