@@ -16,20 +16,16 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
 
-OWNERS = {  # names of before the hub had owners -> theirs today
-    "gpt2": "openai-community", "gpt2-medium": "openai-community", "gpt2-large": "openai-community",
-    "gpt2-xl": "openai-community", "openai-gpt": "openai-community",
-    "bert-base-uncased": "google-bert", "bert-base-cased": "google-bert", "bert-base-chinese": "google-bert",
-    "bert-base-multilingual-cased": "google-bert", "bert-base-multilingual-uncased": "google-bert",
-    "bert-base-german-cased": "google-bert", "bert-large-uncased": "google-bert",
-    "bert-large-cased": "google-bert", "bert-large-uncased-whole-word-masking": "google-bert",
-    "roberta-base": "FacebookAI", "roberta-large": "FacebookAI", "roberta-large-mnli": "FacebookAI",
-    "xlm-roberta-base": "FacebookAI", "xlm-roberta-large": "FacebookAI",
-    "distilgpt2": "distilbert", "distilroberta-base": "distilbert",
-    "distilbert-base-uncased": "distilbert", "distilbert-base-cased": "distilbert",
-    "distilbert-base-multilingual-cased": "distilbert",
-    "distilbert-base-uncased-finetuned-sst-2-english": "distilbert",
+NAMES = {  # the hub's owners today -> their models' names from before it had owners
+    "openai-community": "gpt2 gpt2-medium gpt2-large gpt2-xl openai-gpt",
+    "google-bert": "bert-base-uncased bert-base-cased bert-base-chinese bert-base-multilingual-cased "
+                   "bert-base-multilingual-uncased bert-base-german-cased bert-large-uncased "
+                   "bert-large-cased bert-large-uncased-whole-word-masking",
+    "FacebookAI": "roberta-base roberta-large roberta-large-mnli xlm-roberta-base xlm-roberta-large",
+    "distilbert": "distilgpt2 distilroberta-base distilbert-base-uncased distilbert-base-cased "
+                  "distilbert-base-multilingual-cased distilbert-base-uncased-finetuned-sst-2-english",
 }
+OWNERS = {name: owner for owner, names in NAMES.items() for name in names.split()}
 ID = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # one, or several with an index; the first there is
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")

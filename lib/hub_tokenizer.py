@@ -72,7 +72,8 @@ class HubTokenizer(Tokenizer):
         elif "ByteFallback" in steps:
             self.byte = {f"<0x{i:02X}>": i for i in range(256)}
         self.missing = {i for name, i in self.byte.items() if name not in vocab}  # bytes without a token
-        self.lossless = bool(self.byte) and not self.missing
+        falls_back = self.by_sign or model.get("byte_fallback")
+        self.lossless = bool(falls_back and self.byte) and not self.missing
         self.spaced = not decoder or "WordPiece" in steps  # the decoder puts spaces between words, unasked
         self.continuing = decoder.get("prefix", "") if "WordPiece" in steps else ""
         unknown = model.get("unk_token")
@@ -147,10 +148,14 @@ class HubTokenizer(Tokenizer):
         self.fast.encode_special_tokens = not specials
         return self.fast.encode(text, add_special_tokens=False)
 
-    def encode(self, text: str, specials: bool = False) -> list[int]:
+    def counted(self, text: str, specials: bool = False):
+        """The same, and what is lost of it is counted."""
         found = self.read(text, specials)
         self.lost.update(self.lost_of(text, found))
-        return found.ids
+        return found
+
+    def encode(self, text: str, specials: bool = False) -> list[int]:
+        return self.counted(text, specials).ids
 
     def encode_batch(self, texts: list[str], lost: Counter | None = None) -> list[np.ndarray]:
         self.fast.encode_special_tokens = True
@@ -165,8 +170,7 @@ class HubTokenizer(Tokenizer):
         return with_ends(self.encode_batch(texts, lost), ends, self.eot)
 
     def offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        found = self.read(text)
-        self.lost.update(self.lost_of(text, found))
+        found = self.counted(text)
         return found.ids, found.offsets
 
     def lost_of(self, text: str, found) -> dict[str, int]:

@@ -269,6 +269,8 @@ def test_lost_characters_are_counted(tmp_path):
             "pre_tokenizer": BYTE_LEVEL, "decoder": BYTE_LEVEL}, "ab é中 中", {"中": 2}),
         "all bytes": ({"model": bytes_vocab(), "pre_tokenizer": BYTE_LEVEL, "decoder": BYTE_LEVEL}, "é中", {}),
         "byte fallback": (HUB["llama"](), "é龘", {}),
+        "bytes that the model does not fall back to": (
+            {**HUB["llama"](), "model": {**llama(), "byte_fallback": False}}, "x龘", {"龘": 1}),
     }
     for name, (made, text, expected) in cases.items():
         of_the_hub(tmp_path / name, **made)
