@@ -57,10 +57,8 @@ def by_rule(blocks: Iterable[str], name: str, rule: Callable, title: str, found:
                 at = len(os.path.commonprefix((text, done)))
                 shown = done if name == "scrub_pii" else text  # meta.json is no place for what is scrubbed
                 note(found, name, f"{title}: {shown[max(at - 30, 0):at + 30]!r}", documents=0)
-        if done:
-            yield done
-    if rest:
-        yield rest
+        yield done
+    yield rest
 
 
 def safe_end(text: str, end: int) -> int:
@@ -130,7 +128,7 @@ def without_tags(text: str, stop: int) -> tuple[str, str, int]:
         if end - start > REACH["html"]:
             place = MARKUP.search(text, start + 1)
             continue
-        parts.append(resolved(text[at:start]))
+        parts.append(ENTITY.sub(character, text[at:start]))
         if kind == "![cdata[":
             inner = text[start + 9:end - 3]
             parts.append(without_tags(inner, len(inner))[0])
@@ -144,8 +142,12 @@ def without_tags(text: str, stop: int) -> tuple[str, str, int]:
         n += 1
         place = MARKUP.search(text, at)
     stop = max(at, stop)
-    parts.append(resolved(text[at:stop]))
+    parts.append(ENTITY.sub(character, text[at:stop]))
     return "".join(parts), text[stop:], n
+
+
+def character(entity: re.Match) -> str:
+    return unescape(entity[0])
 
 
 def end_of(text: str, kind: str, start: int, next_end: dict) -> int:
@@ -155,10 +157,6 @@ def end_of(text: str, kind: str, start: int, next_end: dict) -> int:
         place = ENDS[kind].search(text, start + 2)
         begin, end = next_end[kind] = place.span() if place else (2**62, 2**62)
     return end
-
-
-def resolved(text: str) -> str:
-    return ENTITY.sub(lambda found: unescape(found[0]), text) if "&" in text else text
 
 
 RULES = {  # in this order
@@ -174,10 +172,8 @@ RULES = {  # in this order
 
 def make_rules(settings: SimpleNamespace) -> dict[str, Callable]:
     """Those that the settings ask for."""
-    found = {name: rule for name, rule in RULES.items() if vars(settings)[name]}
-    if "scrub_pii" in found:  # it keeps counts
-        found["scrub_pii"] = Scrub(settings.phones)
-    return found
+    rules = {**RULES, "scrub_pii": Scrub(settings.phones)}  # a new one, since it counts
+    return {name: rule for name, rule in rules.items() if vars(settings)[name]}
 
 
 # -----------------------------------------------------------------------------
@@ -196,19 +192,11 @@ def collect(docs: Iterator[tuple[str, str]], spool: Path, rules: dict[str, Calla
     """
     import regex  # comes with tiktoken; to Python's own re the vowel signs of Hindi are no letters
     not_text = regex.compile(r"[^\w\s]")
-    tick, rows, n_read = Progress("reading"), bytearray(), 0
-
-    def which(block):  # document it belongs to
-        nonlocal n_read
-        n_read += block[0] != ""
-        return n_read
-
+    tick, rows = Progress("reading"), bytearray()
     with open(spool, "wb") as f:
-        for _, parts in itertools.groupby(docs, which):
-            start, chars, plain, times = f.tell(), 0, 0, Counter()
+        for title, blocks in by_document(docs):
+            start, chars, signs, head, times = f.tell(), 0, 0, "", Counter()
             sha, ink, low = hashlib.sha256(), hashlib.blake2b(digest_size=8), np.zeros(0, "<u4")
-            (title, text), head = next(parts), ""
-            blocks = itertools.chain([text], (text for _, text in parts))
             for text in cleaned(blocks, rules, title, found, times):
                 head = head or text[:60]
                 data = text.encode("utf-8", "replace")
@@ -216,21 +204,18 @@ def collect(docs: Iterator[tuple[str, str]], spool: Path, rules: dict[str, Calla
                 sha.update(data)
                 ink.update(data.translate(None, b" \t\n\r\f\v"))
                 chars += len(text)
-                if min_text:
-                    plain += len(text) - len(not_text.findall(text))
-                if sketches:
-                    low = sketch(text, low)
+                signs += len(not_text.findall(text)) if min_text else 0
+                low = sketch(text, low) if sketches else low
                 tick(len(data))
             note(found, "read", title)
             for rule, n in times.items():
                 note(found, rule, "", n)
             if chars < min_chars:  # it stays in the spool, but not in the index
                 note(found, "too_short", f"{title}: {head!r}")
-            elif plain < min_text * chars:
+            elif chars - signs < min_text * chars:
                 note(found, "mostly_not_text", f"{title}: {head!r}")
             else:
-                rows += struct.pack("<qqq", start, f.tell() - start, chars)
-                rows += sha.digest()[:8] + ink.digest()
+                rows += struct.pack("<qqq", start, f.tell() - start, chars) + sha.digest()[:8] + ink.digest()
                 if sketches:
                     rows += np.append(low, np.full(K - len(low), NONE, "<u4")).tobytes()
     index = np.frombuffer(rows, INDEX + [("sketch", "<u4", (K,))] * sketches)
@@ -239,6 +224,20 @@ def collect(docs: Iterator[tuple[str, str]], spool: Path, rules: dict[str, Calla
     np.minimum.at(lowest, same, index["hash"].astype(np.uint64))  # and held out is what is low
     index["hash"] = lowest[same]
     return index
+
+
+def by_document(docs: Iterable[tuple[str, str]]) -> Iterator[tuple[str, Iterator[str]]]:
+    """(title, its text in blocks) of each. An empty title goes on with the document before."""
+    number = 0
+
+    def which(block: tuple[str, str]) -> int:
+        nonlocal number
+        number += block[0] != ""
+        return number
+
+    for _, blocks in itertools.groupby(docs, which):
+        title, first = next(blocks)
+        yield title, itertools.chain([first], (text for _, text in blocks))
 
 
 # -----------------------------------------------------------------------------
