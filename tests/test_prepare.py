@@ -157,17 +157,6 @@ def test_documents_are_split_whole_and_stay_where_they_are(tmp_path):
     assert len(after) == 70 and after.items() >= before.items()
 
 
-def test_copies_are_dropped_from_the_split_that_can_spare_them(tmp_path):
-    near = [page.replace("Page", "Seite") for page in PAGES]
-    texts = [*PAGES, *near, PAGES[3], PAGES[3]]
-    folder = prepared(tmp_path, texts, tokenizer="bytes", near_duplicates=0.6)
-    report, kept = prepare.read_meta(folder)["report"], read_back(folder)
-    assert report["duplicates"]["documents"] == 2 and report["near_duplicates"]["documents"] == len(PAGES)
-    assert "Page 3" in report["duplicates"]["example"]
-    pages = {split: {text.split(" ", 1)[1] for text in texts} for split, texts in kept.items()}
-    assert sum(map(len, pages.values())) == len(PAGES) == len(set.union(*pages.values()))
-
-
 def test_every_text_comes_back(tmp_path):
     texts = ["plain English.\n" * 40, CHINESE * 20, "🙂👩‍👩‍👧 e\u0301 \u202e\u0000 " * 30,
              "x" * 1_000_000, "千" * 999, (ROOT / "model.py").read_text("utf-8"),
@@ -372,13 +361,16 @@ def test_what_a_folder_has_that_is_no_text_is_passed_over_and_said(tmp_path, cap
     os.symlink(notes, notes / "0" / "round")
     os.symlink("nowhere", notes / "dangling")
     (notes / ".git").mkdir()
-    (notes / "empty.txt").write_text("")
+    for name, content in (("empty.txt", b""), ("old.txt", "déjà".encode("latin-1")), ("z.pdf", b"%PDF-1.7\n"),
+                          ("package.json", b'{"name": "x"}')):
+        (notes / name).write_bytes(content)
     prepare.prepare("there", source=str(tmp_path / "notes" / "0"), root=notes, tokenizer="bytes")
     capsys.readouterr()
     folder = prepare.prepare("a", source=str(notes), root=tmp_path / "data", tokenizer="bytes")
     said = capsys.readouterr().out
-    assert all_of(folder) == sorted(PAGES)
-    for line in ("2 passed over: links", "notes/pipe", ".git", "empty.txt", "data sets made by prepare.py: "):
+    assert all_of(folder) == sorted([*PAGES, '{"name": "x"}'])
+    for line in ("2 passed over: links", "notes/pipe", ".git", "data sets made by prepare.py: ",
+                 "2 passed over: empty, or not text: ", "empty.txt", "1 passed over: in another encoding: ", "old.txt", "1 .json files read as plain text"):
         assert line in said, said
     with pytest.raises(UserError, match="pipe: no plain file"):
         prepare.prepare("b", source=str(notes / "pipe"), root=tmp_path / "data")
@@ -529,18 +521,6 @@ def test_what_a_file_is_taken_for_is_said(tmp_path):
         assert texts == {"a.txt": [content], "a.csv": ["review", "good"], "b.csv": ["one", "two"]}[name]
         assert what in found
         assert what in prepare.NOTES
-
-
-def test_other_encodings_in_a_folder_are_passed_over_and_said(tmp_path, capsys):
-    for i, page in enumerate(PAGES):
-        (tmp_path / f"{i}.txt").write_text(page, encoding="utf-8")
-    (tmp_path / "old.txt").write_bytes("déjà".encode("latin-1"))
-    (tmp_path / "a.pdf").write_bytes(b"%PDF-1.7\n\xe2\xe3")
-    (tmp_path / "package.json").write_text('{"name": "x"}')
-    prepare.prepare("a", source=str(tmp_path), root=tmp_path / ".data", tokenizer="bytes")
-    said = capsys.readouterr().out
-    for word in ("old.txt", "a.pdf", "1 passed over: in another encoding", "1 .json files read as plain"):
-        assert word in said
 
 
 def test_a_source_that_has_changed_is_refused(tmp_path, monkeypatch, capsys):
