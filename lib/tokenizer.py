@@ -283,15 +283,18 @@ def make_tokenizer(name: str, texts: Iterable[str], vocab_size: int) -> Tokenize
 
 def of_openai(name: str) -> Tokenizer:
     """One of tiktoken's, which keeps its ranks, or downloads them."""
-    try:
-        known = tiktoken.get_encoding("r50k_base" if name == "gpt2" else name)
-    except ValueError:
-        raise SettingError(f"--tokenizer={name}: wanted bytes, bpe, gpt2, a .tiktoken file, a Hugging "
-                           f"Face folder, or one of {', '.join(tiktoken.list_encoding_names())}") from None
-    except Exception as error:  # whatever the network does; tiktoken passes on what its HTTP client raises
-        reason = str(error).split("\n")[0][:120]
+    for stored in ("r50k_base", "gpt2") if name == "gpt2" else (name,):  # the same: nanoGPT's users have gpt2
+        try:
+            known = tiktoken.get_encoding(stored)
+            break
+        except ValueError:
+            raise SettingError(f"--tokenizer={name}: wanted bytes, bpe, gpt2, a .tiktoken file, a Hugging "
+                               f"Face folder, or one of {', '.join(tiktoken.list_encoding_names())}") from None
+        except Exception as error:  # whatever the network does; tiktoken passes on what its client raises
+            reason = str(error).split("\n")[0][:120]
+    else:
         raise UserError(f"--tokenizer={name}: tiktoken cannot download it ({reason}): set TIKTOKEN_CACHE_DIR "
-                        "to a folder that has it, or use --tokenizer=bpe") from None
+                        "to a folder that has it, or use --tokenizer=bpe")
     token_of = {i: token for token, i in known._mergeable_ranks.items()}
     tokenizer = with_specials(name, known._pat_str, in_order(token_of), known._special_tokens)
     same_ids(tokenizer, known.encode_ordinary, name)

@@ -184,6 +184,19 @@ def test_a_foreign_tokenizer_gives_its_own_ids_and_text(name, tmp_path):
         assert same_when_cut(one)
 
 
+def test_gpt2_is_taken_where_only_nanogpt_s_download_of_it_is(monkeypatch):
+    known = openai("r50k_base", {token: i for i, token in enumerate(some_ranks())})
+
+    def get(name):
+        if name != "gpt2":
+            raise OSError("no network")
+        return known
+    monkeypatch.setattr("tiktoken.get_encoding", get)
+    assert make_tokenizer("gpt2", [], 0).encode("import os") == known.encode("import os")
+    with pytest.raises(UserError, match="no network.*: set TIKTOKEN_CACHE_DIR"):
+        make_tokenizer("o200k_base", [], 0)
+
+
 def same_when_cut(tokenizer) -> bool:
     """Whether a text that is cut where the tokenizer says so has the same ids."""
     text = " ".join(random.Random(0).sample(HARD, len(HARD))) + SOURCE[:3000]
