@@ -9,6 +9,7 @@ to right. A script may take the fields of a dataclass as settings too, as train.
 Config. Whatever is wrong with a setting is one line on stderr, exit status 2.
 """
 import ast
+import builtins
 import difflib
 import errno
 import inspect
@@ -285,7 +286,7 @@ def configure(script: dict, fields: type | None, argv: list[str], stored: Callab
         if arg in ("-h", "--help"):
             continue
         flag = arg.startswith("-")
-        new = from_flag(arg, settings) if flag else from_file(arg, settings)
+        new = from_flag(arg, settings) if flag else from_file(arg, settings, given)
         given.update(new)
         origins += [new["init_from"]] if "init_from" in new else []
         places.update(dict.fromkeys(new, len(argv) if flag else number))
@@ -445,11 +446,15 @@ def recipe(path: str | Path, script: dict, fields: type) -> dict:
     return from_file(str(path), {**fields_of(fields), **settings_of(script)})
 
 
-def from_file(path: str, settings: dict[str, Setting]) -> dict:
-    """The settings in a config file, or in a run's settings.json, for a run in another out_dir."""
+def from_file(path: str, settings: dict[str, Setting], given: dict | None = None) -> dict:
+    """The settings in a config file, or in a run's settings.json, for a run in another out_dir.
+
+    given: before it. The file may compute with these, and with the defaults of the others.
+    """
     if not Path(path).is_file():
         raise no_file(path)
-    found, line_of = from_json(path) if path.endswith(".json") else from_python(path)
+    known = {name: setting.default for name, setting in settings.items()} | (given or {})
+    found, line_of = from_json(path) if path.endswith(".json") else from_python(path, known)
     for name, value in found.items():
         where = path + line_of.get(name, "")  # one that came by `from config.small import *` has no line here
         if name not in settings:
@@ -469,9 +474,13 @@ def no_file(path: str) -> SettingError:
     return SettingError(f"{path}: no such config file; did you mean {like}--key=value?")
 
 
-def from_python(path: str) -> tuple[dict, dict]:
-    """Run it: the plain values that it leaves behind, and where each is set, as :LINE."""
-    namespace = {"__file__": path, "__name__": Path(path).stem}
+def from_python(path: str, known: dict) -> tuple[dict, dict]:
+    """Run it: the plain values that it leaves behind, and where each is set, as :LINE.
+
+    known: names with values that it may use. A value of its own that is no setting, but that it uses itself,
+    is not left behind.
+    """
+    namespace = {"__file__": path, "__name__": Path(path).stem, "__builtins__": {**vars(builtins), **known}}
     try:
         tree = ast.parse(Path(path).read_bytes(), filename=path)
         exec(compile(tree, path, "exec"), namespace)
@@ -479,13 +488,15 @@ def from_python(path: str) -> tuple[dict, dict]:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [getattr(error, "lineno", 1), *(one.lineno for one in frames if one.filename == path)]
         raise SettingError(f"{path}:{lines[-1]}: {type(error).__name__}: {getattr(error, 'msg', error)}") from None
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    used = {node.id for node in names if isinstance(node.ctx, ast.Load)} - known.keys()
     found = {}
     for name, value in namespace.items():
         helper = isinstance(value, types.ModuleType) or callable(value)  # imported, or defined
+        helper |= name in used and not near(name, known)
         if not name.startswith("_") and not helper:
             found[name] = value
-    return found, {node.id: f":{node.lineno}" for node in ast.walk(tree)
-                   if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    return found, {node.id: f":{node.lineno}" for node in names if isinstance(node.ctx, ast.Store)}
 
 
 def from_json(path: str) -> tuple[dict, dict]:
@@ -505,7 +516,8 @@ def unknown(where: str, name: str, settings: dict[str, Setting]) -> SettingError
     if name in GONE:
         return SettingError(f"{where}: no setting any more: {GONE[name]}")
     meant = "".join(f", did you mean {like!r}?" for like in near(name, settings))
-    return SettingError(f"{where}: unknown setting {name!r}{meant} (--help lists them all)")
+    own = "; a name of your own begins with _" if ".py" in where else ""
+    return SettingError(f"{where}: unknown setting {name!r}{meant} (--help lists them all{own})")
 
 
 def print_help(script: dict, own: dict[str, Setting], fields: type | None, given: dict) -> None:

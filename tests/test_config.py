@@ -16,7 +16,7 @@ import sample
 import train
 from config import SettingError
 from model import Config
-from tests.helpers import ROOT, TOY, checkpoint, one_line, posix, script, slow
+from tests.helpers import ROOT, TOY, checkpoint, one_line, posix, says, script, slow
 from tools import bench, explain, search
 
 SCRIPT = '''
@@ -62,6 +62,19 @@ def test_settings_go_left_to_right(a_script, tmp_path):
     (tmp_path / "mine.py").write_text("from config.small import *\nn_layer = n_layer + 1\n")
     given = settings.configure(dict(vars(train)), Config, [str(tmp_path / "mine.py")])
     assert given["n_layer"] == 5 and given["pos"] == "rope"
+
+
+def test_a_config_file_computes_with_what_is_set_before_and_with_names_of_its_own(a_script, tmp_path):
+    file = tmp_path / "c.py"
+    file.write_text("scale = 3\nn_layer = scale * 2\nlearning_rate = learning_rate / 4\nn_embd = 2 * n_embd\n")
+    given = settings.configure(a_script, Config, ["--learning_rate=1.0", str(file)])
+    assert a_script["learning_rate"] == 0.25 and given == {"n_layer": 6, "n_embd": 2 * 768}
+    for text, words in (("scale = 3\n", ["c.py:1: unknown setting 'scale'", "begins with _"]),
+                        ("n_layers = 3\nn_embd = 64 * n_layers\n", ["c.py:1", "'n_layers'", "'n_layer'"])):
+        file.write_text(text)
+        with pytest.raises(SettingError) as error:
+            settings.configure(a_script, Config, [str(file)])
+        says(error, *words)
 
 
 @pytest.mark.parametrize("arg, words", [
