@@ -166,6 +166,7 @@ def open_source(path: str | Path) -> Source:
 
 def nanogpt_source(path: str, checkpoint: dict) -> Source:
     settings = {name: value for name, value in checkpoint["model_args"].items() if value is not None}
+    settings.setdefault("act", "gelu")  # exact, where GPT-2 approximates it
     family = GPT2._replace(transposed=False)
     weights = {canonical(name, family): w.detach for name, w in checkpoint["model"].items()}
     return Source(path, None, {}, family, settings, family.lm, weights)
@@ -180,7 +181,8 @@ def of_nanogpt(checkpoint: dict) -> dict:
     except (TypeError, ValueError) as error:
         raise UserError(f"{source.path}, changed in a way that is not known here ({error})") from None
     return {"model": model.state_dict(), "model_args": asdict(model.config), "tokenizer": None,
-            "settings": {}, "defaults": {}, "optimizer": {}, "rng": {}, "state": {"best": {}}}
+            "settings": {}, "defaults": {}, "optimizer": {}, "rng": {}, "state": {"best": {}},
+            "nanogpt": checkpoint.get("config", {})}
 
 
 # -----------------------------------------------------------------------------

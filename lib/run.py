@@ -562,6 +562,12 @@ def tokenizer_of(checkpoint: dict, chars: str = "") -> Tokenizer:
     if checkpoint["tokenizer"]:
         refuse_chars(chars)
         return fitting(Tokenizer.from_dict(checkpoint["tokenizer"]), size)
+    beside = f"data/{checkpoint['nanogpt'].get('dataset')}/input.txt"  # where nanoGPT's sample.py looks too
+    if not chars and size < 50257 and Path(beside).is_file():
+        chars = beside
+        if main_process():
+            print(f"(a checkpoint of nanoGPT: its tokens are read as the characters of {chars})",
+                  file=sys.stderr)
     if chars:
         found = Characters.of(read_text(chars).replace("\r\n", "\n"))
         if found.vocab_size != size:
@@ -688,9 +694,11 @@ class Run:
             return
         self.source, self.checkpoint = find_checkpoint(self.folder, RESUME)
         if not self.checkpoint["optimizer"] and not self.checkpoint["rng"]:  # at step 0
-            raise UserError(f"{self.source}: has no state of an optimizer, so it is no run to go on with (a "
-                            f"best.pt?): --init_from={self.folder} --out_dir=FOLDER begins one with its "
-                            "weights")
+            what = ("is of nanoGPT, whose optimizer is not taken over, so it is no run to go on with"
+                    if "nanogpt" in self.checkpoint else
+                    "has no state of an optimizer, so it is no run to go on with (a best.pt?)")
+            raise UserError(f"{self.source}: {what}: --init_from={self.folder} --out_dir=FOLDER begins one "
+                            "with its weights")
 
     def best_is_gone(self) -> bool:
         """Was there a best.pt that cannot be loaded any more? The next best is written anew."""
