@@ -179,8 +179,8 @@ def make_rules(settings: SimpleNamespace) -> dict[str, Callable]:
 # -----------------------------------------------------------------------------
 # The spool and its index
 
-# Of each document: where it is (in bytes), its characters, a hash that stands for it and its copies, one of all
-# but its white space, by which these are known; and its sketch, if near copies are looked for.
+# Of each document: where it is (in bytes), its characters, a hash that stands for it and its copies, one of
+# all but its white space, by which these are known; and its sketch, if near copies are looked for.
 INDEX = [("start", "<i8"), ("size", "<i8"), ("chars", "<i8"), ("hash", ">u8"), ("ink", "<u8")]
 
 

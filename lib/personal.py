@@ -18,8 +18,8 @@ BEGIN_KEY = re.compile(r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----")
 END_KEY = re.compile(r"-----(?:END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----|(BEGIN))")
 KEY_LINES = re.compile(r"(?:\s{0,4}[A-Za-z0-9+/=]{32,})+")
 KEY = re.compile(
-    r"(?<!\w)(?:sk-[\w-]{20,}|hf_[A-Za-z0-9]{30,}|gh[opsur]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}"
-    r"|xox[abeprs]-[\w-]{16,}|A[KS]IA[A-Z0-9]{16}|AIza[\w-]{30,}|[rs]k_live_[A-Za-z0-9]{16,}"
+    r"(?<!\w)(?:sk-[\w-]{20,}|hf_[A-Za-z0-9]{30,}|gh[opsur]_[A-Za-z0-9]{16,}|github_pat_\w{16,}"
+    r"|glpat-[\w-]{16,}|xox[abeprs]-[\w-]{16,}|A[KS]IA[A-Z0-9]{16}|AIza[\w-]{30,}|[rs]k_live_[A-Za-z0-9]{16,}"
     r"|npm_[A-Za-z0-9]{30,}|eyJ(?<![\w-]eyJ)[\w-]{10,}\.[\w-]{10,}\.[\w-]{10,})", re.ASCII)
 
 LETTER = r"A-Za-z0-9\u00c0-\u024f"  # of an address: those of Western languages
@@ -38,8 +38,8 @@ VERSION = re.compile(r"(?:\b(?:v|ver|version|release|build|rev|section|chapter)|
 
 NUMBER = re.compile(r"[+(0-9][0-9 ()./+-]{5,}[0-9]")
 CUE = re.compile(  # a word, alone or with "number", "(home)" or the like, directly before
-    r"(?:(?<![A-Za-z])(?:tel|telephone|ph|phone|fax|mobile?|whatsapp|téléphone|telefono?|teléfono|тел|телефон)"
-    r"(?![^\W\d_])|电话|手机|電話|携帯|전화|फ़ोन|फोन|मोबाइल)[^\w\n]{0,4}"
+    r"(?:(?<![A-Za-z])(?:tel|telephone|ph|phone|fax|mobile?|whatsapp|téléphone|telefono?|teléfono|тел"
+    r"|телефон)(?![^\W\d_])|电话|手机|電話|携帯|전화|फ़ोन|फोन|मोबाइल)[^\w\n]{0,4}"
     r"(?:no|nr|number|is|home|work|office|portable|号码?|番号|번호|नंबर)?[は는]?[^\w\n]{0,6}$", re.IGNORECASE)
 NUMBERED = re.compile(  # before the number of something else
     r"(?<![A-Za-z])(?:ISBN(?:-1[03])?|ISSN|EAN|UPC|SKU|S/?N|ID|order|invoice|case|订单号?|编号)[^\w\n]{0,4}$",
