@@ -14,7 +14,6 @@ import ast
 import codecs
 import csv
 import heapq
-import io
 import itertools
 import json
 import math
@@ -25,13 +24,14 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from config import SettingError, UserError
-from lib.text import (blocks, column_names, encoding_of, is_formula, kind_of, lines, parse_json, records,
-                      refuse, standard_library)
+from lib.text import (blocks, column_names, encoding_of, is_formula, kind_of, lines, records, refuse,
+                      standard_library)
 
 
 @dataclass(slots=True)
@@ -51,16 +51,14 @@ class Row:
 # Names of columns, in lower case, with _ for spaces and dashes; those that come first are taken first
 
 class Names(NamedTuple):
-    texts: tuple[str, ...]  # of the text
-    labels: tuple[str, ...] = ()
+    of: dict[str, tuple[str, ...]]  # role -> names of its column
     readings: tuple[tuple[str, ...], ...] = ()  # (text, pair, label) that are taken together; "": any
-    pairs: tuple[str, ...] = ()  # of the second text, whatever the first is called
-    starts: tuple[str, ...] = ()  # of where an answer begins
-    splits: tuple[str, ...] = ()  # of what stays together
+    refused: dict[str, str] = {}  # name of what is not learned from -> what to do
+    nested: dict[str, tuple] = {}  # role -> types, beside texts and numbers, that its cells may have
+    optional: tuple[str, ...] = ()  # roles that may be missing: the pair in some rows, the label in all
 
     def all(self) -> set[str]:
-        together = itertools.chain(*self.readings)
-        return {*self.texts, *self.labels, *self.pairs, *self.starts, *self.splits, *together, *IDS} - {""}
+        return {*itertools.chain(*self.of.values(), *self.readings), *IDS} - {""}
 
 
 def words_of(names: str) -> tuple[str, ...]:
@@ -72,62 +70,101 @@ def together(readings: str) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(reading.split("+")) for reading in readings.split())
 
 
+ROLES = ("text", "pair", "label", "group", "split", "start")
 IDS = words_of("id idx index guid uid qid")
 TWO_TEXTS = together("""
-    sentence1+sentence2 question1+question2 premise+hypothesis text+text_pair text_a+text_b text1+text2
-    sentence_a+sentence_b sentence_1+sentence_2 query1+query2 s1+s2 #1_string+#2_string question+sentence
-    question+passage+answer question+passage query+passage query+document question+context claim+evidence""")
+    sentence1+sentence2 question1+question2 premise+hypothesis context+hypothesis text+text_pair
+    text_a+text_b text1+text2 sentence_a+sentence_b sentence_1+sentence_2 query1+query2 s1+s2
+    #1_string+#2_string question+sentence question+passage+answer question+passage query+passage
+    query+document question+context claim+evidence tweet+target+stance text+target+stance text+topic+stance
+    text+aspect+polarity text+aspect+sentiment sentence+aspect+polarity sentence+aspect+sentiment""")
 ONE_TEXT = words_of("""
     text sentence review review_text reviewtext content review_body body comment_text sentimenttext tweet
-    message phrase utterance question headline description short_description text_a document article abstract
-    title query claim summary sms v2 文本 内容 评论 评论内容 微博中文内容 句子 标题""")
+    originaltweet message phrase utterance utt question question_text headline description
+    short_description text_a document article abstract full_text essay excerpt title query claim summary
+    sms abst v2 文本 内容 评论 评论内容 微博中文内容 句子 标题""")
 CLASSES = words_of("""
-    label labels gold_label class category target sentiment airline_sentiment polarity emotion intent topic
-    coarse_label label_coarse class_index is_duplicate is_sarcastic quality entailment_label
-    entailment_judgment stance stars rating score overall tags _label_ v1 标签 类别 情感 情感倾向 分类""")
+    label labels gold_label sentiment airline_sentiment polarity stance emotion class category intent topic
+    topics target coarse_label label_coarse class_index is_duplicate is_sarcastic quality entailment_label
+    entailment_judgment stars star rating score review_score overall label_text tags _label_ v1 标签 类别
+    情感 情感倾向 分类""")
 NUMBERS = words_of("""
-    score similarity_score relatedness_score similarity label rating stars overall target value 评分""")
-CLASS_NAMES = Names(ONE_TEXT, CLASSES, TWO_TEXTS)
-NUMBER_NAMES = Names(ONE_TEXT, NUMBERS + CLASSES, TWO_TEXTS)
-TAG_NAMES = Names(words_of("tokens words text sentence word"),
-                  words_of("ner_tags tags labels label ner entities spans pos_tags upos"),
-                  together("tokens++ner_tags tokens++tags text++spans"))
-ANSWER_NAMES = Names(words_of("question query"), words_of("answers answer answer_text label"),
-                     pairs=words_of("context passage paragraph document article text"),
-                     starts=words_of("answer_start answer_starts start"), splits=("title",))
-LM_NAMES = Names(words_of("text content body document story article sentence review"), (), together("""
+    score similarity_score relatedness_score similarity label rating stars overall points target
+    domain1_score value 评分""")
+SEVERAL = ("conversations of several turns, and answers to choose from, are not learned from yet: "
+           "--text_column=NAME --label_column=NAME, if a row has one text and its answer")
+CHOICES = dict.fromkeys(words_of("choice1 choices options endings ending0 sol1 candidates"), SEVERAL)
+TURNS = dict.fromkeys(words_of("messages conversations conversation history parent_id chosen chat instances"),
+                      SEVERAL)
+MARKED = {"annotations": "Label Studio's whole export, it seems: choose JSON-MIN or CSV there"}
+WORD_ROWS = {"word": "a word in each row: write a word and its tag a line, and an empty line between "
+                     "sentences, as CoNLL"}
+CLASS_NAMES = Names({"text": ONE_TEXT, "label": CLASSES}, TWO_TEXTS, CHOICES | MARKED, {"label": (list,)})
+NUMBER_NAMES = Names({"text": ONE_TEXT, "label": NUMBERS + CLASSES}, TWO_TEXTS, CHOICES | MARKED)
+TAG_NAMES = Names(
+    {"text": words_of("tokens words text sentence word content"),
+     "label": words_of("ner_tags tags labels label ner entities ents spans tag pos_tags upos")},
+    together("tokens++ner_tags tokens++tags text++spans"), WORD_ROWS | MARKED,
+    nested={"text": (list,), "label": (list, dict)})
+ANSWER_NAMES = Names(
+    {"text": words_of("question query question_text query_text"),
+     "pair": words_of("context context_text passage paragraph document article text"),
+     "label": words_of("answers answer answer_text label"), "split": ("title",),
+     "start": words_of("answer_start answer_starts start")},
+    refused=CHOICES, nested={"label": (list, dict), "start": (list,)})
+LM_NAMES = Names(
+    {"text": words_of("text content body document story article sentence review")}, together("""
     instruction+input+output instruction+context+response instruction+input+response instruction++output
     instruction++response instruction++answer trans_instruction+trans_input+trans_output prompt++completion
-    prompt++response prompt++output prompt++answer question+context+answer question+context+response
-    question++answer question++response query++response
-    query++answer input++output input++target ask++answer source++target article++highlights dialogue++summary
-    document++summary 问题++回答"""))
-BEFORE = Names(  # what checkpoints were made with that keep no resolved columns
-    words_of("text sentence sentence1 review content question instruction prompt tokens"),
-    words_of("label labels tags target class score output response completion"),
-    pairs=words_of("text_pair sentence2 input"))
-# where an instruction has no one answer
-TURNS = words_of("messages conversations conversation history parent_id chosen instances")
-ROLES = ("text", "pair", "label", "group", "split", "start")
+    prompt++response prompt++output prompt++answer prompt++canonical_solution
+    system_prompt+question+response question+context+answer question+context+response problem++solution
+    question++answer question++response query++response query++answer input++output input++target
+    inputs++targets ask++answer source++target text++code article++highlights text++summary
+    article++summary dialogue++summary document++summary 问题++回答"""),
+    TURNS | CHOICES, optional=("pair", "label"))
+BEFORE = {  # what checkpoints were made with that keep no resolved columns
+    "text": words_of("text sentence sentence1 review content question instruction prompt tokens"),
+    "pair": words_of("text_pair sentence2 input"),
+    "label": words_of("label labels tags target class score output response completion")}
 
 
 def plain(name: str) -> str:
     return re.sub(r"[\s_-]+", "_", name.strip().lower())
 
 
+def find_column(path: str, role: str, names: list[str], asked: str | int) -> str:
+    """The column of this name, else of this number; of a label several, with commas between them."""
+    asked = str(asked)
+    alike = [name for name in names if plain(name) == plain(asked)]
+    if asked in names or len(alike) == 1:
+        return asked if asked in names else alike[0]
+    if asked.isdigit() and int(asked) < len(names):
+        return names[int(asked)]
+    if role == "label" and "," in asked:
+        return ",".join(find_column(path, role, names, one) for one in asked.split(","))
+    raise UserError(f"{path}: has no column {asked!r} for the {role}: it has {', '.join(names)}: "
+                    f"--{role}_column=NAME or its number")
+
+
+def columns_in(name: str, names: Collection[str]) -> list[str]:
+    """Those that a role stands for: one, but of a label it may be several."""
+    return [name] if name in names else name.split(",")
+
+
+def asked_for(path: str, names: list[str], columns: dict) -> dict[str, str]:
+    return {role: find_column(path, role, names, columns[role]) for role in ROLES
+            if columns.get(role, "") not in ("", None)}
+
+
 def choose(path: str, names: list[str], columns: dict, usual: Names) -> dict[str, str | None]:
     """The column of each role: the one that was asked for, else by its usual names."""
-    of_plain = {}
-    for name in names:
-        of_plain.setdefault(plain(name), []).append(name)
-    found = {role: find_column(path, role, names, columns[role]) for role in ROLES
-             if columns.get(role, "") not in ("", None)}
-    learned = {}  # a group may be the label too
+    found, learned = asked_for(path, names, columns), {}
     for role, name in found.items():
-        if role not in ("group", "split") and learned.setdefault(name, role) != role:
-            raise UserError(f"{path}: the column {name} is asked for as the {learned[name]} and as the {role}: "
-                            f"it is one of them; there are {', '.join(names)}")
-    free = {name: which for name, which in of_plain.items() if learned.keys().isdisjoint(which)}
+        for one in columns_in(name, names) if role not in ("group", "split") else ():  # which may be any
+            if learned.setdefault(one, role) != role:
+                raise UserError(f"{path}: the column {one} is asked for as the {learned[one]} and as the "
+                                f"{role}: it is one of them; there are {', '.join(names)}")
+    free = set(map(plain, names)).difference(map(plain, learned))
     asked = {role: plain(name) for role, name in found.items()}
     wanted = {}
     for reading in usual.readings:
@@ -135,110 +172,140 @@ def choose(path: str, names: list[str], columns: dict, usual: Names) -> dict[str
         if all(asked[role] == name if role in asked else name in free for role, name in roles.items()):
             wanted = roles
             break
-    known_of = {"text": usual.texts, "pair": usual.pairs, "label": usual.labels, "split": usual.splits,
-                "start": usual.starts}
-    for role, known in known_of.items():
-        taken = set(wanted.values())
-        usual_ones = [name for name in known if name in free and name not in taken]
-        if role not in asked and role not in wanted and usual_ones:
-            wanted[role] = usual_ones[0]
+    for role, known in usual.of.items():
+        left = [name for name in known if name in free.difference(wanted.values())]
+        if left and role not in asked:
+            wanted.setdefault(role, left[0])
     for role, name in wanted.items():
-        if role in found:
-            continue
-        if len(of_plain[name]) > 1:
-            each = ", or ".join(f"--{role}_column={names.index(one)}" for one in of_plain[name])
-            raise UserError(f"{path}: several columns for the {role}, {', '.join(of_plain[name])}: {each}")
-        found[role] = of_plain[name][0]
+        alike = [one for one in names if plain(one) == name]
+        if role not in found and len(alike) > 1:
+            each = ", or ".join(f"--{role}_column={names.index(one)}" for one in alike)
+            raise UserError(f"{path}: several columns for the {role}, {', '.join(alike)}: {each}")
+        found.setdefault(role, alike[0])
     return {role: found.get(role) for role in ROLES}
-
-
-def find_column(path: str, role: str, names: list[str], asked: str | int) -> str:
-    """The column of this name, else of this number."""
-    if str(asked) in names:
-        return str(asked)
-    alike = [name for name in names if plain(name) == plain(str(asked))]
-    if len(alike) == 1:
-        return alike[0]
-    if str(asked).isdigit() and int(asked) < len(names):
-        return names[int(asked)]
-    raise UserError(f"{path}: has no column {asked!r} for the {role}: it has {', '.join(names)}: "
-                    f"--{role}_column=NAME or its number")
 
 
 def described(columns: dict) -> str:
     """One line: what each column is taken for, and which are not used."""
-    used = [(role, columns[role]) for role in ROLES if columns.get(role) is not None]
-    if columns.get("header") is False:
-        said = "no header: " + ", ".join(f"{role} is column {name}" for role, name in used)
-    else:
-        said = ", ".join(f"{role}: {name}" for role, name in used)
+    is_column = " is column " if columns.get("header") is False else ": "
+    used = [f"{role}{is_column}{columns[role]}" for role in ROLES if columns.get(role) is not None]
+    said = ("no header: " if columns.get("header") is False else "") + ", ".join(used)
     return said + (f"; not used: {', '.join(columns['unused'])}" if columns.get("unused") else "")
 
 
+def of_names(path: str, names: list[str], columns: dict, usual: Names, needed: Collection[str]) -> dict:
+    """What each column of a file with these is. needed: the roles without which there are no rows."""
+    if "unused" in columns:  # as the training file has them, but for those that are asked for now
+        found = {}
+        for role in ROLES:
+            name = columns.get(role)
+            try:
+                found[role] = None if name is None else find_column(path, role, names, name)
+            except UserError:
+                if role in {*needed, *columns.get("asked", ())}:
+                    raise
+                found[role] = None
+        unused = columns["unused"]
+    else:
+        if columns.get("header") is not None:
+            raise SettingError(f"header={columns['header']}: {path} is no table: leave it out")
+        refused = [name for name in names if plain(name) in usual.refused]
+        if refused and columns.get("text", "") == "":
+            why = usual.refused[plain(refused[0])]
+            raise UserError(f"{path}: {refused[0]!r}: {why}; it has {', '.join(names)}")
+        found = choose(path, names, columns, usual)
+        for role in ("text", "pair", "label") if "start" in usual.of else ("text", "label"):
+            if role in needed and found[role] is None:
+                several = ", or of several with 0 or 1 --label_column=A,B,C --multi_label=True"
+                several *= role == "label" and usual is CLASS_NAMES
+                raise UserError(f"{path}: no column for the {role} among {', '.join(names)}: name it with "
+                                f"--{role}_column=...{several}")
+        used = [one for name in found.values() if name for one in columns_in(name, names)]
+        unused = [name for name in names if name not in used]
+    ids = [name for name in names if plain(name) in IDS and name not in found.values()]
+    return {**found, "id": ids[0] if ids else None, "header": not names[0].isdigit(), "unused": unused}
+
+
 # -----------------------------------------------------------------------------
-# A table's header
+# A table, which may have no header
 
-PEEK = 1000  # records that are looked at before the first is a row
-
-
-def has_header(first: list[dict], known: Collection[str]) -> bool | None:
-    """Is the first row of a table its header? Yes if it has a known name; None: who knows."""
-    cells = list(first[0].values())
-    if cells == [str(i) for i in range(len(cells))] and len(cells) > 1:
-        return True  # as pandas numbers them
-    for key, cell in first[0].items():
-        # a name does not occur among the values, unless files with headers were joined
-        again = any(record[key] == cell for record in first[1:] if record != first[0])
-        if plain(cell or "") in known and not again:
-            return True
-    return None
-
-
-def is_value(first: list[dict], key: str | None) -> bool:
-    """Is this cell of the first row a value like those below: one of them, or a number among numbers?"""
-    cells = [record.get(key) or "" for record in first]
-    return cells[0] in cells[1:] or all(to_number(cell) != math.inf for cell in cells)
+def has_header(path: str, first: list[dict], columns: dict, usual: Names) -> bool:
+    """Is the first row of a table its header? It is if a column is asked for by name, or has a name that is
+    known and does not come again below, unless files with headers were joined."""
+    known, header = usual.all(), columns.get("header")
+    by_name = not all(str(columns.get(role) or 0).replace(",", "").isdigit() for role in ROLES)
+    below = [record for record in first if record != first[0]]
+    seems = by_name or any(plain(cell or "") in known and all(record[key] != cell for record in below)
+                           for key, cell in first[0].items())
+    if "unused" in columns and header is False and seems:
+        raise UserError(f"{path}:1: {shown(first[0].values())}: a header, it seems, and the training file "
+                        "had none: take it out")
+    return seems if header is None else header
 
 
 def guess_columns(path: str, first: list[dict], columns: dict, usual: Names, labelled: bool) -> dict:
     """Of a table without a header: as asked for; else by what is in them, if there can be no doubt."""
-    numbers = list(first[0])
-    found = {role: find_column(path, role, numbers, columns[role]) for role in ROLES
-             if columns.get(role, "") not in ("", None)}
-    if not found and labelled and len(numbers) > 1 and usual.readings == TWO_TEXTS:
-        texts = [number for number in numbers if are_texts(first, number)]
-        labels = [number for number in numbers if number not in texts and are_labels(first, number)]
+    cells_of = {number: [record.get(number) or "" for record in first] for number in first[0]}
+    found, begin = asked_for(path, list(cells_of), columns), shown(first[0].values())
+    if labelled and len(cells_of) == 1 and "label" not in usual.optional:
+        raise UserError(f"{path}:1: one column, {begin}: write a tab between a text and its label, or "
+                        "__label__NAME before it")
+    if not found and labelled and len(cells_of) > 1 and usual.readings == TWO_TEXTS:
+        texts = [number for number, cells in cells_of.items() if are_texts(cells)]
+        labels = [number for number, cells in cells_of.items() if number not in texts and are_labels(cells)]
         if len(texts) == len(labels) == 1:
             found = {"text": texts[0], "label": labels[0]}
-        elif len(numbers) > 2:
-            labels.sort(key=lambda key: len({record[key] for record in first}))  # numbers of rows are many
-            one, two, label = [*texts, "NUMBER"][0], [*texts[1:], "NUMBER"][0], [*labels, "NUMBER"][0]
-            longest = max([*texts, one], key=lambda key: sum(len(record[key] or "") for record in first))
+        elif len(cells_of) > 2:
+            labels.sort(key=lambda number: len(set(cells_of[number])))  # numbers of rows are many
+            one, two, *_ = *texts, "NUMBER", "NUMBER"
+            label, *_ = *labels, "NUMBER"
+            longest = max(texts, key=lambda number: sum(map(len, cells_of[number])), default=one)
             raise UserError(
-                f"{path}:1: no header, and which of its {len(numbers)} columns are text and label? It reads "
-                f"{shown(first[0].values())}: --text_column={longest} --label_column={label}, or of two "
-                f"texts --text_column={one} --pair_column={two} --label_column={label}")
-    free = [number for number in numbers if number not in found.values()]
+                f"{path}:1: no header, and which of its {len(cells_of)} columns are text and label? It reads "
+                f"{begin}: --text_column={longest} --label_column={label}, or of two texts "
+                f"--text_column={one} --pair_column={two} --label_column={label}")
+    free = [number for number in cells_of if number not in found.values()]
     for role in ("text", "label"):
         if role not in found and free:
             found[role] = free.pop(0)
-    return {role: found.get(role) for role in ROLES}
+    cells = cells_of.get(found.get("label"), ()) if labelled and columns.get("header") is None else ()
+    if cells and cells[0] not in cells[1:] and not are_numbers(cells):  # the first is unlike those below
+        known = [(role, found[role]) for role in ROLES if role in found]
+        by_name = " ".join(f"--{role}_column={first[0][number]}" for role, number in known)
+        by_number = " ".join(f"--{role}_column={number}" for role, number in known)
+        raise UserError(f"{path}:1: is {begin} a header? --header=True {by_name}; or --header=False "
+                        f"{by_number}")
+    return found
+
+
+def below_header(path: str, found: Iterator[tuple[int, dict]],
+                 names: list[str]) -> Iterator[tuple[int, dict]]:
+    """The rows below a table's header, by these names. Where files were joined, it comes again."""
+    (_, header), times = next(found), 0
+    for line, record in found:
+        if record == header:
+            times += 1
+        else:
+            yield line, dict(zip(names, record.values()))
+    if times:
+        tell(f"{path}: passed over: {times:,} more lines that are its header")
 
 
 def shown(cells: Iterable) -> str:
     return ", ".join(str(cell)[:20] for cell in cells)
 
 
-def are_texts(first: list[dict], key: str) -> bool:
-    cells = [record.get(key) or "" for record in first]
-    letters = sum(any(c.isalpha() for c in cell) for cell in cells)
-    return 2 * letters > len(cells) and 2 * len(set(cells)) > len(cells)
+def are_texts(cells: list[str]) -> bool:
+    letters = sum(any(map(str.isalpha, cell)) for cell in cells)
+    return 2 * min(letters, len(set(cells))) > len(cells)
 
 
-def are_labels(first: list[dict], key: str) -> bool:
-    cells = [record.get(key) or "" for record in first]
-    few = 1 < len(set(cells)) <= max(2, len(cells) / 2)
-    return few or all(to_number(cell) != math.inf for cell in cells)
+def are_labels(cells: list[str]) -> bool:
+    return 1 < len(set(cells)) <= max(2, len(cells) / 2) or are_numbers(cells)
+
+
+def are_numbers(cells: list[str]) -> bool:
+    return all(to_number(cell) != math.inf for cell in cells)
 
 
 def to_number(label: str) -> float:
@@ -258,58 +325,54 @@ def label_key(label: str) -> float | str:
 # -----------------------------------------------------------------------------
 # A file's rows
 
-def open_rows(path: str, columns: dict, usual: Names, labelled: bool = True,
-              nested: dict[str, tuple] | None = None, optional: Collection[str] = (), encoding: str = "",
+PEEK = 1000  # records that are looked at before the first is a row
+
+
+def open_rows(path: str, columns: dict, usual: Names, labelled: bool = True, encoding: str = "",
               bad: Callable[[UserError], None] | None = None) -> tuple[dict, Iterator[Row]]:
     """What each column is, and the examples in a .csv, .tsv, .json, .jsonl, or .txt with tabs or __label__.
 
     columns: as this returned them for the training file; or what is asked for, of each role a name, a number
     or "", and header: True, False, or None if it is to be found out. (Without: as checkpoints once had it.)
-    labelled: there must be a column of labels; a row whose label is missing has None. nested: of roles whose
-    cells may be a list or a dict, which they stay, these types. optional: pair may be missing in some rows,
-    label in all. encoding: "" if it is to be found out. bad: as for records(). Raises UserError, with file
-    and line.
+    labelled: there must be a column of labels; a row whose label is missing has None. encoding: "" if it is
+    to be found out. bad: as for records(). Raises UserError, with file and line.
     """
-    usual = usual if "header" in columns else BEFORE
+    settled, in_table = "unused" in columns, "json" not in kind_of(path)
     text = text_blocks(path, encoding)
     block = next(text)
     text = itertools.chain([block], text)
-    tagged = is_fasttext(path, block.partition("\n")[0])
-    found = fasttext(lines(text, "\n")) if tagged else records(path, text, False, not labelled, bad)
-    peeked = list(itertools.islice(found, PEEK))
-    if not peeked:
-        raise UserError(f"{path}: holds no examples")
-    first = [record for _, record in peeked]
-    needed = {"text", "pair", *(("label", "group") if labelled else ())}.difference(optional)
-    may_lack = {"group", "split", "start", "id", *optional}
-    if tagged or "json" in kind_of(path):
-        names = list(dict.fromkeys(itertools.chain(*first)))
-        if "unused" not in columns:
-            if columns.get("header") is not None:
-                raise SettingError(f"header={columns['header']}: {path} names the columns in each row: leave "
-                                   "it out")
-            found = without_new_names(path, found, names, usual)
-        columns = of_names(path, names, columns, usual, needed)
-        keys = {role: columns.get(role) for role in (*ROLES, "id")}
-        may_lack.add("label")
+    if is_fasttext(path, block.partition("\n")[0]):
+        in_table, found = False, fasttext(lines(text, "\n"))
     else:
-        columns = of_table(path, first, columns, usual, labelled, needed)
-        names = numbers = list(first[0])
-        if columns["header"]:
+        found = records(path, text, False, not labelled, bad)
+    if usual is ANSWER_NAMES:
+        columns = {"split": "title", **columns} if settled else columns  # SQuAD's once were without
+        found = each_question(path, found, labelled)
+    elif "header" not in columns:
+        usual = usual._replace(of=BEFORE, readings=(), refused={})
+    first = list(itertools.islice(found, PEEK))
+    if not first:
+        raise UserError(f"{path}: holds no examples")
+    found, first = itertools.chain(first, found), [record for _, record in first]
+    names, header = list(dict.fromkeys(itertools.chain(*first))), False
+    if in_table:
+        header = has_header(path, first, columns, usual)
+        if header:
             names = column_names(cell or "" for cell in first[0].values())
-            found = without_header(path, itertools.chain(peeked, found), first[0])
-            peeked = []
-        keys = {}
-        for role in (*ROLES, "id"):
-            name = columns.get(role)
-            keys[role] = None if name is None else numbers[names.index(name)]
-        if "label" not in needed:
-            may_lack.add("label")
-    nested = nested or {}
-    types = {keys[role]: nested[role] for role in nested}
-    found = unwritten(itertools.chain(peeked, found), path, types, bad)
-    nested = {**nested, **({} if labelled else {"label": (list, dict)})}
-    return columns, make_rows(path, found, keys, columns, may_lack, nested, bad)
+            found = below_header(path, found, names)
+        elif not settled:
+            columns = columns | guess_columns(path, first, columns, usual, labelled)
+        columns = {**columns, "header": None}
+    elif not settled:
+        found = without_new_names(path, found, names, usual)
+    needed = {"text", "pair", "label", "group"} if labelled else {"text", "pair"}
+    needed = needed.difference(usual.optional)
+    columns = of_names(path, names, columns, usual, needed)
+    columns["header"] = columns["header"] or header
+    filled = needed - {"group"} if in_table else needed - {"group", "label"}
+    if not labelled:
+        usual = usual._replace(nested={**usual.nested, "label": (list, dict)})
+    return columns, make_rows(path, found, names, columns, usual, filled, bad)
 
 
 def without_new_names(path: str, found: Iterable[tuple[int, dict]], names: list[str],
@@ -325,82 +388,6 @@ def without_new_names(path: str, found: Iterable[tuple[int, dict]], names: list[
                                 f"{late[0]} if it is of use")
             seen |= record.keys()
         yield line, record
-
-
-def without_header(path: str, found: Iterable[tuple[int, dict]], header: dict) -> Iterator[tuple[int, dict]]:
-    """The rows below it. Where files were joined, it comes again."""
-    times = -1
-    for line, record in found:
-        if record == header:
-            times += 1
-        else:
-            yield line, record
-    if times:
-        tell(f"{path}: passed over: {times:,} more lines that are its header")
-
-
-def of_names(path: str, names: list[str], columns: dict, usual: Names, needed: Collection[str],
-             remedy: str = "") -> dict:
-    """The columns of a file that has these. needed: the roles without which there are no rows."""
-    if "unused" in columns:  # as the training file has them, but for those that are asked for now
-        found = {}
-        for role in ROLES:
-            name = columns.get(role)
-            there = name is not None and any(plain(one) == plain(str(name)) for one in names)
-            must = name is not None and role in {*needed, *columns.get("asked", ())}
-            found[role] = find_column(path, role, names, name) if there or must else None
-        return {**found, "id": id_among(names, found), "header": True, "unused": columns["unused"]}
-    turns = [name for name in names if plain(name) in TURNS]
-    if usual is LM_NAMES and turns and not columns.get("text"):
-        raise UserError(f"{path}: {turns[0]!r}: conversations of several turns, and answers to choose from, "
-                        "are not learned from yet: --text_column=NAME --label_column=NAME, if a row has an "
-                        f"instruction and its answer, among {', '.join(names)}")
-    if usual is TAG_NAMES and "word" in map(plain, names):
-        raise UserError(f"{path}: a word in each row ({', '.join(names)}): write a word and its tag a line, "
-                        "and an empty line between sentences, as CoNLL")
-    found = choose(path, names, columns, usual)
-    for role in ("text", "pair", "label") if usual is ANSWER_NAMES else ("text", "label"):
-        if role in needed and found[role] is None:
-            raise UserError(f"{path}: no column for the {role} among {', '.join(names)}: name it with "
-                            f"--{role}_column=...{remedy}")
-    unused = [name for name in names if name not in found.values()]
-    return {**found, "id": id_among(names, found), "header": True, "unused": unused}
-
-
-def id_among(names: list[str], found: dict) -> str | None:
-    return next((name for name in names if plain(name) in IDS and name not in found.values()), None)
-
-
-def of_table(path: str, first: list[dict], columns: dict, usual: Names, labelled: bool,
-             needed: Collection[str]) -> dict:
-    """The same of a table, which may have no header."""
-    names, legacy = column_names(cell or "" for cell in first[0].values()), "header" not in columns
-    asked = [str(columns.get(role) or "") for role in ROLES]
-    by_name = [name for name in asked if name and not name.isdigit()]
-    header, settled = columns.get("header"), "unused" in columns
-    if header is None or settled:
-        found = has_header(first, usual.all() | {plain(name) for name in by_name})
-        if settled and header is False and found:
-            raise UserError(f"{path}:1: {', '.join(names)}: a header, it seems, and the training file had "
-                            "none: take it out")
-        header = found if header is None else header
-    if header or (by_name and not legacy):
-        remedy = "" if header == columns.get("header") else ", or --header=False if its first row is none"
-        return of_names(path, names, columns, usual, needed, remedy)
-    if settled:
-        return of_names(path, list(first[0]), columns, usual, needed) | {"header": False}
-    found = guess_columns(path, first, columns, usual, labelled)
-    if header is None and not legacy and labelled and not is_value(first, found["label"]):
-        known = [(role, found[role]) for role in ROLES[:3] if found[role]]
-        by_name = " ".join(f"--{role}_column={names[int(number)]}" for role, number in known)
-        by_number = " ".join(f"--{role}_column={number}" for role, number in known)
-        raise UserError(f"{path}:1: is {', '.join(names)} a header? --header=True {by_name}; or "
-                        f"--header=False {by_number}")
-    for role in ("text", "label"):
-        if role in needed and found[role] is None:
-            raise UserError(f"{path}: no column for the {role}: it has one, {shown(first[0].values())}")
-    unused = [number for number in first[0] if number not in found.values()]
-    return {**found, "id": None, "header": False, "unused": unused}
 
 
 def is_fasttext(path: str, first: str) -> bool:
@@ -423,40 +410,46 @@ def fasttext(text: Iterable[str]) -> Iterator[tuple[int, dict]]:
 MISSING = {"nan", "null", "<na>"}
 
 
-def make_rows(path: str, found: Iterable[tuple[int, dict]], keys: dict, columns: dict,
-              may_lack: Collection[str], nested: dict[str, tuple],
+def make_rows(path: str, found: Iterable[tuple[int, dict]], names: list[str], columns: dict,
+              usual: Names, filled: Collection[str],
               bad: Callable[[UserError], None] | None) -> Iterator[Row]:
-    """keys: of each role, what its cells stand under in the records. may_lack: roles that are not needed."""
-    undecided = {"-"} if columns.get("pair") else set()  # annotators did not agree
+    """filled: the roles whose cells may not be missing."""
+    undecided = {"-"} if columns["pair"] else set()  # annotators did not agree
     if plain(columns["text"]) == "premise":
         undecided.add("-1")
-    used = [(role, key) for role, key in keys.items() if key is not None]
+    used = [(role, columns[role]) for role in (*ROLES, "id") if columns[role] is not None]
+    several = columns_in(columns["label"] or "", names)
     for line, record in found:
-        where, cells = f"{path}:{line}", dict.fromkeys(keys)
-        for role, key in used:
-            cell, fault = record.get(key), ""
-            if isinstance(cell, str):
-                pass
-            elif isinstance(cell, (list, dict)):
-                if not isinstance(cell, nested.get(role, ())):
-                    fault = f"is no text: {str(cell)[:60]}"
-                elif isinstance(cell, list):
-                    cell = [one if isinstance(one, (list, dict)) else as_text(one) for one in cell]
-            else:
-                cell = as_text(cell)
-                if cell is None and role not in may_lack:
-                    fault = f"is missing: the row reads {str(record)[:60]}"
-            if fault:
-                refuse(f"{where}: {columns[role]!r} {fault}", bad)
-                break
-            cells[role] = cell
-        else:
-            label = cells["label"]
-            if isinstance(label, str):
-                label = sys.intern(label.strip())  # the same few, a million times
-                label = None if label.lower() in MISSING or label in undecided else label
-            yield Row(where, cells["text"], cells["pair"], label, cells["group"] or "",
-                      cells["id"] or str(line), unit=cells["split"] or "", start=cells["start"])
+        cells = dict.fromkeys((*ROLES, "id"))
+        try:
+            for role, name in used:
+                cell = record.get(name)
+                if role == "label" and len(several) > 1:
+                    cell = those_with_one(record, several)
+                if not isinstance(cell, str) or role in usual.nested:
+                    cell = read_cell(cell, usual.nested.get(role, ()))
+                if cell is None and role in filled:
+                    raise ValueError(f"is missing: the row reads {str(record)[:60]}")
+                cells[role] = cell
+        except ValueError as error:
+            refuse(f"{path}:{line}: {name!r} {error}", bad)
+            continue
+        label = cells["label"]
+        if isinstance(label, str) and "label" not in usual.optional:  # those are texts to be written
+            label = sys.intern(label.strip())  # the same few, a million times
+            label = None if label.lower() in MISSING or label in undecided else label
+        yield Row(f"{path}:{line}", cells["text"], cells["pair"], label, cells["group"] or "",
+                  cells["id"] or str(line), unit=cells["split"] or "", start=cells["start"])
+
+
+def those_with_one(record: dict, names: list[str]) -> list[str] | None:
+    """Of several columns of 0 and 1, those with 1; None if a cell is missing."""
+    cells = [label_key(as_text(record.get(name)) or "") for name in names]
+    if "" in cells:
+        return None
+    if not set(cells) <= {0, 1, "true", "false"}:
+        raise ValueError(f"has other cells than 0 and 1: {shown(cells)}")
+    return [name for name, cell in zip(names, cells) if cell in (1, "true")]
 
 
 def as_text(cell: Any) -> str | None:
@@ -469,22 +462,24 @@ def as_text(cell: Any) -> str | None:
 ARRAY = re.compile(r"""{.*:\s*array\(|\[\s*(-?[\d.]+|'[^']*'|"[^"]*")\s+[-\d.'"]""", re.DOTALL)
 
 
-def unwritten(found: Iterable[tuple[int, dict]], path: str, types: dict[str, tuple],
-              bad: Callable[[UserError], None] | None) -> Iterator[tuple[int, dict]]:
-    """The records, with the lists and dicts that JSON or Python wrote into cells. types: of each column."""
-    for line, record in found:
-        for key, wanted in types.items():
-            cell = record.get(key)
-            if not isinstance(cell, str) or cell[:1] not in ("[", "{"):
-                continue
-            if ARRAY.match(cell):
-                refuse(f"{path}:{line}: {' '.join(cell.split())[:40]}: an array as numpy prints it: write the "
-                       "rows as JSON lines", bad)
-                break
-            value = parsed(cell)
-            record[key] = value if isinstance(value, wanted) else cell
-        else:
-            yield line, record
+def read_cell(cell: Any, types: tuple) -> str | list | dict | None:
+    """A cell's text; or what is of these types, which JSON or Python may have written as a text.
+
+    Raises ValueError, which says what it is.
+    """
+    if isinstance(cell, str) and types and cell.startswith(("[", "{")):
+        if ARRAY.match(cell):
+            raise ValueError(f"is an array as numpy prints it, {' '.join(cell.split())[:40]}: write the rows "
+                             "as JSON lines")
+        value = parsed(cell)
+        cell = value if isinstance(value, types) else cell
+    if isinstance(cell, (str, *types)):
+        if isinstance(cell, list):
+            cell = [one if isinstance(one, (list, dict)) else as_text(one) for one in cell]
+        return cell
+    if isinstance(cell, (list, dict)):
+        raise ValueError(f"is no text: {str(cell)[:60]}")
+    return as_text(cell)
 
 
 def parsed(cell: str) -> Any:
@@ -496,12 +491,6 @@ def parsed(cell: str) -> Any:
     return cell
 
 
-def some(path: str, rows: list[Row]) -> list[Row]:
-    if not rows:
-        raise UserError(f"{path}: holds no examples")
-    return rows
-
-
 def tell(message: str) -> None:
     """On stderr, once, whatever the number of processes: what is printed may be a table."""
     if os.environ.get("RANK", "0") == "0":
@@ -510,15 +499,6 @@ def tell(message: str) -> None:
 
 # -----------------------------------------------------------------------------
 # Files of other kinds
-
-def without_columns(path: str, columns: dict, but: Collection[str] = ()) -> None:
-    """Raises SettingError if there is a column asked for in a file that has none to choose from."""
-    asked = columns.get("asked", ()) if "unused" in columns else (*ROLES, "header")
-    for role in asked:
-        if role not in but and columns.get(role, "") not in ("", None):
-            name = role if role == "header" else f"{role}_column"
-            raise SettingError(f"{name}={columns[role]}: {path} has no such columns: leave it out")
-
 
 def text_blocks(path: str, encoding: str) -> Iterator[str]:
     """A labelled file's text."""
@@ -532,7 +512,7 @@ def text_blocks(path: str, encoding: str) -> Iterator[str]:
 def read_paragraphs(path: str, encoding: str = "") -> list[Row]:
     """Texts with an empty line between them."""
     text = "".join(line.rstrip("\r\n") + "\n" for line in lines(text_blocks(path, encoding), ""))
-    return some(path, [Row(path, part.strip()) for part in text.split("\n\n") if part.strip()])
+    return [Row(path, part.strip()) for part in text.split("\n\n") if part.strip()]
 
 
 def read_lines(path: str, paired: bool | None, encoding: str = "") -> Iterator[Row]:
@@ -546,78 +526,73 @@ def read_lines(path: str, paired: bool | None, encoding: str = "") -> Iterator[R
         yield Row(f"{path}:{n}", text, pair, id=str(n))
 
 
-CONLL_U = ("id", "form", "lemma", "upos", "xpos", "feats", "head", "deprel", "deps", "misc")
+CONLL_U = "id form lemma upos xpos feats head deprel deps misc".split()
 
 
 def open_conll(path: str, columns: dict, labelled: bool = True, encoding: str = "") -> tuple[dict, list[Row]]:
     """A word a line with its tags, tabs or spaces between them; an empty line between sentences.
 
-    The word is in the first column and its tag in the last; of CoNLL-U, form and upos. Comments, and the
-    lines that begin a document, are passed over and counted.
+    The word is in the first column, but for numbers of words, and its tag in the last; of CoNLL-U, form and
+    upos. Comments, and the lines that begin a document, are passed over and counted.
     """
     found = []
-    for n, line in enumerate(lines(text_blocks(path, encoding), ""), 1):
+    for line in lines(text_blocks(path, encoding), ""):
         line = line.strip("\ufeff \r\n")  # within a file, if files were joined; other spaces may be a word
         cells = line.split("\t") if "\t" in line else [cell for cell in line.split(" ") if cell]
-        found.append((n, [cell.strip(" ") for cell in cells]))
-    sample = [cells for _, cells in found if any(cells) and cells[0][:1] != "#"]
-    width = Counter(map(len, sample)).most_common(1)[0][0] if sample else 0
+        cells = [cell.strip(" ") for cell in cells]
+        found.append(cells if any(cells) else [])
+    filled = [cells for cells in found if cells and cells[0][:1] != "#" and cells[0] != "-DOCSTART-"]
+    if not filled:
+        raise UserError(f"{path}: holds no examples")
+    width = Counter(map(len, filled)).most_common(1)[0][0]
+    sample = [cells for cells in filled if len(cells) == width]
     is_u = width == 10 and all(cells[0][:1].isdigit() for cells in sample)
-    names = list(CONLL_U) if is_u else [str(i) for i in range(width)]
-    settled = "unused" in columns and columns["text"] in names  # it may have been a table, in training
-    if not settled:
-        without_columns(path, columns, ("text", "label"))
-        columns = {} if "unused" in columns else columns
-        usual = {"text": "form", "label": "upos"} if is_u else {"text": "0", "label": str(max(1, width - 1))}
-        for role in usual:
-            if columns.get(role, "") not in ("", None):
-                usual[role] = find_column(path, role, names, columns[role])
-        unused = [name for name in names if name not in usual.values()]
-        columns = {**usual, "header": is_u, "unused": unused}
-    for role in columns.get("asked", ()):
-        columns = {**columns, role: find_column(path, role, names, columns[role])}
-    at = {role: CONLL_U.index(name) if name in CONLL_U else int(name) for role, name in columns.items()
-          if role in ("text", "label") and name is not None}
-    tags = {cells[at["label"]] for cells in sample if len(cells) > at["label"]}
-    rows, words, labels, passed = [], [], [], Counter()
-    for n, cells in [*found, (len(found) + 1, [])]:
-        begins_comment = bool(cells) and cells[0][:1] == "#"
-        if begins_comment and (len(cells) != width or not is_tag(cells[-1], tags)):
-            passed["comments"] += 1
-        elif is_u and cells and not cells[0].isdigit() and any(cells):
-            passed["lines of words in two (1-2) or none (1.1)"] += 1
-        elif any(cells) and cells[0] != "-DOCSTART-":
-            word, tag = ((cells[i : i + 1] or [""])[0] for i in (at["text"], at["label"]))
-            if not word:
-                raise UserError(f"{path}:{n}: a tag without a word: {' '.join(cells)[:40]!r}")
-            if labelled and not tag:
-                raise UserError(f"{path}:{n}: a word without a tag: {' '.join(cells)[:40]!r}: wanted "
-                                f"{at['label'] + 1} columns")
-            if labelled and len(cells) > width:
-                raise UserError(f"{path}:{n}: {len(cells)} columns, but other lines have {width}: "
-                                f"{' '.join(cells)[:40]!r}")
-            words.append(word)
-            labels.append(tag)
-        else:
-            passed["-DOCSTART- lines"] += bool(any(cells))
-            if words:
-                tagged = labels if all(labels) else None
-                rows.append(Row(f"{path}:{n - len(words)}", " ".join(words), label=tagged,
-                                id=str(len(rows) + 1), words=words))
-            words, labels = [], []
-    told = ", ".join(f"{count:,} {what}" for what, count in passed.items() if count)
-    if told:
-        tell(f"{path}: passed over: {told}")
-    return columns, some(path, rows)
+    counters = [i for i in range(width - 2) if counts_up([cells[i] for cells in sample])]
+    names = CONLL_U if is_u else list(map(str, range(max(width, 2))))
+    word = names[max(counters, default=-1) + 1]
+    usual = Names({"text": ("form" if is_u else word,), "label": ("upos" if is_u else names[-1],)})
+    if "unused" in columns and columns["text"] not in names:  # in training it was a table
+        columns = {role: columns[role] for role in columns.get("asked", ())}
+    columns = of_names(path, names, columns, usual, {"text", "label"} if labelled else {"text"})
+    word, tag = (names.index(columns[role]) if columns[role] else width for role in ("text", "label"))
+    known = {cells[tag] for cells in sample if tag < width}  # "#nba O" is no comment
+    mark = MARK if all(MARK.match(cells[word]) for cells in sample) else re.compile("^")
+    if mark is MARK:
+        tell(f"{path}: the mark of the language before each word is taken off, as in {sample[0][word]}")
+    rows, words, tags, passed = [], [], [], 0
+    for n, cells in enumerate([*found, []], 1):
+        begin, in_width = (cells or [""])[0], len(cells) == width
+        is_word = begin[:1] != "#" or in_width and (cells[-1] in known or re.match("[BIESLU]-", cells[-1]))
+        if begin == "-DOCSTART-" or not is_word or is_u and cells and not begin.isdigit():
+            passed += 1
+        elif cells:
+            if not any(cells[word:word + 1]) or labelled and not (in_width and any(cells[tag:tag + 1])):
+                raise UserError(f"{path}:{n}: not a word and its tag in columns {word} and {tag}, from 0, of "
+                                f"{width}: {' '.join(cells)[:40]!r}")
+            words.append(mark.sub("", cells[word]))
+            tags += filter(None, cells[tag:tag + 1])
+        elif words:
+            label = tags if len(tags) == len(words) else None
+            where = f"{path}:{n - len(words)}"
+            rows.append(Row(where, " ".join(words), label=label, id=str(len(rows) + 1), words=words))
+            words, tags = [], []
+    if passed:
+        tell(f"{path}: passed over: {passed:,} lines: comments, beginnings of documents, words in two (1-2)")
+    return columns, rows
 
 
-def is_tag(cell: str, tags: set[str]) -> bool:
-    return cell in tags or re.match(r"[BIESLU]-", cell) is not None
+MARK = re.compile(r"^[a-z]{2,3}(-[a-z]+)?:(?=.)")  # of the language, as WikiAnn has it: en:Rome
+
+
+def counts_up(cells: list[str]) -> bool:
+    """Are these the numbers of words in their sentences? They begin with 0 or 1."""
+    return "2" in cells and all(cell in ("0", "1") or cell == str(int(before) + 1)
+                                for before, cell in itertools.pairwise(["0", *cells]))
 
 
 def tags_of_spans(row: Row) -> tuple[list[str], list[str], int]:
     """Words and their BIO tags, from places in a text: [[begin, end, kind], ...], {start, end, label} as
-    doccano and Prodigy have them, or CLUENER's {kind: {words: [[begin, last], ...]}}.
+    doccano, Prodigy and Label Studio have them, or CLUENER's {kind: {words: [[begin, last], ...]}}.
 
     And how many places are no words of the text, whole and of their own: a word has the longest.
     """
@@ -630,10 +605,10 @@ def tags_of_spans(row: Row) -> tuple[list[str], list[str], int]:
             for place in row.label:
                 if isinstance(place, dict):
                     ends = [place.get(name, place.get(f"{name}_offset")) for name in ("start", "end")]
-                    place = *ends, place["label"]
+                    place = *ends, place["label"] if "label" in place else place["labels"][0]
                 begin, end, kind, *_ = place
                 spans.append((int(begin), int(end), str(kind)))
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
         raise UserError(f"{row.where}: not the places of tags: {str(row.label)[:60]}: wanted [begin, end, "
                         "tag] of each") from None
     split = WORDS["punctuation" if " " in row.text else "characters"]
@@ -671,87 +646,71 @@ def kind_of_words(rows: Iterable[Row]) -> str:
     return "punctuation" if len(words) - len(letters) > glued else "spaces"
 
 
-def open_questions(path: str, columns: dict, labelled: bool = True, encoding: str = "",
-                   bad: Callable[[UserError], None] | None = None) -> tuple[dict, Iterable[Row]]:
-    """SQuAD's JSON, or a table or JSON lines of contexts, questions and answers, as Hugging Face has them."""
-    if kind_of(path) == ".json" and '"paragraphs"' in next(text_blocks(path, encoding))[:10**6]:
-        without_columns(path, columns, ("group",))  # the group is the article's title
-        columns = {"text": "question", "pair": "context", "label": "answers", "header": True, "unused": []}
-        return columns, read_squad(path, labelled, encoding)
-    nested = {"label": (list, dict), "start": (list,)}
-    columns, rows = open_rows(path, columns, ANSWER_NAMES, labelled, nested, (), encoding, bad)
-    return columns, each_with_answers(path, rows)
+# -----------------------------------------------------------------------------
+# Questions and answers
+
+def each_question(path: str, found: Iterable[tuple[int, dict]], labelled: bool) -> Iterator[tuple[Any, dict]]:
+    """The records; of those that hold several questions on a text, as SQuAD's and MRQA's do, one for each."""
+    for n, (line, record) in enumerate(found):
+        if not {"paragraphs", "qas"} & record.keys():
+            if record.keys() != {"header"}:  # of MRQA
+                yield line, record
+            continue
+        where, title = f"article {n + 1}", {"title": record.get("title") or f"article {n}"}
+        try:
+            for paragraph in record.get("paragraphs", [record]):
+                for asked in paragraph["qas"]:
+                    where = f"article {n + 1}, question {asked.get('id')}"
+                    answers = [] if asked.get("is_impossible") else asked.get("answers")
+                    if answers is None and labelled:
+                        raise KeyError("answers (an empty list, if there is none)")
+                    texts = {name: paragraph[name] for name in paragraph if name != "qas"}
+                    yield where, {**texts, **asked, **title, "answers": answers}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: {where}: not in SQuAD's format: {type(error).__name__} {error}: "
+                            "wanted data, paragraphs, context, qas, id, question, answers, text, answer_start"
+                            ) from None
 
 
 def each_with_answers(path: str, rows: Iterable[Row]) -> Iterator[Row]:
+    """The rows, with answers of any kind as [(answer, where it begins), ...]."""
     unsure = 0
     for row in rows:
         given = [row.label] if isinstance(row.label, str) else row.label
         alone = row.start is None and isinstance(given, list) and all(isinstance(one, str) for one in given)
-        yield with_answers(row)
+        try:
+            place_answers(row)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise UserError(f"{row.where}: not answers: {str(row.label)[:60]}: wanted their texts, or text "
+                            "and answer_start of each") from None
+        yield row
         unsure += alone and any(row.pair.count(answer) > 1 for answer, _ in row.label)
     if unsure:
         tell(f"{path}: {unsure:,} answers stand in several places, and no column says in which: the first is "
              "taken, of whole words if there are any (answer_start)")
 
 
-def with_answers(row: Row) -> Row:
-    try:
-        return place_answers(row)
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise UserError(f"{row.where}: not answers: {str(row.label)[:60]}: wanted their texts, or text and "
-                        "answer_start of each") from None
-
-
-def place_answers(row: Row) -> Row:
-    """A row of any kind of answers -> one of [(answer, where it begins), ...]."""
+def place_answers(row: Row) -> None:
     given, starts = row.label, row.start
     if isinstance(given, dict):  # {"text": [...], "answer_start": [...]}
         given, starts = given.get("text"), given.get("answer_start", starts)
     if isinstance(given, str):
         given, starts = [given] if given else [], [starts]
     if given is not None:
-        given = [one if isinstance(one, dict) else {"text": str(one)} for one in given]
-        for one, start in zip(given, starts if isinstance(starts, list) else ()):
-            if to_number(str(start)) != math.inf:
-                one.setdefault("answer_start", int(float(start)))
-        answers = [place_answer(one, row.pair) for one in given]
+        starts = starts[:len(given)] if isinstance(starts, list) else []
+        answers = [place_answer(*one, row.pair) for one in itertools.zip_longest(given, starts)]
         given = [answer for answer in answers if answer[0]]
     row.label, row.start, row.unit = given, None, row.unit or row.pair
-    return row
 
 
-def read_squad(path: str, labelled: bool = True, encoding: str = "") -> list[Row]:
-    """SQuAD's JSON. An answer that does not stand where it is said to is looked for nearby; -1: nowhere."""
-    rows, where = [], "data"
-    _, found = next(parse_json(path, [(1, "".join(text_blocks(path, encoding)))]), (1, None))
-    try:
-        for n, article in enumerate(found["data"]):
-            where = f"article {n + 1}"
-            title = article.get("title") or f"article {n}"
-            for paragraph in article["paragraphs"]:
-                context = paragraph["context"]
-                for one in paragraph["qas"]:
-                    where = f"article {n + 1}, question {one['id']}"
-                    for name, text in (("context", context), ("question", one["question"])):
-                        if not isinstance(text, str):
-                            raise TypeError(f"{name} is {text!r}")
-                    answers = [] if one.get("is_impossible") else one.get("answers")
-                    if answers is None and labelled:
-                        raise KeyError("answers (an empty list, if there is none)")
-                    row = Row(f"{path}: {one['id']}", one["question"], context, answers, title,
-                              str(one["id"]), unit=title)
-                    rows.append(place_answers(row))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: {where}: not in SQuAD's format: {type(error).__name__} {error}: wanted "
-                        "data, paragraphs, context, qas, id, question, answers, text, answer_start") from None
-    return some(path, rows)
-
-
-def place_answer(answer: dict, context: str) -> tuple[str, int]:
-    text, said = answer["text"], answer.get("answer_start")
-    begin = int(said or 0)
-    if said is None or context[begin:begin + len(text)] != text:
+def place_answer(answer: str | dict, start: Any, context: str) -> tuple[str, int]:
+    """One that does not stand where it is said to is looked for nearby; -1: nowhere."""
+    text = answer["text"] if isinstance(answer, dict) else str(answer)
+    if isinstance(answer, dict):
+        start = answer.get("answer_start", start)
+    number = to_number(str(start))
+    begin = 0 if number == math.inf else int(number)
+    if number == math.inf or context[begin:begin + len(text)] != text:
         places = [i for i in range(len(context)) if context.startswith(text, i)]
         whole = [i for i in places if is_whole(context, i, i + len(text))]
         begin = min(whole or places, key=lambda i: abs(i - begin), default=-1)
@@ -803,15 +762,14 @@ def split_rows(keys: Sequence, labels: Sequence | None, k: int, seed: int) -> np
 def as_csv(rows: Iterable[Sequence]) -> str:
     """A line each. A carriage return is quoted like a line break: csv.reader takes it for one.
 
-    What a spreadsheet would take for a formula gets an apostrophe before it, which `lib.text.table` takes off.
+    What a spreadsheet would take for a formula gets an apostrophe before it, which `lib.text.table` takes
+    off.
     """
     found = []
+    writer = csv.writer(SimpleNamespace(write=found.append), lineterminator="\r\n")  # is quoted in cells
     for row in rows:
-        line = io.StringIO(newline="")
-        row = ["'" + cell if isinstance(cell, str) and is_formula(cell) else cell for cell in row]
-        csv.writer(line, lineterminator="\r\n").writerow(row)  # whatever is in that is quoted in a cell
-        found.append(line.getvalue().removesuffix("\r\n") + "\n")
-    return "".join(found)
+        writer.writerow(["'" + cell if isinstance(cell, str) and is_formula(cell) else cell for cell in row])
+    return "".join(line.removesuffix("\r\n") + "\n" for line in found)
 
 
 def python_packages() -> tuple[list[Row], list[Row], list[Row]]:

@@ -23,10 +23,9 @@ from torch.nn import functional as F
 
 from config import SettingError, UserError
 from lib import intervals, metrics
-from lib.rows import (ANSWER_NAMES, CLASS_NAMES, CONLL_U, LM_NAMES, NUMBER_NAMES, TAG_NAMES, WORDS, Row,
-                      kind_of_words, label_key, open_conll, open_questions, open_rows, read_lines,
-                      read_paragraphs, some, split_rows, tags_of_spans, tell, text_key, to_number,
-                       without_columns)
+from lib.rows import (ANSWER_NAMES, CLASS_NAMES, CONLL_U, LM_NAMES, NUMBER_NAMES, TAG_NAMES, WORDS, Names,
+                      Row, each_with_answers, kind_of_words, label_key, of_names, open_conll, open_rows,
+                      read_lines, read_paragraphs, split_rows, tags_of_spans, tell, text_key, to_number)
 from lib.text import kind_of
 
 
@@ -66,18 +65,16 @@ class Task:
     classes = False  # the labels are names of classes
     knows = set()  # settings that this task uses and others do not
     names = CLASS_NAMES  # that columns often have
-    nested = {}  # role of a column -> types, beside texts and numbers, that its cells may have
-    optional = ()  # roles that may be missing
 
     @classmethod
     def open(cls, path: str, columns: dict, labelled: bool = True, encoding: str = "",
              bad: Callable | None = None) -> tuple[dict, Iterable[Row]]:
         """What each column is, and the rows: see open_rows."""
-        return open_rows(path, columns, cls.names, labelled, cls.nested, cls.optional, encoding, bad)
+        return open_rows(path, columns, cls.names, labelled, encoding, bad)
 
     @classmethod
     def read(cls, path: str, columns: dict, labelled: bool = True) -> list[Row]:
-        return some(path, list(cls.open(path, columns, labelled)[1]))
+        return list(cls.open(path, columns, labelled)[1])
 
     @classmethod
     def with_labels(cls, rows: list[Row], s) -> list[Row]:
@@ -101,7 +98,7 @@ class Task:
         self.number = {label: k for k, label in enumerate(self.labels)}
         self.spelling = {label_key(label): label for label in self.labels}
         self.n_out = len(self.labels)  # of a sequence, or of a token
-        self.paired = None if "pair" in self.optional else head.get("paired")  # two texts; None: or one
+        self.paired = None if "pair" in self.names.optional else head.get("paired")  # two texts; None: or one
         self.notes = Counter()  # what became of texts -> of how many
         self.meaning = {}  # of metrics whose names do not say it all: name -> what it is of
 
@@ -156,8 +153,9 @@ class Task:
                   bad: Callable | None = None) -> tuple[dict, Iterable[Row]]:
         """Rows of a file in use, with the columns of training; of a .txt, a text a line. See open_rows."""
         if kind_of(path) == ".txt" and self.is_plain(path, columns, encoding):
-            without_columns(path, {**columns, "unused": ()})
-            columns, rows = {"text": "0"}, read_lines(path, self.paired, encoding)
+            asked = {role: columns[role] for role in columns.get("asked", ())}
+            columns = of_names(path, ["each line"], asked, Names({"text": ("each_line",)}), ())
+            rows = read_lines(path, self.paired, encoding)
         else:
             columns, rows = self.open(path, columns, False, encoding, bad)
         return columns, map(self.ready, rows)
@@ -321,7 +319,6 @@ class Classify(TextTask):
     shares = {"accuracy"}
     classes = True
     knows = TextTask.knows | {"multi_label", "class_weight", "label_smoothing", "teacher"}
-    nested = {"label": (list,)}
 
     @classmethod
     def with_labels(cls, rows, s):
@@ -462,7 +459,6 @@ class Tag(Task):
     by_token = classes = True
     knows = {"label_smoothing", "words"}
     names = TAG_NAMES
-    nested = {"text": (list,), "label": (list, dict)}
 
     @classmethod
     def open(cls, path, columns, labelled=True, encoding="", bad=None):
@@ -586,7 +582,11 @@ class Answer(Task):
     knows = {"max_answer", "pair_column"}
 
     names = ANSWER_NAMES
-    open = staticmethod(open_questions)  # a label is a list, and empty if there is no answer
+
+    @classmethod
+    def open(cls, path, columns, labelled=True, encoding="", bad=None):
+        columns, rows = super().open(path, columns, labelled, encoding, bad)
+        return columns, each_with_answers(path, rows)  # an empty list, if there is none
 
     @staticmethod
     def learn(rows, s):
@@ -704,14 +704,14 @@ class LM(Task):
     metric, lower_is_better = "loss", True
     by_token = writes = True
     knows = {"pair_column", "label_smoothing"}
-    optional = ("pair", "label")
     names = LM_NAMES
 
     @classmethod
     def open(cls, path, columns, labelled=True, encoding="", bad=None):
         if kind_of(path) not in (".csv", ".tsv", ".json", ".jsonl"):
-            without_columns(path, columns)
-            return {"text": "each paragraph", "header": True, "unused": []}, read_paragraphs(path, encoding)
+            names = Names({"text": ("each_paragraph",)})
+            columns = of_names(path, ["each paragraph"], columns, names, {"text"})
+            return columns, read_paragraphs(path, encoding)
         return super().open(path, columns, labelled, encoding, bad)
 
     @classmethod

@@ -24,7 +24,6 @@ import lzma
 import math
 import os
 import re
-import stat
 import sys
 import sysconfig
 import time
@@ -34,7 +33,6 @@ import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
-
 
 from config import SettingError, UserError
 
@@ -75,62 +73,57 @@ def read_text(path: str | Path) -> str:
     return "".join(blocks(path, encoding_of(path), labelled=True))
 
 
-def encoding_of(path: str | Path) -> str:
-    """Of a labelled file: UTF-8, or UTF-16 or GBK if that is what it is, which is said."""
-    with contextlib.suppress(OSError, EOFError, zlib.error, lzma.LZMAError):  # blocks() will tell
-        with UNPACK.get(Path(path).suffix.lower(), open)(path, "rb") as f:
-            data = f.read(BLOCK)
-            for begin, kind in NO_TEXT.items():
-                if data.startswith(begin):
-                    raise NotText(f"{path}: {kind}: save it as .csv or .jsonl")
-            found = "utf-8"
-            if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                found = "utf-16"
-            elif data[1:2000:2].count(0) > 0.3 * len(data[:2000]):
-                found = "utf-16-le"
-            else:
-                decoder = codecs.getincrementaldecoder("utf-8")()
-                try:
-                    while data:
-                        decoder.decode(data)
-                        data = f.read(BLOCK)
-                except UnicodeDecodeError:
-                    found = "gb18030" if is_gbk(data) else found
-        if found != "utf-8":
-            print(f"{path}: read as {'GBK' if found == 'gb18030' else 'UTF-16'}", file=sys.stderr)
-        return found
-    return "utf-8"
-
-
 NO_TEXT = {b"PK\3\4": "a zip or Excel file", b"\xd0\xcf\x11\xe0": "an Excel file", b"PAR1": "a Parquet file",
            b"%PDF-": "a PDF", b"{\\rtf": "an RTF file", b"\x89PNG": "a picture", b"\xff\xd8\xff": "a picture",
            b"GIF8": "a picture", b"\x1f\x8b": "a gzip file", b"BZh": "a bzip2 file",
            b"\xfd7zXZ": "an xz file", b"\x28\xb5\x2f\xfd": "a zstd file", b"7z\xbc\xaf": "a 7z file"}
+UTF_16 = codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE
+
+
+def encoding_of(path: str | Path) -> str:
+    """Of a labelled file: UTF-8, or UTF-16 or GBK if that is what it begins with, which is said."""
+    data, found = b"", ""
+    with contextlib.suppress(*UNREADABLE):  # blocks() will tell
+        with UNPACK.get(Path(path).suffix.lower(), open)(path, "rb") as f:
+            data = f.read(BLOCK)
+    if data.startswith(UTF_16):
+        found = "utf-16"
+    elif data[1:2000:2].count(0) > 0.3 * len(data[:2000]):
+        found = "utf-16-le"
+    elif not decodes(data, "utf-8") and is_gbk(data):
+        found = "gb18030"
+    if found:
+        print(f"{path}: read as {'GBK' if found == 'gb18030' else 'UTF-16'}", file=sys.stderr)
+    return found or "utf-8"
+
+
+def decodes(data: bytes, encoding: str) -> str:
+    """The text, which may end within a character; empty if it is none in this encoding."""
+    try:
+        return codecs.getincrementaldecoder(encoding)().decode(data)
+    except UnicodeDecodeError:
+        return ""
 
 
 def is_gbk(data: bytes) -> bool:
     """Chinese in GBK: what is not ASCII comes in pairs, common characters and commas among them."""
-    try:
-        text = codecs.getincrementaldecoder("gb18030")().decode(data)
-    except UnicodeDecodeError:
-        return False
-    wide = [c for c in text if c > "\x7f"]
+    wide = [c for c in decodes(data, "gb18030") if c > "\x7f"]
     pairs = sum(min(c.encode("gb18030")) > 0xa0 for c in wide)
     common = sum(c in "的一是不了在有我他这中大来上个，。！、" for c in wide)
-    return pairs > 0.9 * len(wide) and (common > 0.02 * len(wide) or len(wide) < 50)
+    return wide and pairs > 0.9 * len(wide) and (common > 0.02 * len(wide) or len(wide) < 50)
 
 
-def encoding_advice(data: bytes) -> str:
+def encoding_advice(data: bytes, replaces: bool) -> str:
     """For a text file that is not UTF-8. A Western encoding reads anything, and makes a mess of most."""
     beyond = sum(byte > 127 for byte in data)
     if sum(c > "\x7f" for c in data.decode("utf-8", "ignore")) > beyond / 4:
-        return "UTF-8 but for some bytes: --errors=replace"
+        return "UTF-8 but for some bytes: " + ("--errors=replace" if replaces else "mend them")
     guess = "what it is in (shift_jis, big5, euc_kr, cp1251...)"
     if is_gbk(data) and any(c.encode("gbk") in data for c in "的一是不了在有"):
         guess = "gb18030, for it looks like Chinese"
     elif beyond < len(data) / 4 or len(data) < 8:
         guess = "cp1252 or latin-1, or what it is in"
-    return f"--encoding={guess}, or --errors=replace"
+    return f"--encoding={guess}" + (", or --errors=replace" if replaces else "")
 
 
 def blocks(path: str | Path, encoding: str = "utf-8", errors: str = "strict",
@@ -141,23 +134,14 @@ def blocks(path: str | Path, encoding: str = "utf-8", errors: str = "strict",
     """
     name = codecs.lookup(encoding).name
     decoder = codecs.getincrementaldecoder("utf-8-sig" if name == "utf-8" else name)(errors)
-    wide = name.startswith(("utf-16", "utf-32"))  # every other byte is 0
     offset, line = 0, 1  # where `data` ends, where `text` begins
     rest, data = "", None
     try:
         with UNPACK.get(Path(path).suffix.lower(), open)(path, "rb") as f:
             while data != b"":
                 data = f.read(BLOCK)
-                if offset == 0 and not data:
-                    raise NotText(f"{path}: the file is empty")
-                for kind in [kind for begin, kind in NO_TEXT.items() if data.startswith(begin)]:
-                    if offset == 0 and not labelled:
-                        raise NotText(f"{path}: {kind}, not text: unpack or convert it first")
-                if offset == 0 and data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and not wide:
-                    bits = 32 if data.startswith(codecs.BOM_UTF32_LE) else 16  # it begins as UTF-16 does
-                    raise OtherEncoding(f"{path}: UTF-{bits}, not {encoding.upper()}: --encoding=utf-{bits}")
-                if offset == 0 and b"\0" in data and not wide and not labelled:
-                    raise NotText(f"{path}: a binary file (byte 0 at offset {data.index(0)}), not text")
+                if offset == 0:
+                    check_beginning(path, data, name, labelled)
                 offset += len(data)
                 text = decoder.decode(data, final=not data)
                 if labelled and "\0" in text:
@@ -175,17 +159,31 @@ def blocks(path: str | Path, encoding: str = "utf-8", errors: str = "strict",
                     yield text[:end]
                 rest = text[end:]
     except UnicodeDecodeError as error:
-        before = error.object[:error.start]
-        line += before.count(b"\n")
+        line += error.object[:error.start].count(b"\n")
         at = offset - len(error.object) + error.start  # the object: what was left before, and data
-        remedy = "convert it to UTF-8"
-        if not labelled:
-            remedy = encoding_advice(rest.encode("utf-8", "replace") + error.object)
+        remedy = encoding_advice(rest.encode("utf-8", "replace") + error.object, replaces=not labelled)
         kind = OtherEncoding if offset <= BLOCK else UserError  # nothing was yielded yet
         raise kind(f"{path}:{line}: not {encoding.upper()} (byte 0x{error.object[error.start]:02x} at offset "
                    f"{at}): {remedy}") from None
-    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+
+
+UNREADABLE = EOFError, zlib.error, lzma.LZMAError, OSError
+
+
+def check_beginning(path: str | Path, data: bytes, encoding: str, labelled: bool) -> None:
+    if not data:
+        raise NotText(f"{path}: the file is empty")
+    for kind in [kind for begin, kind in NO_TEXT.items() if data.startswith(begin)]:
+        raise NotText(f"{path}: {kind}, not text: unpack it, or save it as .csv, .jsonl or .txt")
+    if encoding.startswith(("utf-16", "utf-32")):  # every other byte may be 0
+        return
+    if data.startswith(UTF_16):
+        bits = 32 if data.startswith(codecs.BOM_UTF32_LE) else 16  # it begins as UTF-16 does
+        raise OtherEncoding(f"{path}: UTF-{bits}, not {encoding.upper()}: --encoding=utf-{bits}")
+    if b"\0" in data and not labelled:
+        raise NotText(f"{path}: a binary file (byte 0 at offset {data.index(0)}), not text")
 
 
 def lines(text: Iterable[str], newline: str) -> Iterator[str]:
@@ -220,6 +218,11 @@ def records(path: str | Path, text: Iterable[str], names: Collection[str] | bool
         yield from table(path, text, kind, names, empty, bad)
         return
     for line, value in json_values(path, text, kind, bad):
+        if isinstance(value, list) and len(value) > 1:
+            if isinstance(value[0], str) and isinstance(value[1], dict):  # spaCy's
+                value = {"text": value[0], **value[1]}
+            else:
+                value = {str(i): cell for i, cell in enumerate(value)}
         if isinstance(value, dict):
             yield line, value
         else:
@@ -248,28 +251,29 @@ class Lines:
         self.taken.append(line)
         return line
 
-    def next_row(self) -> None:
-        self.line += len(self.taken)
-        self.taken.clear()
-
-    def go_on_after_first(self) -> None:
-        self.rest = itertools.chain(self.taken[1:], self.rest)
-        self.line += 1
+    def next_row(self, behind: int = 0) -> None:
+        """It begins behind the lines that were taken, or behind so many of them."""
+        if behind:
+            self.rest = itertools.chain(self.taken[behind:], self.rest)
+        self.line += behind or len(self.taken)
         self.taken = []
 
 
 def table(path: str | Path, text: Iterable[str], kind: str, names: Collection[str] | bool, empty: bool,
           bad: Callable[[UserError], None] | None) -> Iterator[tuple[int, dict]]:
     """CSV, or TSV, where quotes are plain characters unless a column is quoted throughout, as R and pandas
-    may write it. What ends a cell is seen from the first lines."""
+    may write it. What ends a cell, and whether \\" is a quote in one, is seen from the first lines."""
     text = lines(text, "")
     first = list(itertools.islice(text, FIRST))
-    delimiter = delimiter_of(first, kind)
-    plain = delimiter == "\t" and not is_quoted(first)
+    dialect = {"delimiter": delimiter_of(first, kind), "strict": True}
+    if dialect["delimiter"] == "\t" and not is_quoted(first):
+        dialect["quoting"] = csv.QUOTE_NONE
+    elif ESCAPED.search("".join(first)):
+        dialect.update(escapechar="\\", doublequote=False)
     header, source = None, Lines(itertools.chain(first, text))
     if first and SEP.fullmatch(first[0]):
         next(source)
-    for line, cells in cells_of(path, source, delimiter, plain, bad):
+    for line, cells in cells_of(path, source, dialect, bad):
         if header is None:
             named = names if isinstance(names, bool) else any(one.strip().lower() in names for one in cells)
             header = column_names(cells) if named else [str(i) for i in range(len(cells))]
@@ -278,10 +282,8 @@ def table(path: str | Path, text: Iterable[str], kind: str, names: Collection[st
         if not (any(cells) or empty):
             continue
         if any(cells[len(header):]):
-            remedy = ("a text cannot have a tab in it" if delimiter == "\t" else
-                      f"a text with {delimiter!r} in it wants quotes around it")
-            refuse(f"{path}:{line}: {len(cells)} cells, but the columns are {', '.join(header)}: {remedy}, "
-                   "or --skip_bad_rows=True", bad)
+            refuse(f"{path}:{line}: {len(cells)} cells, but the columns are {', '.join(header)}: a text with "
+                   f"{dialect['delimiter']!r} in it wants quotes around it, or --skip_bad_rows=True", bad)
             continue
         if any(cell.startswith("'") for cell in cells):
             cells = [cell[1:] if cell.startswith("'") and is_formula(cell) else cell for cell in cells]
@@ -331,7 +333,8 @@ def is_quoted(first: list[str]) -> bool:
     return len(rows) > 1 and any(in_quotes)
 
 
-QUOTED = re.compile('"([^"]|"")*"')
+QUOTED = re.compile(r'"(\\"|""|[^"])*"')
+ESCAPED = re.compile(r'\\"[^\t,;|"\r\n]')
 
 
 def column_names(cells: list[str]) -> list[str]:
@@ -343,28 +346,24 @@ def column_names(cells: list[str]) -> list[str]:
     return found
 
 
-def cells_of(path: str | Path, source: Lines, delimiter: str, plain: bool,
+def cells_of(path: str | Path, source: Lines, dialect: dict,
              bad: Callable[[UserError], None] | None) -> Iterator[tuple[int, list[str]]]:
-    """(line, cells) of each row. One with a quote that is not closed, or too late, is a bad one.
-
-    plain: quotes are characters like others.
-    """
-    dialect = {"delimiter": delimiter, **({"quoting": csv.QUOTE_NONE} if plain else {"strict": True})}
+    """(line, cells) of each row. One with a quote that is not closed, or too late, is a bad one."""
     reader, width = csv.reader(source, **dialect), None
     source.next_row()
     while True:
         try:
             cells = next(reader)
             width = width or len(cells)
-            fault = len(source.taken) > 6 and swallowed(source.taken, delimiter, width)
+            fault = len(source.taken) > 6 and swallowed(source.taken, dialect["delimiter"], width)
         except StopIteration:
             return
         except csv.Error as error:
             fault = str(error)
         if fault:
-            refuse(f"{path}:{source.line}: not a {'TSV' if delimiter == chr(9) else 'CSV'} row ({fault}): a quotation mark "
-                   "within quotes is written twice; or --skip_bad_rows=True", bad)
-            source.go_on_after_first()
+            refuse(f"{path}:{source.line}: not a row of cells with {dialect['delimiter']!r} between them "
+                   f"({fault}): a quotation mark within quotes is written twice; or --skip_bad_rows=True", bad)
+            source.next_row(behind=1)
             reader = csv.reader(source, **dialect)
             continue
         if cells:
@@ -387,26 +386,37 @@ def json_values(path: str | Path, text: Iterable[str], kind: str,
     first = list(itertools.islice(text, 3))  # an object on one line, and an empty one, is no JSON lines
     filled = [line for line in first if line.strip()]
     start = filled[0].lstrip() if filled else ""
+    text = itertools.chain(first, text)
     if start.startswith("[") or (kind == ".json" and not (len(filled) > 1 and is_object(start))):
-        _, found = next(parse_json(path, [(1, "".join(itertools.chain(first, text)))]), (1, None))
-        if isinstance(found, dict):  # {"version": ..., "data": [...]}
-            lists = [value for value in found.values() if isinstance(value, list)]
-            lists = [value for value in lists if all(map(is_dict, value))]
-            found = lists[0] if len(lists) == 1 else [found]
-        if not isinstance(found, list):
-            raise UserError(f"{path}: wanted a list of objects with texts, got {start[:40]!r}")
-        yield from enumerate(found, 1)
+        for _, found in parse_json(path, [(1, "".join(text))]):
+            yield from enumerate(rows_in(path, found), 1)
     else:
-        yield from parse_json(path, enumerate(itertools.chain(first, text), 1), bad)
+        yield from parse_json(path, enumerate(text, 1), bad)
 
 
-def is_dict(value: Any) -> bool:
-    return isinstance(value, dict)
+def rows_in(path: str | Path, found: Any) -> list:
+    """Of JSON's one value: a list, which may stand in an object; or an object of columns, or of rows."""
+    if isinstance(found, list):
+        return found
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: wanted a list of objects with texts, got {str(found)[:40]!r}")
+    lists = [value for value in found.values() if isinstance(value, list)]
+    tables = [value for value in lists if all(isinstance(row, dict) for row in value)]
+    if len(tables) == 1:  # {"version": ..., "data": [...]}
+        return tables[0]
+    dicts = [list(value.values()) for value in found.values() if isinstance(value, dict)]
+    columns = lists or dicts  # pandas numbers the cells
+    if len(columns) == len(found) and not tables and len(set(map(len, columns))) == 1:
+        by_row = not lists and all(map(str.isdigit, found))
+        return list(found.values()) if by_row else [dict(zip(found, row)) for row in zip(*columns)]
+    if len(lists) == len(found) > 1:
+        raise UserError(f"{path}: several lists, {', '.join(found)}: save each as a file of its own")
+    return [found]
 
 
 def is_object(text: str) -> bool:
     try:
-        return is_dict(json.loads(text))
+        return isinstance(json.loads(text), dict)
     except (ValueError, RecursionError):
         return False
 
@@ -460,15 +470,8 @@ def documents(source: str, encoding: str = "utf-8", errors: str = "strict", text
             yield from standard_library()
         elif part.startswith("hf:"):
             yield from hub_documents(part, text_key, found)
-        elif os.path.isdir(part):
-            yield from folder_documents(Path(part), read, found)
         else:
-            files = local_files(part)
-            if not files:
-                what = "no plain file: save it as one" if os.path.exists(part) else "no such file or folder"
-                raise UserError(f"{part}: {what}")
-            for file in files:
-                yield from read(file, str(file), named=True)
+            yield from local_documents(part, read, found)
 
 
 PYTHON = "builtin:python"  # the library of the Python that runs this
@@ -492,13 +495,11 @@ def source_parts(source: str) -> list[str]:
 
 
 def local_files(part: str, found: dict | None = None) -> list[Path]:
-    """The plain files of a source here: of a folder all below, as in walk()."""
+    """The plain files of a source here: of a folder all below, as in walk(). None of one elsewhere."""
     if part.startswith("hf:") and os.path.isdir(hub_name(part)[0]):
         part = hub_name(part)[0]
     if os.path.isdir(part):
         return list(walk(Path(part), {} if found is None else found))
-    if part == PYTHON or part.startswith(("https://", "http://", "hf:")):
-        return []
     names = [part] if os.path.exists(part) else sorted(glob.glob(part, recursive=True))
     return [Path(name) for name in names if os.path.isfile(name)]
 
@@ -515,35 +516,35 @@ def walk(root: Path, found: dict) -> Iterator[Path]:
             folders.clear()
             continue
         for hidden in [name for name in folders + names if name.startswith(".")]:
-            note(found, "hidden", str(Path(where, hidden)))
+            note(found, "hidden", os.path.join(where, hidden))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for link in [name for name in folders if Path(where, name).is_symlink()]:
-            note(found, "links", str(Path(where, link)))
-        for name in sorted(name for name in names if not name.startswith(".")):
-            file = Path(where, name)
-            try:
-                plain = stat.S_ISREG(file.stat().st_mode)
-            except OSError:  # a link to nothing, or to itself
-                note(found, "links", str(file))
-                continue
-            if plain:
-                yield file
-            else:
-                note(found, "special", str(file))
+        for folder in [os.path.join(where, name) for name in folders]:
+            if os.path.islink(folder):
+                note(found, "links", folder)
+        for file in [os.path.join(where, name) for name in sorted(names) if not name.startswith(".")]:
+            if os.path.isfile(file):
+                yield Path(file)
+            else:  # a link to nothing, or to itself
+                note(found, "special" if os.path.exists(file) else "links", file)
 
 
-def folder_documents(root: Path, read: Callable, found: dict) -> Iterator[tuple[str, str]]:
-    """Of all files below; empty and binary ones are passed over and counted: it may hold pictures."""
-    used = 0
-    for file in walk(root, found):
+def local_documents(part: str, read: Callable, found: dict) -> Iterator[tuple[str, str]]:
+    """Of a file or folder. Empty and binary files of a folder are passed over: it may hold pictures."""
+    files, in_folder, used = local_files(part, found), os.path.isdir(part), 0
+    if not files and not in_folder:
+        what = "no plain file: save it as one" if os.path.exists(part) else "no such file or folder"
+        raise UserError(f"{part}: {what}")
+    for file in files:
+        title = file.relative_to(part).as_posix() if in_folder else str(file)
         try:
-            yield from read(file, file.relative_to(root).as_posix())
+            yield from read(file, title, named=not in_folder)
             used += 1
         except NotText as error:
+            if not in_folder:
+                raise
             note(found, error.why, str(error))
     if not used:
-        passed = ", ".join(found) or "nothing in it"
-        raise UserError(f"{root}: no text in this folder ({passed})")
+        raise UserError(f"{part}: no text in this folder ({', '.join(found) or 'nothing in it'})")
 
 
 def note(found: dict, what: str, example: str, times: int = 0, documents: int = 1) -> None:
@@ -560,20 +561,18 @@ def file_documents(file: Path, title: str, encoding: str, errors: str, text_key:
     named: a .json without such texts is refused. In a folder it is a text itself, as code is.
     """
     kind, text = kind_of(file), blocks(file, encoding, errors)
-    if kind == ".json":
+    if kind not in (".csv", ".tsv", ".jsonl"):
         first = next(text, "")
-        first += "".join(text) if first.lstrip().startswith("[") else ""
-        text = itertools.chain([first], text)
-        if not has_texts(first, text_key):
+        if kind == ".json" and first.lstrip().startswith("["):
+            first += "".join(text)
+        text, texts = itertools.chain([first], text), has_texts(first, text_key)
+        if kind == ".json" and not texts:
             if named and text_key:
                 raise UserError(f"{file}: no objects with a text under {text_key!r}: it begins "
                                 f"{first[:60]!r}: give --text_key=NAME, or --text_key= for plain text")
-            note(found, "json_as_text", str(file))
             kind = ""
-    elif kind not in RECORDS and text_key:
-        first = next(text, "")
-        text = itertools.chain([first], text)
-        if has_texts(first, text_key):
+            note(found, "json_as_text", str(file))
+        elif kind != ".json" and texts:
             note(found, "records_as_text", str(file))
     if kind not in RECORDS or not text_key:
         yield from parts_of(text, title, split_on, found, named)
@@ -697,18 +696,17 @@ def standard_library() -> Iterator[tuple[str, str]]:
     """The Python that runs this, less tests, copies and what pip installed: a corpus without a download."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    files = [file for file in root.rglob("*.py") if not skip.intersection(file.relative_to(root).parts)]
-    if not files:
+    names = [file.relative_to(root) for file in root.rglob("*.py")]
+    names = [name for name in names if skip.isdisjoint(name.parts)]
+    if not names:
         raise UserError(f"{root}: this Python carries no source of its library: give --source=FILE or FOLDER")
     seen = {""}  # an empty one counts for nothing
-    for file in sorted(files, key=lambda file: file.relative_to(root).as_posix()):
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (UnicodeDecodeError, OSError):
-            continue
-        if text not in seen:
-            seen.add(text)
-            yield file.relative_to(root).as_posix(), text
+    for name in sorted(names, key=Path.as_posix):
+        with contextlib.suppress(UnicodeDecodeError, OSError):
+            text = (root / name).read_text(encoding="utf-8")
+            if text not in seen:
+                seen.add(text)
+                yield name.as_posix(), text
 
 
 def hub_name(source: str) -> tuple[str, str | None]:
@@ -727,8 +725,8 @@ def hub_documents(source: str, text_key: str, found: dict) -> Iterator[tuple[str
     try:
         splits = datasets.load_dataset(name, subset, streaming=True)
         if "train" not in splits:
-            raise UserError(f"{source}: has no split train, but {', '.join(splits)}: save the one that you want "
-                            "as .jsonl")
+            raise UserError(f"{source}: has no split train, but {', '.join(splits)}: save the one that you "
+                            "want as .jsonl")
         for split in splits:
             if split != "train":
                 note(found, "other_splits", f"{name}: {split}")
@@ -746,33 +744,28 @@ def download(url: str, folder: Path) -> str:
     wanted = fragment.removeprefix("sha256=").lower() or SHA256.get(url)
     suffix = "".join(Path(urllib.parse.urlparse(url).path).suffixes[-2:]) or ".txt"
     target = folder / (hashlib.sha256(url.encode()).hexdigest()[:16] + suffix)
+    part, sha = target.with_name(f"{target.name}.part"), hashlib.sha256()
     with locked(target):
-        if not target.is_file():
-            print(f"downloading {url}")
-            part = target.with_name(f"{target.name}.part")
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                fetch(url, part, wanted)
-                os.replace(part, target)
-            except (OSError, http.client.HTTPException) as error:
-                raise UserError(f"{url}: cannot be downloaded ({error}): fetch it and give --source=FILE"
-                                ) from None
-            finally:
-                part.unlink(missing_ok=True)
+        if target.is_file():
+            return str(target)
+        print(f"downloading {url}")
+        try:
+            with urllib.request.urlopen(url, timeout=30) as response, open(part, "wb") as f:
+                while data := response.read(2**20):
+                    f.write(data)
+                    sha.update(data)
+                length = int(response.headers.get("Content-Length") or f.tell())
+                if f.tell() != length:
+                    raise OSError(f"broke off after {f.tell():,} of {length:,} bytes")
+            if wanted and sha.hexdigest() != wanted:
+                raise UserError(f"{url}: another file than expected came (sha256 {sha.hexdigest()[:16]}...)")
+            os.replace(part, target)
+        except (OSError, http.client.HTTPException) as error:
+            raise UserError(f"{url}: cannot be downloaded ({error}): fetch it and give --source=FILE"
+                            ) from None
+        finally:
+            part.unlink(missing_ok=True)
     return str(target)
-
-
-def fetch(url: str, part: Path, wanted: str | None) -> None:
-    sha = hashlib.sha256()
-    with urllib.request.urlopen(url, timeout=30) as response, open(part, "wb") as f:
-        while data := response.read(2**20):
-            f.write(data)
-            sha.update(data)
-        length = int(response.headers.get("Content-Length") or f.tell())
-        if f.tell() != length:
-            raise OSError(f"broke off after {f.tell():,} of {length:,} bytes")
-    if wanted and sha.hexdigest() != wanted:
-        raise UserError(f"{url}: another file than expected came (sha256 {sha.hexdigest()[:16]}...)")
 
 
 # -----------------------------------------------------------------------------
@@ -784,8 +777,7 @@ def locked(path: Path) -> Iterator[None]:
 
     The system takes the lock from a process that dies. If there can be no lock, that is said, and we go on.
     """
-    lock = path.with_name(f".{path.name}.lock")
-    file = None
+    lock, file = path.with_name(f".{path.name}.lock"), None
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         file = wait_for(lock)
@@ -794,9 +786,9 @@ def locked(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        if file and os.name == "nt":  # a file that is open is not removed there
+            file.close()
         if file:
-            if os.name == "nt":  # a file that is open is not removed there
-                file.close()
             with contextlib.suppress(OSError):
                 lock.unlink()
             file.close()

@@ -30,7 +30,7 @@ def read(path, names=("text",), bad=None):
     ("a.csv", "id,text\n1,a\n2,\"stray\n" + MANY, 3, ["quot"]),  # to the end of the file
     ("a.csv", "id,text\n1,a\n2,\"stray\n" + MANY + '3,said "hi"\n', 3, ["quot"]),  # another closes it
     ("a.csv", "id,text\n1,a\n2,\"stray\n" + MANY + '3,a 24"\n', 3, ["200 rows between"]),  # legally so
-    ("a.tsv", "id\ttext\n1\ta\tb\n", 2, ["3 cells", "tab"]),
+    ("a.tsv", "id\ttext\n1\ta\tb\n", 2, ["3 cells", r"'\t'"]),
     ("a.jsonl", '{"text": "a"}\n{"text": \n{"text": "b"}\n', 2, ["not JSON"]),
     ("a.jsonl", '{"text": "a"}\n["text"]\n{"text": "b"}\n', 2, ["wanted an object"]),
 ])
@@ -114,6 +114,7 @@ EWT = ("# sent_id = 1\n# text = The don't\n1\tThe\tthe\tDET\tDT\t_\t2\tdet\t_\t_
 CLUENER = {"text": "浙商银行叶老桂", "label": {"name": {"叶老桂": [[4, 6]]}, "company": {"浙商银行": [[0, 3]]}}}
 ORG, PER = ["B-company", *["I-company"] * 3], ["B-name", "I-name", "I-name"]
 SQUAD = {"id": "1", "question": "q", "answers": [{"text": "b", "answer_start": 2}]}
+TOXIC = "id,comment_text,toxic,threat\n1,Explain,0,0\n2,bad,1,1\n"
 HF_SQUAD = {"id": "1", "title": "t", "context": "a b b", "question": "q",
             "answers": {"text": ["b"], "answer_start": [4]}}
 
@@ -151,6 +152,14 @@ def squad(asked: dict) -> str:
      "text: text, label: label; not used: label_text", ["1"]),
     ("classify", "spam.csv", 'v1,v2,,\nham,"Go until, jurong",,\n',
      "text: v2, label: v1; not used: column 2, column 3", ["ham"]),
+    ("classify", "toxic.csv", TOXIC, ["toxic, threat", "--label_column=A,B,C --multi_label=True"], None),
+    ("classify", "stance.csv", "Tweet,Target,Stance\na,Atheism,FAVOR\n",
+     "text: Tweet, pair: Target, label: Stance", ["FAVOR"]),
+    ("classify", "semeval.csv", "id,text,aspect,polarity\n1,good food,food,positive\n",
+     "text: text, pair: aspect, label: polarity; not used: id", ["positive"]),
+    ("classify", "sst5.txt", "4 The Rock is\n3 Effective\n", ["one column, 4 The Rock is", "a tab"], None),
+    ("regress", "asap.tsv", "essay_id\tessay_set\tessay\trater1\tdomain1_score\n1\t1\tDear local\t4\t8\n",
+     "text: essay, label: domain1_score; not used: essay_id, essay_set, rater1", ["8"]),
     # topics
     ("classify", "ag_news.csv", NEWS, ["ag_news.csv:1", "--text_column=2 --label_column=0",
                                        "--text_column=1 --pair_column=2 --label_column=0"], None),
@@ -167,6 +176,13 @@ def squad(asked: dict) -> str:
     ("classify", "tnews.json", lines_of({"label": "108", "label_desc": "news_edu", "sentence": "上课",
                                          "keywords": ""}),
      "text: sentence, label: label; not used: label_desc, keywords", ["108"]),
+    ("classify", "massive.jsonl", lines_of({"id": "0", "locale": "en-US", "scenario": "alarm",
+                                            "intent": "alarm_set", "utt": "wake me"}),
+     "text: utt, label: intent; not used: id, locale, scenario", ["alarm_set"]),
+    ("classify", "reuters.jsonl", lines_of({"text": "a", "topics": ["x", "y"]}, {"text": "b", "topics": []}),
+     "text: text, label: topics", [["x", "y"], []]),
+    ("classify", "export.json", json.dumps([{"id": 1, "data": {"text": "a"}, "annotations": []}]),
+     ["Label Studio", "JSON-MIN"], None),
     # pairs
     ("classify", "qnli.tsv", "index\tquestion\tsentence\tlabel\n0\tWhen\tUnlike\tentailment\n",
      "text: question, pair: sentence, label: label; not used: index", ["entailment"]),
@@ -191,6 +207,8 @@ def squad(asked: dict) -> str:
      "not used: pair_ID, entailment_judgment", ["4.5"]),
     ("classify", "boolq.jsonl", lines_of({"question": "do", "passage": "All", "answer": True}),
      "text: question, pair: passage, label: answer", ["true"]),
+    ("classify", "copa.jsonl", lines_of({"premise": "a", "choice1": "b", "choice2": "c", "question": "cause",
+                                         "label": 0}), ["'choice1'", "answers to choose from"], None),
     # instructions
     ("lm", "alpaca.json", json.dumps([ALPACA]), "text: instruction, pair: input, label: output", ["b"]),
     ("lm", "alpaca.json", json.dumps([{**ALPACA, "text": "Below is b"}]),
@@ -215,6 +233,10 @@ def squad(asked: dict) -> str:
      None),
     ("lm", "dpo.jsonl", lines_of({"prompt": "p", "chosen": "a", "rejected": "b"}), ["'chosen'", "choose"],
      None),
+    ("lm", "orca.jsonl", lines_of({"id": "1", "system_prompt": "s", "question": "q", "response": "r"}),
+     "text: system_prompt, pair: question, label: response; not used: id", ["r"]),
+    ("lm", "humaneval.jsonl", lines_of({"prompt": "def f():\n", "canonical_solution": "    return 1\n"}),
+     "text: prompt, label: canonical_solution", ["    return 1\n"]),
     # tags
     ("tag", "conll2003.txt", CONLL, "no header: text is column 0, label is column 3; not used: 1, 2",
      [["B-ORG", "O"], ["B-PER"]]),
@@ -225,6 +247,11 @@ def squad(asked: dict) -> str:
      [["O", "O", "O", "I-LOC"]]),
     ("tag", "multiconer.conll", "# id 5239 domain=en\nit _ _ O\nzeeland _ _ B-LOC\n",
      "no header: text is column 0, label is column 3; not used: 1, 2", [["O", "B-LOC"]]),
+    ("tag", "germeval.tsv", "# http [2009]\n1\tSchartau\tB-PER\tO\n2\tsagte\tO\tO\n\n1\tFirmen\tO\tO\n",
+     "no header: text is column 1, label is column 3; not used: 0, 2", [["O", "O"], ["O"]]),
+    ("tag", "ontonotes.conll", "#begin document (x)\n" + "".join(
+        f"nw/wsj 0 {i} {word} NN {tag}\n" for i, word, tag in zip(range(3), ("In", "New", "York"), "OBI")),
+     "no header: text is column 3, label is column 5; not used: 0, 1, 2, 4", [["O", "B", "I"]]),
     ("tag", "ewt.conllu", EWT, "text: form, label: upos; "
      "not used: id, lemma, xpos, feats, head, deprel, deps, misc",
      [["DET", "AUX", "PART"]]),
@@ -240,9 +267,19 @@ def squad(asked: dict) -> str:
     ("tag", "prodigy.jsonl", lines_of({"text": "In Rome", "tokens": [{"text": "In", "start": 0, "end": 2}],
                                        "spans": [{"start": 3, "end": 7, "label": "LOC"}]}),
      "text: text, label: spans; not used: tokens", [["O", "B-LOC"]]),
+    ("tag", "spacy.jsonl", lines_of({"text": "In Rome", "ents": [{"start": 3, "end": 7, "label": "LOC"}]}),
+     "text: text, label: ents", [["O", "B-LOC"]]),
+    ("tag", "spacy.json", json.dumps([["In Rome", {"entities": [[3, 7, "LOC"]]}]]),
+     "text: text, label: entities", [["O", "B-LOC"]]),
+    ("tag", "min.json", lines_of({"text": "In Rome", "label": [{"start": 3, "end": 7, "labels": ["LOC"]}]},
+                                 {"text": "I", "label": []}),
+     "text: text, label: label", [["O", "B-LOC"], ["O"]]),
+    ("tag", "kaggle.csv", "Sentence #,Sentence,POS,Tag\n1,In Rome,\"['IN', 'NNP']\",\"['O', 'B-geo']\"\n",
+     "text: Sentence, label: Tag; not used: Sentence #, POS", [["O", "B-geo"]]),
     ("tag", "pandas.csv", "tokens,tags\n\"['In', 'Rome']\",\"['O', 'B-LOC']\"\n",
      "text: tokens, label: tags", [["O", "B-LOC"]]),
-    ("tag", "numpy.csv", "tokens,tags\n['In' 'Rome'],[0 3]\n", ["numpy.csv:2: ['In' 'Rome']", "JSON lines"],
+    ("tag", "numpy.csv", "tokens,tags\n['In' 'Rome'],[0 3]\n", ["numpy.csv:2: 'tokens' is", "['In' 'Rome']",
+                                                                  "JSON lines"],
      None),
     ("tag", "kaggle.csv", "Sentence #,Word,POS,Tag\nSentence: 1,Thousands,NNS,O\n", ["Word", "CoNLL"], None),
     ("lm", "sql.json", lines_of({"answer": "b", "question": "a", "context": "c"}),
@@ -251,15 +288,24 @@ def squad(asked: dict) -> str:
     ("lm", "chat.json", lines_of({**ALPACA, "history": [["a", "b"]]}), ["'history'", "several turns"], None),
     ("lm", "songs.txt", "one\n\ntwo\n", "text: each paragraph", [None, None]),
     # questions
-    ("qa", "squad.json", squad(SQUAD), "text: question, pair: context, label: answers", [[("b", 2)]]),
+    ("qa", "squad.json", squad(SQUAD),
+     "text: question, pair: context, label: answers, split: title; not used: id", [[("b", 2)]]),
     ("qa", "squad.json", squad({**SQUAD, "is_impossible": True, "answers": []}),
-     "text: question, pair: context, label: answers", [[]]),
+     "text: question, pair: context, label: answers, split: title; not used: id, is_impossible", [[]]),
     ("qa", "squad.json", squad({"id": "7", "question": "q"}), ["question 7", "answers"], None),
     ("qa", "hf.jsonl", lines_of(HF_SQUAD),
      "text: question, pair: context, label: answers, split: title; not used: id",
      [[("b", 4)]]),
     ("qa", "run_qa.json", json.dumps({"version": "1", "data": [HF_SQUAD]}),
      "text: question, pair: context, label: answers, split: title; not used: id", [[("b", 4)]]),
+    ("qa", "mrqa.jsonl", lines_of({"header": {"dataset": "SQuAD"}}, {"context": "a b", "qas": [
+        {"qid": "x", "question": "q", "answers": ["b"]}]}),
+     "text: question, pair: context, label: answers, split: title; not used: qid", [[("b", 2)]]),
+    ("qa", "cmrc_trial.json", json.dumps([{"context_text": "a b", "title": "x", "qas": [
+        {"query_text": "q", "query_id": "T_0", "answers": ["b"]}]}]),
+     "text: query_text, pair: context_text, label: answers, split: title; not used: query_id", [[("b", 2)]]),
+    ("qa", "race.jsonl", lines_of({"article": "a", "question": "q", "options": ["a", "b"], "answer": "A"}),
+     ["'options'", "answers to choose from"], None),
     ("qa", "qa.csv", "context,question,answer_text,answer_start\na b b,q,b,4\n",
      "text: question, pair: context, label: answer_text, start: answer_start", [[("b", 4)]]),
     ("qa", "a.jsonl", lines_of({"question": "q", "answer": "b"}), ["no column for the pair", "--pair_column"],
@@ -272,7 +318,7 @@ def squad(asked: dict) -> str:
     ("qa", "python.csv", "context,question,answers\na b b,q,\"{'text': ['b'], 'answer_start': [4]}\"\n",
      "text: question, pair: context, label: answers", [[("b", 4)]]),
     ("qa", "squad.json", squad({**SQUAD, "is_impossible": True}),
-     "text: question, pair: context, label: answers", [[]]),
+     "text: question, pair: context, label: answers, split: title; not used: id, is_impossible", [[]]),
     ("qa", "part.jsonl", lines_of({"context": "his is", "question": "q", "answer": "is"},
                                   {"context": "他是他", "question": "q", "answer": "是"}),
      "text: question, pair: context, label: answer", [[("is", 4)], [("是", 1)]]),
@@ -354,6 +400,28 @@ def test_encodings_are_recognised_and_said(tmp_path, capsys, encoding, text, sai
         _, (row,) = opened("classify", path)
         assert said in capsys.readouterr().err
     assert (row.text, row.label) == (text, "x")
+
+
+def test_a_label_may_be_several_columns_of_0_and_1(tmp_path):
+    (tmp_path / "a.csv").write_text(TOXIC)
+    rows = {"text": "a", "x y": True, "z": 1.0}, {"text": "b", "x y": 0, "z": 1}
+    (tmp_path / "a.jsonl").write_text(lines_of(*rows))
+    columns, rows = opened("classify", tmp_path / "a.csv", label="toxic,Threat")
+    assert described(columns) == "text: comment_text, label: toxic,threat; not used: id"
+    assert [row.label for row in rows] == [[], ["toxic", "threat"]]
+    assert [row.label for row in TASKS["classify"].read(str(tmp_path / "a.csv"), columns, False)] == [
+        [], ["toxic", "threat"]]
+    (tmp_path / "b.csv").write_text(TOXIC + "3,c,-1,-1\n")
+    with pytest.raises(UserError, match="b.csv:4: 'toxic,threat' has other cells than 0 and 1: -1"):
+        opened("classify", tmp_path / "b.csv", label="toxic,threat")
+    _, rows = opened("classify", tmp_path / "a.jsonl", label="z,1")
+    assert [row.label for row in rows] == [["z", "x y"], ["z"]]
+
+
+def test_the_mark_of_the_language_is_no_part_of_a_word(tmp_path, capsys):
+    (tmp_path / "a.tsv").write_text("en:R.H.\tB-ORG\nen::\tO\n\nen:x\tO\n")
+    assert [row.words for row in opened("tag", tmp_path / "a.tsv")[1]] == [["R.H.", ":"], ["x"]]
+    assert "the mark of the language" in capsys.readouterr().err
 
 
 def test_words_are_cut_as_the_training_words_were():
@@ -555,11 +623,12 @@ def test_answers_of_every_task_are_scored(tmp_path):
         assert answer.knows_label(row) == known
 
 
-@pytest.mark.parametrize("task, name, content, asked", [
-    ("qa", "a.json", squad(SQUAD), {"label": "ner"}), ("tag", "a.conll", CONLL, {"group": "who"}),
-    ("lm", "a.txt", "one\n\ntwo\n", {"text": "body"}), ("lm", "a.jsonl", lines_of(ALPACA), {"header": True})])
-def test_a_column_that_a_file_cannot_have_is_refused(tmp_path, task, name, content, asked):
+@pytest.mark.parametrize("task, name, content, asked, said", [
+    ("qa", "a.json", squad(SQUAD), {"label": "ner"}, "has no column 'ner' for the label: it has context, id"),
+    ("tag", "a.conll", CONLL, {"group": "who"}, "has no column 'who' for the group: it has 0, 1, 2, 3: "),
+    ("lm", "a.txt", "one\n\ntwo\n", {"text": "body"}, "no column 'body' for the text: it has each paragraph"),
+    ("lm", "a.jsonl", lines_of(ALPACA), {"header": True}, "header=True: .* is no table: leave it out")])
+def test_a_column_that_a_file_cannot_have_is_refused(tmp_path, task, name, content, asked, said):
     (tmp_path / name).write_text(content, encoding="utf-8")
-    (role, value), = asked.items()
-    with pytest.raises(SettingError, match=f"^{role}.*={value}: .*leave it out"):
+    with pytest.raises((UserError, SettingError), match=said):
         opened(task, tmp_path / name, **asked)

@@ -18,7 +18,8 @@ import pytest
 from config import UserError
 from lib import text as text_file
 from lib.rows import (CLASS_NAMES, as_csv, open_conll, open_rows, python_packages, read_paragraphs,
-                      read_squad, some, split_rows)
+                      split_rows)
+from lib.tasks import TASKS
 from lib.text import documents, local_files, locked, records
 from tests.helpers import CHINESE, MIXED, PAGES, ROOT, says, write_rows
 
@@ -26,12 +27,16 @@ COLUMNS = {"text": "", "pair": "", "label": "", "group": "", "header": None}
 
 
 def rows_of(path, labelled=True, lists=(), optional=(), **columns):
-    columns, nested = {**COLUMNS, **columns}, {role: (list,) for role in lists}
-    return some(path, list(open_rows(str(path), columns, CLASS_NAMES, labelled, nested, optional)[1]))
+    names = CLASS_NAMES._replace(nested={role: (list,) for role in lists}, optional=optional)
+    return list(open_rows(str(path), {**COLUMNS, **columns}, names, labelled)[1])
 
 
 def read_conll(path, labelled=True):
     return open_conll(str(path), {}, labelled)[1]
+
+
+def read_squad(path):
+    return TASKS["qa"].read(str(path), {**COLUMNS, "label": "answers"})
 
 
 def texts_of(path, **settings):
@@ -79,10 +84,11 @@ answers = functools.partial(rows_of, optional=("label", "pair"))
     ("a.csv", "text,other\na,b\n", rows_of, ["a.csv", "label", "--label_column"]),
     ("a.csv", GOOD + "lonely\n", rows_of, ["a.csv:62", "'label'"]),
     ("a.csv", GOOD + "a text, with a comma,x\n", rows_of, ["a.csv:62", "3 cells", "quotes"]),
-    ("a.tsv", "text\tlabel\na\tb\tc\n", rows_of, ["a.tsv:2", "3 cells", "tab"]),
-    ("a.csv", GOOD + '"open,x\n', rows_of, ["a.csv:62", "CSV"]),
-    ("a.csv", "text,label\n", rows_of, ["a.csv", "no examples"]),
-    ("a.csv", b"text,label\na,x\n\xff,y\n", rows_of, ["a.csv:3", "UTF-8", "0xff", "convert"]),
+    ("a.tsv", "text\tlabel\na\tb\tc\n", rows_of, ["a.tsv:2", "3 cells", "'\\t'"]),
+    ("a.csv", GOOD + '"open,x\n', rows_of, ["a.csv:62", "',' between them", "quotation mark"]),
+    ("a.json", "[]", rows_of, ["a.json", "no examples"]),
+    ("a.conll", "\n# a\n", read_conll, ["a.conll", "no examples"]),
+    ("a.csv", b"text,label\na,x\n\xff,y\n", rows_of, ["a.csv:3", "UTF-8", "0xff", "--encoding=cp1252"]),
     ("a.csv", "label,body\n1,x\n", texts_of, ["a.csv:1", "'text'", "--text_key"]),
     ("missing.csv", None, rows_of, ["missing.csv", "cannot be read"]),
     ("missing.txt", None, texts_of, ["missing.txt", "no such file"]),
@@ -90,16 +96,18 @@ answers = functools.partial(rows_of, optional=("label", "pair"))
     ("a.jsonl", '{"text": "x"}\n{"tekst": "y"}\n', texts_of, ["a.jsonl:2", "'text'", "--text_key"]),
     ("a.json", '[{"text": "x"}, {"text": 5}]', texts_of, ["a.json:2", "'text'"]),
     ("a.json", "[1, 2]", rows_of, ["a.json:1", "object"]),
-    ("a.json", " \n", rows_of, ["a.json", "list of objects"]),
-    ("a.json", " \n", read_squad, ["a.json", "SQuAD"]),
+    ("a.json", '"text"', rows_of, ["a.json", "list of objects"]),
+    ("a.json", '{"train": [{"text": "a"}], "test": [{"text": "b"}]}', rows_of, ["lists, train, test"]),
+    ("clinc.json", '{"val": [["a", "x"]], "train": [["b", "y"], ["c", "z"]]}', rows_of, ["lists, val"]),
+    ("a.parquet", b"PAR1\x15\x04", rows_of, ["a.parquet: a Parquet file", ".csv", ".jsonl"]),
     ("a.json", "[" * 100_000, rows_of, ["a.json:1", "recursion"]),
     ("a.json", '[{"text": ["a"], "label": "x"}]', rows_of, ["a.json:1", "'text' is no text"]),
     ("a.json", '[{"text": "a", "label": ["x"]}]', rows_of, ["a.json:1", "'label' is no text"]),
-    ("a.json", '{"data": [{"paragraphs": [{"qas": []}]}]}', read_squad, ["a.json: article 1", "context"]),
-    ("a.json", '{"data": [{"paragraphs": [{"context": null, "qas": [{"id": 7, "question": "?"}]}]}]}',
-     read_squad, ["article 1, question 7", "context is None"]),
-    ("a.conll", "a\tO\nb\t\n", read_conll, ["a.conll:2", "without a tag"]),
-    ("a.conll", "a\tO\n\tO\n", read_conll, ["a.conll:2", "without a word"]),
+    ("a.json", '{"data": [{"paragraphs": [{"context": "?"}]}]}', read_squad, ["a.json: article 1", "qas"]),
+    ("a.json", '[{"context": null, "qas": [{"id": 7, "question": "?", "answers": []}]}]', read_squad,
+     ["article 1, question 7", "'context' is missing"]),
+    ("a.conll", "a\tO\nb\t\n", read_conll, ["a.conll:2: not a word and its tag", "'b '"]),
+    ("a.conll", "a\tO\n\tO\n", read_conll, ["a.conll:2: not a word and its tag", "' O'"]),
     ("a.txt", b"", texts_of, ["a.txt", "empty"]),
     ("a.dat", b"\x7fELF\0\0\1", texts_of, ["a.dat", "binary"]),
     ("a.txt", "café".encode("latin-1"), texts_of, ["a.txt:1", "offset 3", "0xe9", "--encoding", "--errors"]),
@@ -121,6 +129,15 @@ def test_bad_files_are_one_line(tmp_path, name, content, read, said):
     ("a.csv", '\ufeff Text ,LABEL\r\n"a\r\nb",x\r\n', [("a\r\nb", "x")]),
     ("a.csv", "a,1\rb,2\r", [("a", "1"), ("b", "2")]),
     ("a.csv", "text,label\na, x \n,\n\nb,y,,\n", [("a", "x"), ("b", "y")]),
+    ("a.csv", "\ufefftext;label\r\n\"a; b\";x\r\nc;y\r\n", [("a; b", "x"), ("c", "y")]),  # Excel's
+    ("a.tsv", 'text\tlabel\n"a \\"b\\""\t"x"\n"\\"c\\" d"\t"y"\n', [('a "b"', "x"), ('"c" d', "y")]),  # R's
+    ("a.csv", 'text,label\n"a \\"b\\", c",x\n', [('a "b", c', "x")]),
+    ("a.csv", 'text,label\n"C:\\",x\n"a ""b\\""",y\n', [("C:\\", "x"), ('a "b\\"', "y")]),
+    ("a.json", '{"text": ["a", "b"], "label": ["x", "y"]}', [("a", "x"), ("b", "y")]),  # of columns
+    ("a.json", '{"text": {"0": "a", "1": "b"}, "label": {"0": "x", "1": "y"}}', [("a", "x"), ("b", "y")]),
+    ("a.json", '{"0": {"text": "a", "label": "x"}, "1": {"text": "b", "label": "y"}}',
+     [("a", "x"), ("b", "y")]),
+    ("a.json", '[["a", {"label": "x"}], ["b", {"label": "y"}]]', [("a", "x"), ("b", "y")]),  # spaCy's
     ("a.jsonl", '{"text": 5, "label": 0.5}\r\n\n{"text": "carriage\\rreturn", "label": ["x", null]}\n',
      [("5", "0.5"), ("carriage\rreturn", ["x", None])]),
 ])
@@ -169,10 +186,11 @@ def test_sentences_questions_and_paragraphs(tmp_path):
     assert rows[1].where == f"{path}:5" and read_conll(path, labelled=False)[0].label == ["O", "B"]
     assert [row.text for row in read_paragraphs(path)] == ["a O\nb B", "\ufeffc O\n \nd O"]
     golds = [{"text": "b", "answer_start": 7}, {"text": "z"}, {"text": ""}]
+    path = tmp_path / "a.json"
     paragraph = {"context": "abc abc b", "qas": [{"id": 1, "question": "?", "answers": golds}]}
     path.write_text(json.dumps({"data": [{"paragraphs": [paragraph]}]}), encoding="utf-8")
     row, = read_squad(path)
-    assert (row.text, row.pair, row.group) == ("?", "abc abc b", "article 0")
+    assert (row.text, row.pair, row.unit) == ("?", "abc abc b", "article 0")
     assert row.label == [("b", 8), ("z", -1)]
 
 
@@ -297,8 +315,9 @@ def test_a_lock_is_waited_for_and_dies_with_its_process(tmp_path, capsys):
 
 
 def test_cells_that_a_spreadsheet_would_run_get_an_apostrophe_that_is_taken_off(tmp_path):
-    cells = {"=1+1": "'=1+1", "+a": "'+a", "-x": "'-x", "@SUM(A1)": "'@SUM(A1)", "\t=1": "'\t=1", "-inf": "'-inf",
-             "'=1": "''=1", "-5": "-5", "+1.5e3": "+1.5e3", "it's": "it's", "'tis": "'tis", "a=b": "a=b", "": ""}
+    cells = {"=1+1": "'=1+1", "+a": "'+a", "-x": "'-x", "@SUM(A1)": "'@SUM(A1)", "\t=1": "'\t=1",
+             "-inf": "'-inf", "'=1": "''=1"}
+    cells.update({cell: cell for cell in ("-5", "+1.5e3", "it's", "'tis", "a=b", "")})
     written = as_csv([("text", "label"), *((cell, "x") for cell in cells)])
     assert [row[0] for row in csv.reader(io.StringIO(written))][1:] == list(cells.values())
     (tmp_path / "a.csv").write_text(written, encoding="utf-8")
