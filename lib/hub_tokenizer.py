@@ -270,9 +270,7 @@ TURN_ENDS = (EOT, "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "
 BUILT = {
     "BertTokenizer": ("BERT", "vocab.txt"), "DistilBertTokenizer": ("BERT", "vocab.txt"),
     "ElectraTokenizer": ("BERT", "vocab.txt"), "GPT2Tokenizer": ("GPT-2", "merges.txt"),
-    "Qwen2Tokenizer": ("GPT-2", "merges.txt"), "RobertaTokenizer": ("RoBERTa", "merges.txt")}
-QWEN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
-        r"\s*[\r\n]+|\s+(?!\S)|\s+")  # where its texts are cut
+    "RobertaTokenizer": ("RoBERTa", "merges.txt")}
 
 # The class of a model whose files do not name it
 CLASS_OF = {
@@ -309,21 +307,18 @@ def read_hub_tokenizer(path: str | Path) -> HubTokenizer:
         raise
     except Exception as error:  # the library has no kind of its own
         raise UserError(f"{path}: tokenizer cannot be read: {error}") from None
-    token_of, ends, by_ids = {i: token for token, i in vocab.items()}, [], {}
-    for file in (facts["generation_config.json"], facts["config.json"]):
+    token_of, by_ids = {i: token for token, i in vocab.items()}, {}
+    ends = [vocab[token] for token in TURN_ENDS if token in vocab]
+    for file in (facts["config.json"], facts["generation_config.json"]):  # the second counts more
         for role in ("bos_token", "eos_token", "pad_token"):
-            ids = file.get(f"{role}_id")
-            ids = [i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)]
-            if ids and ids[0] in token_of:
-                by_ids.setdefault(role, token_of[ids[0]])
-            if role == "eos_token":
-                ends += [i for i in ids if i in token_of]
+            ids = [i for i in ids_of(file, role) if i in token_of]
+            by_ids |= {role: token_of[i] for i in ids[:1]}
+            ends += ids if role == "eos_token" else []
     if not {"eos_token", "sep_token"} & set(roles):
         family = next((one for one in FAMILIES if vocab.keys() >= set(FAMILIES[one].values())), None)
         if family:
             say(f"{path}: its files name no special tokens: those of {family}")
         roles = FAMILIES.get(family, by_ids) | roles
-    ends += [vocab[token] for token in TURN_ENDS if token in vocab]
     kept = {name: value for name, value in config.items()  # with the roles that are none
             if name != "added_tokens_decoder" and (name not in named or value is None)}
     template = folder / "chat_template.jinja"
@@ -340,6 +335,12 @@ def named_in(facts: dict) -> dict[str, str | None]:
         if role.endswith("_token") and (token is None or isinstance(token, str)):
             found[role] = token
     return found
+
+
+def ids_of(facts: dict, role: str) -> list[int]:
+    """An eos_token_id and so on is a number, or several."""
+    found = facts.get(f"{role}_id")
+    return [i for i in (found if isinstance(found, list) else [found]) if isinstance(i, int)]
 
 
 def bert_normalizer(config: dict) -> dict:
@@ -427,7 +428,7 @@ def built(path: str | Path, folder: Path, facts: dict[str, dict], roles: dict) -
     """tokenizer.json for a folder that has only older files. roles: gains those that a class knows."""
     config, name = facts["tokenizer_config.json"], class_of(path, folder, facts)
     family, file = BUILT.get(name, ("", ""))
-    more = config.get("add_bos_token") or config.get("add_eos_token")
+    more = any(config.get(f"add_{what}") for what in ("bos_token", "eos_token", "prefix_space"))
     if not family or more or not (folder / file).is_file():
         return converted(path, folder, name, config, roles)
     token = FAMILIES[family] | roles
@@ -441,12 +442,10 @@ def built(path: str | Path, folder: Path, facts: dict[str, dict], roles: dict) -
             "model": {"type": "WordPiece", "unk_token": token["unk_token"], "vocab": vocab,
                       "continuing_subword_prefix": "##", "max_input_chars_per_word": 100}}
     else:
-        vocab, space = read_json(folder / "vocab.json"), config.get("add_prefix_space", False)
-        around = {"type": "RobertaProcessing", "trim_offsets": True, "add_prefix_space": space}
+        vocab = read_json(folder / "vocab.json")
+        around = {"type": "RobertaProcessing", "trim_offsets": True, "add_prefix_space": False}
         merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-        parts = {"model": {"type": "BPE", "vocab": vocab, "merges": merges}, **by_bytes(None, space)}
-        if name == "Qwen2Tokenizer":
-            parts |= {"normalizer": {"type": "NFC"}, **by_bytes(QWEN, space)}
+        parts = {"model": {"type": "BPE", "vocab": vocab, "merges": merges}, **by_bytes()}
     if "cls_token" in FAMILIES[family]:
         cls, sep = token["cls_token"], token["sep_token"]
         parts["post_processor"] = {**around, "cls": [cls, vocab.get(cls)], "sep": [sep, vocab.get(sep)]}
@@ -509,9 +508,9 @@ def tokenizer_json(specials: dict[str, int], parts: dict) -> dict:
             "normalizer": None, "post_processor": None, **parts}
 
 
-def by_bytes(pattern: str | None, space: bool = False) -> dict:
+def by_bytes(pattern: str = "") -> dict:
     """How a text is cut, by GPT-2's own pattern if none is given, and how its bytes are written."""
-    level = {"type": "ByteLevel", "add_prefix_space": space, "trim_offsets": True, "use_regex": not pattern}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": not pattern}
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     cut = {"type": "Sequence", "pretokenizers": [split, level]} if pattern else level
     return {"pre_tokenizer": cut, "decoder": level}
