@@ -69,12 +69,6 @@ def f1(right, sizes):
     return 2 * right / np.maximum(sizes, 1)
 
 
-def confusion(y, probs) -> np.ndarray:
-    """How often class i was called j: (K, K)."""
-    n = probs.shape[1]
-    return np.bincount(y * n + probs.argmax(1), minlength=n * n).reshape(n, n)
-
-
 def f1_macro(right, true, called):
     """Mean over the classes that occur, in truth or in prediction."""
     sizes = true + called
@@ -105,11 +99,9 @@ def curve(truth, score) -> dict:
     precision = hits / (last + 1)
     true = np.append(0, hits)
     false = np.append(0, last + 1 - hits)
-    # how likely a positive scores above a negative, ties counting half
     pairs = int(true[-1]) * int(false[-1])
-    twice = (np.diff(false) * (true[1:] + true[:-1])).sum()
-    # the precision at each threshold, weighted by the recall that it adds
-    added = (np.diff(true) * precision).sum()
+    twice = (np.diff(false) * (true[1:] + true[:-1])).sum()  # of these, positive above negative; ties: once
+    added = (np.diff(true) * precision).sum()  # at each threshold, by the recall that it adds
     return {"false_positive_rate": false / max(1, false[-1]),
             "true_positive_rate": true / max(1, true[-1]),  # which is the recall
             "precision": np.append(1.0, precision),
@@ -278,9 +270,8 @@ class TagScheme:
         return found
 
 
-def tag_counts(gold, predicted, scheme: TagScheme | None = None) -> list[int]:
-    """TagTotals of a sentence, but its nats. scheme: of all tags that there are; None: of these."""
-    scheme = scheme or TagScheme([*gold, *predicted])
+def tag_counts(gold, predicted, scheme: TagScheme) -> list[int]:
+    """TagTotals of a sentence, but its nats."""
     there, called = scheme.entities(gold), scheme.entities(predicted)
     right = sum(map(str.__eq__, gold, predicted))
     return [len(there & called), len(called), len(there), right, len(gold)]
@@ -457,25 +448,27 @@ def report(folder: Path, y: np.ndarray, probs: np.ndarray, labels: list[str]) ->
     y: (N,) class numbers, or (N, K) of 0 and 1 if a row has several labels; probs: (N, K). Curves have at most
     a thousand points, and are of the twenty most frequent classes.
     """
-    table = None
+    table, n = None, len(labels)
     if y.ndim == 2:
         called = probs > 0.5
         bins = calibration_bins(probs.ravel(), y.ravel() > 0.5)
     else:
         called = probs.argmax(1)
-        table = confusion(y, probs).tolist() if len(labels) <= CLASSES_CONFUSED else None
         bins = calibration_bins(probs.max(1), called == y)
+        if n <= CLASSES_CONFUSED:  # how often class i was called j
+            table = np.bincount(y * n + called, minlength=n * n).reshape(n, n).tolist()
     classes = one_vs_rest(y, probs)
     largest = sorted(classes, key=lambda k: -classes[k][0].sum())[:CLASSES_DRAWN]
     if len(largest) < len(classes):
         print(f"(curves of the {CLASSES_DRAWN} most frequent of {len(classes)} classes)", flush=True)
     curves = {}
     for k in sorted(largest):
-        one = curve(*classes[k])
+        truth, score = classes[k]
+        curves[labels[k]] = one = curve(truth, score)
         at = pictures.thinned(len(one["precision"]))
-        curves[labels[k]] = {name: np.array(values)[at].tolist() if np.ndim(values) else float(values)
-                             for name, values in one.items()}
-        curves[labels[k]]["share"] = float(classes[k][0].mean())
+        for name, values in one.items():
+            one[name] = values[at].tolist() if np.ndim(values) else float(values)
+        one["share"] = float(truth.mean())
     found = {"labels": labels, "curves": curves, "calibration": bins, "confusion": table}
     write_json(folder / "curves.json", found)
     written = ["curves.json"]
@@ -484,7 +477,7 @@ def report(folder: Path, y: np.ndarray, probs: np.ndarray, labels: list[str]) ->
         text = classification_report(y, called, digits=4, zero_division=0, labels=range(len(labels)),
                                      target_names=labels)
         write_text(folder / "report.txt", text)
-        written.append("report.txt")
+        written += ["report.txt"]
     except ImportError:
         print("(report.txt needs scikit-learn: pip install scikit-learn)")
     if pictures.can_draw():

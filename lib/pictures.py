@@ -75,7 +75,8 @@ def save(axes, path: Path) -> str:
 # -----------------------------------------------------------------------------
 # Losses
 
-LINES = {"loss": "training, smoothed", "train_loss": "training, fixed windows", "val_loss": "validation"}
+LINES = {"loss": ("C0", "training, smoothed"), "train_loss": ("C2", "training, fixed windows"),
+         "val_loss": ("C1", "validation")}
 
 
 def plot_losses(log: Path, picture: Path, unit: str = "nats a token", scale: float = 1.0) -> None:
@@ -86,17 +87,17 @@ def plot_losses(log: Path, picture: Path, unit: str = "nats a token", scale: flo
     with style(str(log.parent)):
         axes = new_axes(title=f"Loss of {log.parent.name}", xlabel="step", ylabel=f"loss, {unit}")
         axes.figure.set_size_inches(7, 4)
-        for key, label in LINES.items():
+        for key, (color, label) in LINES.items():
             x, y = np.array(steps[key]), np.array(losses[key])
             if not len(x):
                 continue
+            at = thinned(len(x))
             if key == "loss":
-                axes.plot(*binned(x, y), color="C0", alpha=0.25, lw=0.8)
-                axes.plot(*binned(x, smoothed(y)), color="C0", label=label, lw=1.3)
-            else:
-                at = thinned(len(x))
-                axes.plot(x[at], y[at] * (scale if key == "val_loss" else 1.0), "o-", ms=3, lw=1.3,
-                          color={"train_loss": "C2", "val_loss": "C1"}[key], label=label)
+                axes.plot(x[at], y[at], color=color, alpha=0.25, lw=0.8)
+                y = smoothed(y)
+            elif key == "val_loss":
+                y = y * scale
+            axes.plot(x[at], y[at], "-" if key == "loss" else "o-", ms=3, lw=1.3, color=color, label=label)
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
@@ -123,13 +124,6 @@ def smoothed(y: np.ndarray) -> np.ndarray:
     sums = np.cumsum(np.append(0.0, np.nan_to_num(y)))
     first = np.maximum(0, np.arange(len(y)) + 1 - size)
     return (sums[1:] - sums[first]) / (np.arange(len(y)) + 1 - first)
-
-
-def binned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most POINTS of both: means of neighbours."""
-    starts = np.unique(np.linspace(0, len(x), min(POINTS, len(x)), endpoint=False).astype(int))
-    sizes = np.diff(np.append(starts, len(x)))
-    return np.add.reduceat(x, starts) / sizes, np.add.reduceat(y, starts) / sizes
 
 
 def thinned(n: int) -> np.ndarray:
@@ -201,5 +195,7 @@ def confused(table: np.ndarray, labels: list):
 
 
 def legend(axes) -> None:
-    many = len(axes.get_legend_handles_labels()[0]) > 8
-    axes.legend(fontsize=7 if many else 9, **({"loc": "upper left", "bbox_to_anchor": (1, 1)} if many else {}))
+    if len(axes.get_legend_handles_labels()[0]) > 8:
+        axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    else:
+        axes.legend(fontsize=9)

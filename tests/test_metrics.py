@@ -136,13 +136,15 @@ def test_a_model_is_perfect_by_f1_only_if_it_is():
     no_ends = [tag.replace("E-", "I-") for tag in gold]
     assert metrics.tag_counts(gold, no_ends, scheme) == [1, 1, 3, 5, 7]
     words = "DET NOUN VERB NOUN".split()
-    found, called, there, right, n = metrics.tag_counts(words, "DET NOUN VERB X".split())
+    tags = "DET NOUN VERB X".split()
+    found, called, there, right, n = metrics.tag_counts(words, tags, metrics.TagScheme(words + tags))
     assert found / called == found / there == right / n == 3 / 4  # F1 is the accuracy
 
 
 def test_entity_f1_is_that_of_all_sentences_together():
     gold, called = ["B-a I-a O B-b", "O B-a", "O"], ["B-a I-a O B-a", "O B-a", "B-b"]
-    counts = np.array([metrics.tag_counts(g.split(), c.split()) for g, c in zip(gold, called)])
+    scheme = metrics.TagScheme(" ".join(gold + called).split())
+    counts = np.array([metrics.tag_counts(g.split(), c.split(), scheme) for g, c in zip(gold, called)])
     assert compute(TAG_METRICS, metrics.TagTotals(*counts.sum(0), 3.5)) == close({
         "precision": 2 / 4, "recall": 2 / 3, "f1": 4 / 7, "accuracy": 5 / 7, "loss": 0.5})
 
