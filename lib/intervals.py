@@ -43,8 +43,8 @@ def newcombe(high: float, n_high: int, low: float, n_low: int) -> list[float]:
 
 
 # -----------------------------------------------------------------------------
-# Metrics of many draws. Each function here finds what does not change from draw to draw, and returns a function
-# of weights, (R, N), how often each row is in each draw.
+# Metrics of many draws. Each function here finds what does not change from draw to draw, and returns a
+# function of weights, (R, N): how often each row is in each draw.
 
 def sums(keys: np.ndarray, weights: np.ndarray, n: int) -> np.ndarray:
     """The weights of the rows with each key from 0 to n - 1: (n, R)."""
@@ -66,15 +66,22 @@ def class_counts(y, probs) -> Callable:
 
 def areas(y, probs) -> Callable:
     """-> ROC-AUC and average precision, (R,) each: means over the classes of which they are defined."""
-    classes = []  # rows by score, down to the last positive, and of the runs of equal scores with a positive ...
+    classes = []
     for truth, score in metrics.one_vs_rest(y, probs).values():
         order = np.argsort(-score, kind="stable")
         starts = np.append(0, np.flatnonzero(np.diff(score[order])) + 1)
         positive = np.flatnonzero(truth[order])
+        if not len(positive):
+            continue
+        # of the G runs of equal scores with a positive: its last positive, its first row, the row after it
         run, count = np.unique(np.searchsorted(starts, positive, side="right") - 1, return_counts=True)
-        last = np.append(starts, len(order))[run + 1] - 1
-        if len(run):  # ... the last positive, the first row and the last: (G,) each
-            classes.append((order[:last[-1] + 1], order[positive], np.cumsum(count) - 1, starts[run], last))
+        hit, first, end = np.cumsum(count) - 1, starts[run], np.append(starts, len(order))[run + 1]
+        rows, parts = order[:end[-1]], np.unique(np.concatenate(([0], first, end)))
+        if 8 * len(parts) < len(rows):  # of a rare class: rows between those of its runs are added up first
+            first, end = np.searchsorted(parts, first), np.searchsorted(parts, end)
+        else:
+            parts = None
+        classes.append((rows, parts, order[positive], hit, first, end))
 
     def of(weights):
         values = np.array([areas_of_class(weights, *one) for one in classes]).reshape(-1, 2, len(weights))
@@ -84,10 +91,12 @@ def areas(y, probs) -> Callable:
     return of
 
 
-def areas_of_class(weights, order, positive, hit, first, last) -> tuple[np.ndarray, np.ndarray]:
-    rows = weights.take(order, 1)
-    np.cumsum(rows, axis=1, out=rows)
-    before, upto = rows.take(first - 1, 1) * (first > 0), rows.take(last, 1)  # each run, and with it: (R, G)
+def areas_of_class(weights, rows, parts, positive, hit, first, end) -> tuple[np.ndarray, np.ndarray]:
+    n = weights.take(rows, 1)
+    if parts is not None:
+        n = np.add.reduceat(n, parts[:-1], axis=1)
+    np.cumsum(n, axis=1, out=n)
+    before, upto = n.take(first - 1, 1) * (first > 0), n.take(end - 1, 1)  # each run, and with it: (R, G)
     hits = weights.take(positive, 1).cumsum(1).take(hit, 1)  # of the positives
     here = np.diff(hits, axis=1, prepend=0)
     n_true = hits[:, -1].astype(float)

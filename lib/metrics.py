@@ -213,10 +213,10 @@ class TagScheme:
     """How a set of tags spells entities: B- and I-, with E- and S- (BIOES) or L- and U- (BILOU), BMES, IOE;
     behind the kind too (PER-B), and in lower case.
 
-    B- and I- alone are read as conlleval reads them: an I- that continues nothing begins an entity. If the set
-    has marks of ends, only whole entities count, as in seqeval's strict mode: a B- I- that no E- ends is none.
-    Without prefixes each tag but O is an entity of one word (conlleval -r): F1 is then that of all tags but O,
-    and the accuracy if there is no O.
+    B- and I- alone are read as conlleval reads them: an I- that continues nothing begins an entity. If the
+    set has marks of ends, only whole entities count, as in seqeval's strict mode: a B- I- that no E- ends is
+    none. Without prefixes each tag but O is an entity of one word (conlleval -r): F1 is then that of all tags
+    but O, and the accuracy if there is no O.
     """
 
     def __init__(self, labels: Sequence[str]):
@@ -301,7 +301,7 @@ def squad_match(said: str, gold: str) -> tuple[float, float]:
 
 
 def cmrc_text(text: str) -> str:
-    """By CMRC 2018's script: lower case, without the signs that it lists; and without all other punctuation."""
+    """By CMRC 2018's script: lower case, without the signs that it lists; and without other punctuation."""
     return "".join(letter for letter in text.lower().strip()
                    if letter not in "^~`+=～" and not unicodedata.category(letter).startswith("P"))
 
@@ -394,7 +394,8 @@ def tf_idf(numbers, counts, starts, idf) -> list[torch.Tensor]:
     numbers = (np.cumsum(~np.isnan(idf)) - 1)[numbers]
     row = np.repeat(np.arange(len(begins)), np.diff(np.append(begins, len(numbers))))
     lengths = np.sqrt(np.bincount(row, weights=values ** 2, minlength=len(begins)))
-    return [torch.from_numpy(numbers), torch.from_numpy(begins), torch.from_numpy(values / lengths[row]).float()]
+    values = torch.from_numpy(values / lengths[row]).float()
+    return [torch.from_numpy(numbers), torch.from_numpy(begins), values]
 
 
 def bag_of_words(train, test, n_out: int, loss: Callable) -> np.ndarray:
@@ -445,8 +446,8 @@ CLASSES_DRAWN, CLASSES_CONFUSED = 20, 200
 def report(folder: Path, y: np.ndarray, probs: np.ndarray, labels: list[str]) -> list[str]:
     """curves.json, with scikit-learn report.txt, with matplotlib the pictures. Returns their names.
 
-    y: (N,) class numbers, or (N, K) of 0 and 1 if a row has several labels; probs: (N, K). Curves have at most
-    a thousand points, and are of the twenty most frequent classes.
+    y: (N,) class numbers, or (N, K) of 0 and 1 if a row has several labels; probs: (N, K). Curves have at
+    most a thousand points, and are of the twenty most frequent classes.
     """
     table, n = None, len(labels)
     if y.ndim == 2:

@@ -52,8 +52,9 @@ def fonts_with(text: str) -> list[str]:
     while missing:
         best = max(letters, key=lambda name: len(letters[name] & missing), default="")
         if not letters.get(best, set()) & missing:
-            print(f"(pictures: no font here has {''.join(map(chr, sorted(missing)[:10]))}: install one, such as "
-                  "Noto Sans CJK (apt install fonts-noto-cjk))", flush=True)
+            letters_lost = "".join(map(chr, sorted(missing)[:10]))
+            print(f"(pictures: no font here has {letters_lost}: install one, such as Noto Sans CJK (apt "
+                  "install fonts-noto-cjk))", flush=True)
             break
         found.append(best)
         missing -= letters[best]
@@ -147,7 +148,8 @@ def draw_classes(folder: Path, labels: list, curves: dict, calibration: list,
 
 
 def roc(curves: dict):
-    axes = new_axes(title="ROC, and the area below", xlabel="False positive rate", ylabel="True positive rate")
+    axes = new_axes(title="ROC, and the area below", xlabel="False positive rate",
+                    ylabel="True positive rate")
     for name, one in curves.items():
         # the space in front: a label that begins with _ is left out
         label = f" {name} (AUC = {one['roc_auc']:.2f})"

@@ -193,7 +193,7 @@ class Task:
         return metrics.compute(self.metrics, *arrays)
 
     def drawn(self, *arrays) -> Callable:
-        """A function of weights, how often each row is in each of R draws, (N, R): their scores, (R,) each."""
+        """A function of weights, how often each row is in each of R draws, (R, N): their scores, (R,)."""
         if self.totals:
             return partial(intervals.drawn_by_sums, self.scores, arrays)
         return intervals.Drawn(self.metrics, *arrays)
@@ -296,7 +296,7 @@ class TextTask(Task):
         return np.array([self.target(row) for row in rows])
 
     def bag_of_words(self, train, test) -> dict[str, list]:
-        """The answers of a linear model, trained with the task's own loss; none if that would be too large."""
+        """The answers of a linear model, trained with the task's own loss; none if it would be too large."""
         y = torch.from_numpy(self.targets(train))
         try:
             out = metrics.bag_of_words(train, test, self.n_out, lambda out: self.loss(out, y, None, 0.0))
@@ -532,7 +532,8 @@ class Tag(Task):
         counts, nats = [], []
         for row, (tags, logp) in zip(rows, answers):
             counts.append(metrics.tag_counts(row.label, tags, self.scheme))
-            nats.append(math.nan if logp is None else -sum(logp[place] for place in enumerate(self.target(row))))
+            places = enumerate(self.target(row))
+            nats.append(math.nan if logp is None else -sum(logp[place] for place in places))
         return np.array(counts), np.array(nats)
 
     def said(self, answer):
@@ -555,7 +556,7 @@ class Tag(Task):
         words = [row.words[n] for n in example.spans]
         tags = out[example.places].argmax(1).tolist()
         wanted = [target == word if target else self.labels[k] != "O" for word, k in zip(words, tags)]
-        if not any(wanted) and (target or not words):  # it is in another window
+        if not words or target and not any(wanted):  # it is in another window
             return "", []
         n = wanted.index(True) if any(wanted) else 0
         return f"{words[n]}: {self.labels[tags[n]]}", [int(example.places[n]) * self.n_out + tags[n]]
@@ -591,9 +592,9 @@ class Answer(Task):
     @staticmethod
     def learn(rows, s):
         lost = sum(begin < 0 for row in rows for _, begin in row.label)
+        none = sum(not row.label for row in rows)
         if lost:
             print(f"({lost} answers do not stand in their text: left out of training)")
-        none = sum(not row.label for row in rows)
         if none:
             print(f"({none:,} of {len(rows):,} questions to train on have no answer in their text)")
         return {"labels": ["first", "last"], "no_answer": none > 0}
@@ -655,14 +656,12 @@ class Answer(Task):
 
     def answers(self, rows, examples, outputs):
         """(the best span of all windows, its probability against no answer)."""
-        best = [(-math.inf, "")] * len(rows)
-        none = [math.inf] * len(rows)
+        best, none, found = [(-math.inf, "")] * len(rows), [math.inf] * len(rows), []
         for example, out in zip(examples, outputs):
             i = example.row
             score, said, _ = self.best_span(rows[i], example, out)
             best[i] = max(best[i], (score, said))
             none[i] = min(none[i], float(out[0].sum()))
-        found = []
         for (score, said), other in zip(best, none):
             p = 1 / (1 + math.exp(min(700.0, other - score)))
             found.append(("" if self.head["no_answer"] and p < 0.5 else said, p))
@@ -785,15 +784,14 @@ def labels_of(row: Row, several: bool) -> list[str]:
 
 def check_several(rows: list[Row], labels: set[str]) -> None:
     """Raises UserError if what should be several labels a row was not read as such."""
-    if all(len(row.label) < 2 for row in rows):
-        joined = next((label for label in sorted(labels) if re.search("[,;/]", label)), None)
-        if joined:
-            raise UserError(f"{file_of(rows)}: no row has several labels, as {joined!r} may be meant to be: "
-                            "write | between them, or a JSON list")
-    if {label_key(label) for label in labels} <= {0.0, 1.0, "true", "false"}:
-        if any(len(set(row.label)) < len(row.label) for row in rows):
-            raise UserError(f"{file_of(rows)}: a 0 or 1 for each label, {rows[0].label}: write the names of "
-                            "those that have a 1")
+    joined = sorted(label for label in labels if re.search("[,;/]", label))
+    if joined and all(len(row.label) < 2 for row in rows):
+        raise UserError(f"{file_of(rows)}: no row has several labels, as {joined[0]!r} may be meant to be: "
+                        "write | between them, or a JSON list")
+    are_flags = {label_key(label) for label in labels} <= {0.0, 1.0, "true", "false"}
+    if are_flags and any(len(set(row.label)) < len(row.label) for row in rows):
+        raise UserError(f"{file_of(rows)}: a 0 or 1 for each label, {rows[0].label}: write the names of "
+                        "those that have a 1")
 
 
 def file_of(rows: list[Row]) -> str:
@@ -844,10 +842,10 @@ def one_spelling(rows: list[Row], say: Callable) -> dict[str, str]:
     same, near = defaultdict(list), defaultdict(list)
     for label, _ in counts.most_common():
         same[label_key(label)].append(label)
-    for labels in same.values():
-        near["".join(labels[0].casefold().split())].append(labels[0])
-        if len(labels) > 1:
-            say(f"labels    {', '.join(labels)}: one class, {labels[0]}")
+    for first, *others in same.values():
+        near["".join(first.casefold().split())].append(first)
+        if others:
+            say(f"labels    {', '.join([first, *others])}: one class, {first}")
     joined = [label for label in counts if "|" in label and counts.keys() & set(label.split("|"))]
     if joined:
         say(f"warning: label {joined[0]!r} is a class of its own: --multi_label if it is several")

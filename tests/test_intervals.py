@@ -33,7 +33,7 @@ def arrays_of(kind: str, n: int):
     return task, y, probs / probs.sum(1, keepdims=True)
 
 
-@pytest.mark.parametrize("n", [3, 11, 60])
+@pytest.mark.parametrize("n", [3, 11, 60, 400])
 @pytest.mark.parametrize("kind", ["two", "classes", "labels", "numbers", "tags", "texts", "answers"])
 def test_a_draw_that_is_weighed_has_the_metrics_of_its_rows(kind, n):
     task, *arrays = arrays_of(kind, n)
@@ -105,6 +105,7 @@ def test_a_large_table_takes_fewer_draws_and_says_so(capsys, monkeypatch):
 
 
 def test_rows_without_a_group_are_called_so():
-    gap = {"lowest": "", "lowest_rows": 3, "highest": "x", "highest_rows": 9, "gap": 0.5, "gap_ci95": [0.1, 0.9]}
+    gap = {"lowest": "", "lowest_rows": 3, "highest": "x", "highest_rows": 9, "gap": 0.5,
+           "gap_ci95": [0.1, 0.9]}
     said = report.table({"meaning": {}, "by_group": {"gaps": {"accuracy": gap}}})
     assert "accuracy: (no group) (3 rows) lowest, x (9) highest" in said

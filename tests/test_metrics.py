@@ -37,7 +37,8 @@ def test_class_metrics_equal_scikit_learn(seed):
         "roc_auc": np.mean([sk.roc_auc_score(y == c, probs[:, c]) for c in there]),
         "average_precision": np.mean([sk.average_precision_score(y == c, probs[:, c]) for c in there])})
     two_of_three = np.array([0, 1, 1, 0]), np.eye(3)[[0, 1, 0, 0]]  # one never occurs
-    assert CLASS_METRICS["f1_macro"](*two_of_three) == close(sk.f1_score([0, 1, 1, 0], [0, 1, 0, 0], average="macro"))
+    theirs = sk.f1_score([0, 1, 1, 0], [0, 1, 0, 0], average="macro")
+    assert CLASS_METRICS["f1_macro"](*two_of_three) == close(theirs)
 
     several, p = rng.random((n, k)) < 0.4, (rng.integers(1, 10, (n, k)) + 0.7) / 11
     several[0], several[1] = True, False  # each label occurs, and is missing
@@ -108,7 +109,8 @@ def test_entities_are_those_of_conlleval_and_of_seqeval_s_strict_mode(labels, ta
     assert metrics.TagScheme(labels.split()).entities(tags.split()) == expected
 
 
-@pytest.mark.parametrize("letters, scheme", [("BI", None), ("BIES", "IOBES"), ("BILU", "BILOU"), ("IE", "IOE2")])
+@pytest.mark.parametrize("letters, scheme", [("BI", None), ("BIES", "IOBES"), ("BILU", "BILOU"),
+                                             ("IE", "IOE2")])
 def test_entities_equal_seqeval_s(letters, scheme):
     seqeval = pytest.importorskip("seqeval")
     from seqeval.metrics.sequence_labeling import get_entities
@@ -125,7 +127,8 @@ def test_entities_equal_seqeval_s(letters, scheme):
 
 
 def test_what_counts_as_an_entity_is_said():
-    for labels, said in (("0 3 4", "no tag is O"), ("PER O", "whose tag is not O"), ("PER o", "whose tag is not O"), ("B-a I-a O", "by B-, I-")):
+    for labels, said in (("0 3 4", "no tag is O"), ("PER O", "whose tag is not O"),
+                         ("PER o", "whose tag is not O"), ("B-a I-a O", "by B-, I-")):
         assert said in str(metrics.TagScheme(labels.split()))
 
 
