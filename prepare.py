@@ -296,6 +296,9 @@ def read(spool: Path, s: SimpleNamespace, downloads: Path, found: dict) -> np.nd
     rules = make_rules(s)
     index = collect(docs, spool, rules, s.min_chars, s.min_text, s.near_duplicates > 0, found)
     index = copies(index, spool, s, found)
+    if s.scrub_pii and "bad_rows" in found:  # its example is of a row as it came
+        bad = found["bad_rows"]["example"]
+        found["bad_rows"]["example"], _, _ = Scrub(s.phones)(bad, len(bad))
     print_notes(found)
     if s.scrub_pii:
         print_replaced(rules["scrub_pii"])

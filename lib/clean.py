@@ -39,23 +39,25 @@ REACH = {"html": 2**20, "scrub_pii": REACH_OF_KEY}  # longer ones are left as th
 def cleaned(blocks: Iterable[str], rules: dict[str, Callable], title: str, found: dict,
             times: Counter) -> Iterator[str]:
     """A document's text by these rules. times: counts the places. found: gets the first as an example."""
-    for name, rule in rules.items():
-        blocks = by_rule(blocks, name, rule, title, found, times)
+    for name in rules:
+        blocks = by_rule(blocks, name, rules, title, found, times)
     return blocks
 
 
-def by_rule(blocks: Iterable[str], name: str, rule: Callable, title: str, found: dict,
+def by_rule(blocks: Iterable[str], name: str, rules: dict[str, Callable], title: str, found: dict,
             times: Counter) -> Iterator[str]:
     rest = ""
     for block, is_last in with_last(blocks):
         text = rest + block
         stop = len(text) if is_last else safe_end(text, len(text) - REACH.get(name, 0))
-        done, rest, n = rule(text, stop)
+        done, rest, n = rules[name](text, stop)
         if n:
             times[name] += n
             if name not in found:
                 at = len(os.path.commonprefix((text, done)))
-                shown = done if name == "scrub_pii" else text  # meta.json is no place for what is scrubbed
+                shown = done if name == "scrub_pii" else text
+                if "scrub_pii" in rules and name != "scrub_pii":
+                    shown = ""  # meta.json is no place for what is yet to be scrubbed
                 note(found, name, f"{title}: {shown[max(at - 30, 0):at + 30]!r}", documents=0)
         yield done
     yield rest

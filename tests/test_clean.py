@@ -117,8 +117,8 @@ def test_personal_data_in_six_languages_code_logs_and_tables(phones):
 
 
 def test_what_was_replaced_is_shown_without_its_digits_and_not_stored(tmp_path):
-    rules, found = rules_of("scrub_pii"), {}
-    text = "jo.e23@x.org, +1 555-123-4567, sk-" + "Ab1" * 8
+    rules, found = rules_of("html", "scrub_pii"), {}
+    text = "<p>jo.e23@x.org, +1 555-123-4567, sk-" + "Ab1" * 8
     collect(iter([("a", text)]), tmp_path / "spool", rules, 1, 0, False, found)
     scrub = rules["scrub_pii"]
     assert scrub.counts == {"EMAIL": 1, "PHONE": 1, "KEY": 1, "IP": 0}

@@ -511,6 +511,15 @@ def test_what_is_read_of_a_file_that_is_named(tmp_path, name, content, expected)
             assert found["bad_rows"]["documents"] == 1
 
 
+def test_a_row_that_was_passed_over_is_scrubbed_too(tmp_path):
+    rows = [json.dumps({"text": page}) for page in PAGES]
+    (tmp_path / "a.jsonl").write_text("\n".join(['{"mail": "jo@example.org"}', *rows]), encoding="utf-8")
+    folder = prepare.prepare(source=str(tmp_path / "a.jsonl"), root=tmp_path / "data", tokenizer="bytes",
+                             skip_bad_rows=True, scrub_pii=True)
+    report = prepare.read_meta(folder)["report"]
+    assert "[EMAIL]" in report["bad_rows"]["example"] and "jo@example" not in json.dumps(report)
+
+
 def test_what_a_file_is_taken_for_is_said(tmp_path):
     for name, content, what in (("a.txt", '{"text": "one"}\n{"text": "two"}\n', "records_as_text"),
                                 ("b.csv", "id,text\n1,one\nid, text\n2,two\n", "headers_again"),
