@@ -344,6 +344,9 @@ def remembered(earlier: dict, defaults: dict, settings: dict[str, Setting]) -> d
 
 
 def settings_of(script: dict) -> dict[str, Setting]:
+    for name, value in list(script.items()):  # one that was written without a type has its value's
+        if name.islower() and not name.startswith("_") and type(value) in (bool, int, float, str):
+            script["__annotations__"].setdefault(name, type(value))
     return declared(script["__annotations__"], Path(script["__file__"]).read_text(encoding="utf-8"), script)
 
 
@@ -361,7 +364,7 @@ def declared(annotations: dict, source: str, namespace: dict) -> dict[str, Setti
     """What is annotated, with the comments behind it in the source."""
     found = {}
     for name, kind in annotations.items():
-        comment = re.search(rf"^ *{name}:.*?  # (.*)", source, re.MULTILINE)
+        comment = re.search(rf"^ *{name}(?::| =).*?  # (.*)", source, re.MULTILINE)
         kind = eval(kind, namespace) if isinstance(kind, str) else kind
         found[name] = Setting(kind, namespace[name], comment[1] if comment else "")
     return found

@@ -64,6 +64,20 @@ def test_settings_go_left_to_right(a_script, tmp_path):
     assert given["n_layer"] == 5 and given["pos"] == "rope"
 
 
+def test_a_setting_without_a_type_has_its_value_s(tmp_path):
+    text = SCRIPT.replace("batch_size: at_least(1) =", "mine = 0.5  # its help\nbatch_size =")
+    (tmp_path / "script.py").write_text(text, encoding="utf-8")
+    namespace = {"__file__": str(tmp_path / "script.py")}
+    exec(text, namespace)
+    before = settings.settings_of(namespace)
+    assert before["mine"] == (float, 0.5, "its help") and before["batch_size"].kind is int
+    settings.configure(namespace, None, ["--mine=2", "--batch_size=7"])
+    values = settings.values_of(namespace)  # which every run stores
+    assert (values["mine"], values["batch_size"]) == (2.0, 7)
+    with pytest.raises(SettingError, match="--batch_size: wanted int"):
+        settings.configure(namespace, None, ["--batch_size=x"])
+
+
 def test_a_config_file_computes_with_what_is_set_before_and_with_names_of_its_own(a_script, tmp_path):
     file = tmp_path / "c.py"
     file.write_text("scale = 3\nn_layer = scale * 2\nlearning_rate = learning_rate / 4\nn_embd = 2 * n_embd\n")
