@@ -540,6 +540,9 @@ def nanogpt_meta(folder: Path) -> dict:
         text = folder / "input.txt"
         chars = text.read_text(encoding="utf-8", errors="replace") if text.is_file() else ""
         codec, first = Characters.of(chars), ids["train"][:1000].tolist()
+        if not chars:
+            raise UserError(f"{folder}: meta.pkl is not read, since it could run code: put {text.name}, the "
+                            "text whose characters its tokens are, beside it")
         if not first or codec.encode(chars[:len(first)]) != first:
             raise UserError(f"{folder}: its tokens are not the characters of {text.name} beside it, and "
                             "meta.pkl is not read, since it could run code: python prepare.py "

@@ -931,6 +931,9 @@ def test_a_nanogpt_data_folder_is_read_and_nothing_of_it_unpickled(nanogpt, tmp_
     with pytest.raises(UserError) as error:
         run_here(train, "--out_dir=out2", *how)
     says(error, "meta.pkl is not read", "prepare.py --source=data/chars/input.txt --dataset=chars_new")
+    (folder / "input.txt").unlink()
+    with pytest.raises(UserError, match="meta.pkl is not read, .*: put input.txt, .* beside it"):
+        run_here(train, "--out_dir=out2", *how)
 
 
 def test_a_nanogpt_data_folder_without_a_pickle_is_gpt2_s(tmp_path, monkeypatch):
