@@ -189,10 +189,10 @@ def test_a_large_model_is_asked_less_unless_more_is_asked_for(monkeypatch):
     assert "LIME by 1,000 copies" in explain.attributions(model, score, idx, 0, units=units)[2]
     monkeypatch.setattr(explain, "BUDGET", 1e3)
     found, _, told = explain.attributions(model, score, idx, 0, units=units)
-    assert told == ("integrated gradients at 8 points, LIME by 32 copies, in which 5 neighbours are masked "
+    assert told == ("integrated gradients at 4 points, LIME by 16 copies, in which 10 neighbours are masked "
                     "together")
-    lime = found["LIME"].view(8, 5)
-    assert torch.equal(lime, lime[:, :1].expand(8, 5))  # each has its share
+    lime = found["LIME"].view(4, 10)
+    assert torch.equal(lime, lime[:, :1].expand(4, 10))  # each has its share
     assert "LIME by 200 copies" in explain.attributions(model, score, idx, 0, 200, units=units)[2]
 
 

@@ -221,7 +221,7 @@ def attributions(model: Transformer, score: Callable, idx: torch.Tensor, neutral
 
     # The gradient on average over the way from neutral to the text, times the way: the sum is the change of
     # the score (Sundararajan et al. 2017). More points where it is not yet: relu makes a way of many kinks.
-    for points in (8, 32, 128, 512, 2048):
+    for points in (4, 8, 32, 128, 512, 2048):
         places, weights = torch.tensor(np.array(np.polynomial.legendre.leggauss(points)) / 2)
         slopes = torch.cat([slope(part) for part in blends(places.unsqueeze(1) + 0.5)])  # (points, T, C)
         average = torch.einsum("n,ntc->tc", weights.to(x), slopes)
@@ -238,7 +238,7 @@ def attributions(model: Transformer, score: Callable, idx: torch.Tensor, neutral
     found = {method: members.double() @ values.detach().cpu().double() for method, values in found.items()}
 
     # Of a large model fewer copies, and of a long text neighbours are masked together: each has its share.
-    copies = samples or min(1000, max(32, int(budget / forward)))
+    copies = samples or min(1000, max(16, int(budget / forward)))
     runs = members if units is None else units.members(copies // 4)  # (R, T)
     fitted = lime(lambda there: torch.cat([score_from(part) for part in blends(there @ runs.double())]),
                   len(runs), copies, seed)
