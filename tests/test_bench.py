@@ -82,32 +82,26 @@ def test_what_every_size_costs_does_not_hide_how_a_part_grows(time_of, wanted):
 
 
 def test_a_part_that_grows_too_fast_is_named(monkeypatch, capsys):
-    """Of three: in step with its work, squared, and one that fails; with memory that may not grow."""
-    parts = {"good": lambda n: n, "squared": lambda n: n**2, "fails": None}
+    """Of four: in step with its work, squared, one that fails, and one with memory that may not grow."""
+    parts = {"good": lambda n: n, "squared": lambda n: n**2, "fails": lambda n: 1 / 0, "streams": lambda n: n}
 
     def measured(name, sizes):
-        of = parts[name]
-        if of is None:
-            return [], "at 10: no such file"
-        return [{"seconds": of(n), "clock": 1.0, "megabytes": n} for n in sizes], ""
+        return [{"seconds": parts[name](n), "clock": 1.0, "megabytes": n} for n in sizes]
 
-    monkeypatch.setattr(growth, "in_a_process", measured)
+    monkeypatch.setattr(growth, "measured", measured)
     monkeypatch.setattr(growth, "PARTS", {
-        name: growth.Part(None, "rows", 1600, 1600, "rows") for name in parts} | {
-        "streams": growth.Part(None, "rows", 1600, 1600, "")})
-    parts["streams"] = parts["good"]
+        name: growth.Part(None, "rows", 1600, 1600, "" if name == "streams" else "rows") for name in parts})
     with pytest.raises(growth.UserError, match="^squared, fails, streams: grows"):
         growth.main()
     rows = capsys.readouterr().out.splitlines()[2:]
     assert [row.split(" | ")[0] for row in rows] == ["| good", "| squared", "| fails", "| streams"]
-    assert "| 0.88 |" in rows[0] and "too fast" in rows[1] and "no such file" in rows[2]
+    assert "| 0.88 |" in rows[0] and "too fast" in rows[1] and "ZeroDivisionError" in rows[2]
 
 
 def test_a_part_is_measured_in_a_process(tmp_path):
-    done = script("tools/bench.py", "growth", "--part=log", cwd=tmp_path, timeout=60)
+    done = script("tools/bench.py", "growth", "--part=grid", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"\| log \| 64,000 rows of the log \| \d+\.\d s \| \d+ MB \| [01]\.\d\d", done.stdout)
-
+    assert re.search(r"\| grid \| 64,000 trials \| \d+\.\d s \| \d+ MB \| [01]\.\d\d", done.stdout)
 
 
 @pytest.mark.parametrize("name, peak", [
