@@ -253,8 +253,8 @@ def need_tokenizers():
 FACTS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json",
          "generation_config.json")
 
-# The special tokens of families whose files do not name them: the first row that is whole in the vocabulary
-FAMILIES = {
+# What families call their special tokens: for files that do not, the first row that the vocabulary has whole
+SPECIALS = {
     "BERT": {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]", "pad_token": "[PAD]",
              "unk_token": "[UNK]"},
     "RoBERTa": {"bos_token": "<s>", "eos_token": "</s>", "cls_token": "<s>", "sep_token": "</s>",
@@ -315,10 +315,10 @@ def read_hub_tokenizer(path: str | Path) -> HubTokenizer:
             by_ids |= {role: token_of[i] for i in ids[:1]}
             ends += ids if role == "eos_token" else []
     if not {"eos_token", "sep_token"} & set(roles):
-        family = next((one for one in FAMILIES if vocab.keys() >= set(FAMILIES[one].values())), None)
+        family = next((one for one in SPECIALS if vocab.keys() >= set(SPECIALS[one].values())), None)
         if family:
             say(f"{path}: its files name no special tokens: those of {family}")
-        roles = FAMILIES.get(family, by_ids) | roles
+        roles = SPECIALS.get(family, by_ids) | roles
     kept = {name: value for name, value in config.items()  # with the roles that are none
             if name != "added_tokens_decoder" and (name not in named or value is None)}
     template = folder / "chat_template.jinja"
@@ -431,7 +431,7 @@ def built(path: str | Path, folder: Path, facts: dict[str, dict], roles: dict) -
     more = any(config.get(f"add_{what}") for what in ("bos_token", "eos_token", "prefix_space"))
     if not family or more or not (folder / file).is_file():
         return converted(path, folder, name, config, roles)
-    token = FAMILIES[family] | roles
+    token = SPECIALS[family] | roles
     lines = (folder / file).read_text(encoding="utf-8").removesuffix("\n").split("\n")
     if family == "BERT":
         vocab = {piece: i for i, piece in enumerate(lines)}
@@ -446,7 +446,7 @@ def built(path: str | Path, folder: Path, facts: dict[str, dict], roles: dict) -
         around = {"type": "RobertaProcessing", "trim_offsets": True, "add_prefix_space": False}
         merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
         parts = {"model": {"type": "BPE", "vocab": vocab, "merges": merges}, **by_bytes()}
-    if "cls_token" in FAMILIES[family]:
+    if "cls_token" in SPECIALS[family]:
         cls, sep = token["cls_token"], token["sep_token"]
         parts["post_processor"] = {**around, "cls": [cls, vocab.get(cls)], "sep": [sep, vocab.get(sep)]}
     return json.dumps(tokenizer_json({one: vocab[one] for one in token.values() if one in vocab}, parts))

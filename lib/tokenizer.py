@@ -193,8 +193,8 @@ class Characters(Tokenizer):
     """
 
     def __init__(self, chars: str):
-        self.kind, self.chars, self.specials = "chars", chars, {}
-        self.ranks = self.token_bytes = self.decoded = [c.encode() for c in chars]
+        self.kind, self.chars, self.specials, self.ranks = "chars", chars, {}, []
+        self.token_bytes = self.decoded = [c.encode() for c in chars]
         self.id_of = {c: i for i, c in enumerate(chars)}
         self.vocab_size = len(chars)
         self.eot = self.pad = max(0, chars.find("\n"))
@@ -211,9 +211,6 @@ class Characters(Tokenizer):
             raise UserError(f"{min(unknown)!r}: is none of the {len(self.chars)} characters that the model "
                             "knows: leave it out")
         return [self.id_of[c] for c in text]
-
-    def encode_documents(self, texts: list[str], ends: list[bool], lost: Counter | None = None) -> np.ndarray:
-        return with_ends(self.encode_batch(texts), ends, self.eot)
 
     def to_dict(self) -> dict:
         return {"kind": self.kind, "chars": self.chars}
