@@ -280,13 +280,14 @@ def make_tokenizer(name: str, texts: Iterable[str], vocab_size: int) -> Tokenize
 
 def of_openai(name: str) -> Tokenizer:
     """One of tiktoken's, which keeps its ranks, or downloads them."""
+    names = tiktoken.list_encoding_names()
+    if name not in names:
+        raise SettingError(f"--tokenizer={name}: wanted bytes, bpe, gpt2, a .tiktoken file, a Hugging Face "
+                           f"folder, or one of {', '.join(names)}")
     for stored in ("r50k_base", "gpt2") if name == "gpt2" else (name,):  # the same: nanoGPT's users have gpt2
         try:
             known = tiktoken.get_encoding(stored)
             break
-        except ValueError:
-            raise SettingError(f"--tokenizer={name}: wanted bytes, bpe, gpt2, a .tiktoken file, a Hugging "
-                               f"Face folder, or one of {', '.join(tiktoken.list_encoding_names())}") from None
         except Exception as error:  # whatever the network does; tiktoken passes on what its client raises
             reason = str(error).split("\n")[0][:120]
     else:
