@@ -37,7 +37,7 @@ from lib.optim import Pruning
 from lib.report import Tested, summary_of_folds, table, write_results
 from lib.rows import IN_WORDS, WORDS, Row, text_key
 from lib.run import (BadSteps, Machine, Pace, Run, State, find_checkpoint, in_words,
-                     left_by_runs, load_body, main_process, model_of, refuse_to_replace,
+                     load_body, main_process, model_of, refuse_to_replace,
                      step_line, stored_settings, to_device, tokenizer_of, write_json)
 from lib.splits import BUILT_IN, known_columns, read_splits
 from lib.tasks import TASKS, Example, Task, Vectors
@@ -939,7 +939,6 @@ def main(given: dict):
     splits = read_splits(s, machine.say)
     for warning in models_that_have_seen(s):
         machine.say(warning)
-    replaces = [] if init_from == "resume" else left_by_runs(folder)
     if folds:
         machine.say(f"{folds} trainings, each on {folds - 2} of {folds} parts of the data; one part chooses the "
                     "best epoch, one is tested on")
@@ -948,8 +947,7 @@ def main(given: dict):
         if folds:
             machine.say(f"\n--- {place.name} of {folds} ---\n")
         run = Run(machine, place, init_from, overwrite, max_minutes, origin)
-        run.replaces, replaces = replaces, []  # the first fold to begin takes the place of all that were
-        run.whole = folder
+        run.removes = folder if run.removes and not found else None  # the first fold begins anew for all
         found.append(fine_tune(run, train, val, test, given, s))
     if folds and machine.main:
         print(summary_of_folds(folder, found, s))

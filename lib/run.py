@@ -19,7 +19,6 @@ import platform
 import re
 import signal
 import sys
-import threading
 import time
 import zipfile
 import zlib
@@ -342,42 +341,26 @@ def read_dict(path: Path) -> dict:
         return {}
 
 
-class FileCheck(threading.Thread):
-    """Are files still what their SHA-256 says? Found out beside the first steps; result() raises UserError.
-
-    Once for each file as it is: the user's cache remembers its size, time and inode.
-    """
-
-    def __init__(self, sums: dict[Path, str]):
-        super().__init__(daemon=True)
-        self.sums = {path.absolute(): expected for path, expected in sums.items()}
-        self.wrong = ""
-        self.start()
-
-    def run(self) -> None:
-        place = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or Path.home() / ".cache"
-        memory = Path(place) / "transformer" / "sums.json"
-        known = read_dict(memory)
-        for path, expected in self.sums.items():
-            try:
-                about = path.stat()
-                key = f"{path.resolve()} {about.st_size} {about.st_mtime_ns} {about.st_ino}"
-                if known.get(key) != expected:
-                    known[key] = sha256_of(path)
-            except OSError as error:  # it is gone, or cannot be read
-                self.wrong = f"{path}: {why(error)}"
-                return
-            if known[key] != expected:
-                self.wrong = (f"{path}: has other content than its meta.json says (SHA-256): make the data "
-                              "set again, with --overwrite")
-        with contextlib.suppress(OSError, UserError):
-            memory.parent.mkdir(parents=True, exist_ok=True)
-            write_json(memory, known)
-
-    def result(self) -> None:
-        self.join()
-        if self.wrong:
-            raise UserError(self.wrong)
+def check_sums(sums: dict[Path, str]) -> None:
+    """Raises UserError if a file is not what its SHA-256 says. The user's cache remembers those that are, by
+    size, time and inode."""
+    place = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or Path.home() / ".cache"
+    memory = Path(place) / "transformer" / "sums.json"
+    known = read_dict(memory)
+    for path, expected in sums.items():
+        try:
+            about = path.stat()
+            key = f"{path.resolve()} {about.st_size} {about.st_mtime_ns} {about.st_ino}"
+            if known.get(key) != expected:
+                known[key] = sha256_of(path)
+        except OSError as error:  # it is gone, or cannot be read
+            raise UserError(f"{path}: {why(error)}") from None
+        if known[key] != expected:
+            raise UserError(f"{path}: has other content than its meta.json says (SHA-256): make the data set "
+                            "again, with --overwrite")
+    with contextlib.suppress(OSError, UserError):
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        write_json(memory, known)
 
 
 def sha256_of(path: Path) -> str:
@@ -411,6 +394,15 @@ def left_by_runs(folder: Path) -> list[Path]:
 def is_replaced(folder: Path) -> bool:
     """Was --overwrite killed while it removed the run in a folder, or the run that this is a fold of?"""
     return (folder / REPLACED).exists() or (folder.parent / REPLACED).exists()
+
+
+def remove_run(folder: Path) -> None:
+    """If this process is killed meanwhile, all of it is gone."""
+    marker = folder / REPLACED
+    marker.touch()
+    for file in left_by_runs(folder):
+        file.unlink(missing_ok=True)
+    marker.unlink()
 
 
 def refuse_to_replace(folder: Path) -> None:
@@ -664,16 +656,16 @@ class Run:
     def __init__(self, machine: Machine, folder: str | Path, init_from: str, overwrite: bool = False,
                  max_minutes: Optional[float] = None, origin: Optional[str] = None):
         self.machine, self.folder = machine, Path(folder)
-        self.init_from, self.overwrite = init_from, overwrite
-        self.log_file = self.folder / "log.jsonl"
-        self.whole = self.folder  # what --overwrite replaces: of a fold, the folder of all
-        self.replaces = [] if init_from == "resume" else left_by_runs(self.folder)
+        self.init_from, self.log_file = init_from, self.folder / "log.jsonl"
+        self.removes = None  # the folder whose run it takes the place of
         self.lock, self.source, self.checkpoint = None, None, {}
         if init_from == "resume":
             self.find(origin)
-        elif not overwrite:
+        elif overwrite or is_replaced(self.folder):
+            self.removes = self.folder
+        else:
             refuse_to_replace(self.folder)
-        elif self.replaces and Path(init_from).exists() and self.folder.samefile(init_from):
+        if self.removes and Path(init_from).exists() and Path(init_from).resolve() == self.folder.resolve():
             raise SettingError(f"init_from={init_from}: --overwrite would remove it: give another out_dir")
         self.resumed = bool(self.checkpoint)
         self.compiled = self.checkpoint.get("compiled")  # its last bits depend on it: it stays so, or not
@@ -682,7 +674,7 @@ class Run:
             self.machine_then.setdefault("matmul", "float32")  # of a run of before there was a choice
         self.stop = Stop(max_minutes)
         self.forget = self.best_is_gone()  # the best so far, which no longer compares
-        self.data_check = None  # a FileCheck
+        self.data_check = None  # the Future of a check that goes on beside the first steps
         self.before = 0.0  # seconds that earlier processes took
         self.unit = ("nats a token", 1.0)  # of the training loss; validation losses times this have it
         self.watcher = None  # is told each row of the log, too
@@ -767,12 +759,8 @@ class Run:
         best = self.folder / "best.pt"
         if self.forget and best.exists():
             os.replace(best, self.folder / "best.before.pt")  # which nothing loads by itself
-        marker = self.whole / REPLACED
-        if self.replaces and (self.overwrite or marker.exists()):  # else they would be taken for this run's
-            marker.touch()  # if this process is killed now, they all are gone
-            for file in self.replaces:
-                file.unlink(missing_ok=True)
-        marker.unlink(missing_ok=True)
+        if self.removes:
+            remove_run(self.removes)
         write_json(self.folder / "settings.json", settings)
         write_text(self.log_file, self.rows_so_far())
 
@@ -793,23 +781,23 @@ class Run:
 
     def restore(self, model, optimizers) -> State:
         """The state of the run, 0 for a new one; optimizers and random states are set as they were then."""
-        state, saved = State(), self.checkpoint
-        if self.resumed:
-            try:
-                load_optimizer_state(optimizers, model, saved["optimizer"])
-                if self.machine.scaler and saved["scaler"]:
-                    self.machine.scaler.load_state_dict(saved["scaler"])
-                self.machine.set_random_states(saved["rng"])
-            except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-                raise UserError(f"{self.source}: does not fit its own model ({error}): --init_from="
-                                f"{self.folder} --out_dir=FOLDER begins a run with its weights") from None
-            known = {one.name for one in fields(State)}
-            state = State(**{name: value for name, value in saved["state"].items() if name in known})
-            self.before = state.elapsed
-            if self.forget:
-                state.best, state.since_best = {}, 0
-            self.checkpoint = {"state": saved["state"]}  # free the memory of the weights
-        state.losses = state.losses.to(self.machine.device)
+        if not self.resumed:
+            return State()
+        saved = self.checkpoint
+        try:
+            load_optimizer_state(optimizers, model, saved["optimizer"])
+            if self.machine.scaler and saved["scaler"]:
+                self.machine.scaler.load_state_dict(saved["scaler"])
+            self.machine.set_random_states(saved["rng"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(f"{self.source}: does not fit its own model ({error}): --init_from="
+                            f"{self.folder} --out_dir=FOLDER begins a run with its weights") from None
+        known = {one.name for one in fields(State)}
+        state = State(**{name: value for name, value in saved["state"].items() if name in known})
+        self.before = state.elapsed
+        if self.forget:
+            state.best, state.since_best = {}, 0
+        self.checkpoint = {"state": saved["state"]}  # free the memory of the weights
         return state
 
     def elapsed(self) -> float:

@@ -25,7 +25,7 @@ import train
 from config import SettingError, UserError, launch
 from lib import group
 from lib import run as run_file
-from lib.run import (REPORTS, RESUME, FileCheck, Machine, Pace, Run, State, Stop, find_checkpoint, model_of,
+from lib.run import (REPORTS, RESUME, Machine, Pace, Run, State, Stop, check_sums, find_checkpoint, model_of,
                      stored_settings)
 from model import Config, Transformer
 from tests.helpers import (QUICK, ROOT, TOY, checkpoint, full_disk, log_of, posix, run_here, same, script,
@@ -578,7 +578,7 @@ def test_a_file_of_the_data_that_was_altered_stops_the_run_before_it_saves(home,
         run(home, "altered", *args)
     assert not list((home / "out/altered").glob("*.pt"))
     with pytest.raises(UserError, match="gone.bin: No such file"):
-        FileCheck({home / "gone.bin": ""}).result()
+        check_sums({home / "gone.bin": ""})
 
 
 def test_a_log_is_strict_json_whatever_is_in_it(home):
