@@ -581,7 +581,6 @@ class Answer(Task):
     metric = "f1"
     shares = {"exact_match"}
     knows = {"max_answer", "pair_column"}
-
     names = ANSWER_NAMES
 
     @classmethod
