@@ -72,7 +72,7 @@ def answer(question: Callable, otherwise=None):
     """To a question to the store; if it does not answer, `otherwise`."""
     try:
         return question(store())
-    except RuntimeError:
+    except (RuntimeError, KeyError, ValueError):  # the last two: its address is not in the environment
         return otherwise
 
 
