@@ -51,8 +51,8 @@ class Row:
 # Names of columns, in lower case, with _ for spaces and dashes; those that come first are taken first
 
 class Names(NamedTuple):
-    of: dict[str, tuple[str, ...]]  # role -> names of its column
-    readings: tuple[tuple[str, ...], ...] = ()  # (text, pair, label) that are taken together; "": any
+    of: dict[str, Sequence[str]]  # role -> names of its column
+    readings: Sequence[Sequence[str]] = ()  # (text, pair, label) that are taken together; "": any
     refused: dict[str, str] = {}  # name of what is not learned from -> what to do
     nested: dict[str, tuple] = {}  # role -> types, beside texts and numbers, that its cells may have
     optional: tuple[str, ...] = ()  # roles that may be missing: the pair in some rows, the label in all
@@ -61,59 +61,55 @@ class Names(NamedTuple):
         return {*itertools.chain(*self.of.values(), *self.readings), *IDS} - {""}
 
 
-def words_of(names: str) -> tuple[str, ...]:
-    return tuple(names.split())
-
-
-def together(readings: str) -> tuple[tuple[str, ...], ...]:
+def together(readings: str) -> list[list[str]]:
     """text+pair+label, each of which may be empty."""
-    return tuple(tuple(reading.split("+")) for reading in readings.split())
+    return [reading.split("+") for reading in readings.split()]
 
 
 ROLES = ("text", "pair", "label", "group", "split", "start")
-IDS = words_of("id idx index guid uid qid")
+IDS = "id idx index guid uid qid".split()
 TWO_TEXTS = together("""
     sentence1+sentence2 question1+question2 premise+hypothesis context+hypothesis text+text_pair
     text_a+text_b text1+text2 sentence_a+sentence_b sentence_1+sentence_2 query1+query2 s1+s2
     #1_string+#2_string question+sentence question+passage+answer question+passage query+passage
     query+document question+context claim+evidence tweet+target+stance text+target+stance text+topic+stance
     text+aspect+polarity text+aspect+sentiment sentence+aspect+polarity sentence+aspect+sentiment""")
-ONE_TEXT = words_of("""
+ONE_TEXT = """
     text sentence review review_text reviewtext content review_body body comment_text sentimenttext tweet
     originaltweet message phrase utterance utt question question_text headline description
     short_description text_a document article abstract full_text essay excerpt title query claim summary
-    sms abst v2 文本 内容 评论 评论内容 微博中文内容 句子 标题""")
-CLASSES = words_of("""
+    sms abst v2 文本 内容 评论 评论内容 微博中文内容 句子 标题""".split()
+CLASSES = """
     label labels gold_label sentiment airline_sentiment polarity stance emotion class category intent topic
     topics target coarse_label label_coarse class_index is_duplicate is_sarcastic quality entailment_label
     entailment_judgment stars star rating score review_score overall label_text tags _label_ v1 标签 类别
-    情感 情感倾向 分类""")
-NUMBERS = words_of("""
+    情感 情感倾向 分类""".split()
+NUMBERS = """
     score similarity_score relatedness_score similarity label rating stars overall points target
-    domain1_score value 评分""")
+    domain1_score value 评分""".split()
 SEVERAL = ("conversations of several turns, and answers to choose from, are not learned from yet: "
            "--text_column=NAME --label_column=NAME, if a row has one text and its answer")
-CHOICES = dict.fromkeys(words_of("choice1 choices options endings ending0 sol1 candidates"), SEVERAL)
-TURNS = dict.fromkeys(words_of("messages conversations conversation history parent_id chosen chat instances"),
-                      SEVERAL)
+CHOICES = dict.fromkeys("choice1 choices options endings ending0 sol1 candidates".split(), SEVERAL)
+TURNS = dict.fromkeys(
+    "messages conversations conversation history parent_id chosen chat instances".split(), SEVERAL)
 MARKED = {"annotations": "Label Studio's whole export, it seems: choose JSON-MIN or CSV there"}
 WORD_ROWS = {"word": "a word in each row: write a word and its tag a line, and an empty line between "
                      "sentences, as CoNLL"}
 CLASS_NAMES = Names({"text": ONE_TEXT, "label": CLASSES}, TWO_TEXTS, CHOICES | MARKED, {"label": (list,)})
 NUMBER_NAMES = Names({"text": ONE_TEXT, "label": NUMBERS + CLASSES}, TWO_TEXTS, CHOICES | MARKED)
 TAG_NAMES = Names(
-    {"text": words_of("tokens words text sentence word content"),
-     "label": words_of("ner_tags tags labels label ner entities ents spans tag pos_tags upos")},
+    {"text": "tokens words text sentence word content".split(),
+     "label": "ner_tags tags labels label ner entities ents spans tag pos_tags upos".split()},
     together("tokens++ner_tags tokens++tags text++spans"), WORD_ROWS | MARKED,
     nested={"text": (list,), "label": (list, dict)})
 ANSWER_NAMES = Names(
-    {"text": words_of("question query question_text query_text"),
-     "pair": words_of("context context_text passage paragraph document article text"),
-     "label": words_of("answers answer answer_text label"), "split": ("title",),
-     "start": words_of("answer_start answer_starts start")},
+    {"text": "question query question_text query_text".split(),
+     "pair": "context context_text passage paragraph document article text".split(),
+     "label": "answers answer answer_text label".split(), "split": ["title"],
+     "start": "answer_start answer_starts start".split()},
     refused=CHOICES, nested={"label": (list, dict), "start": (list,)})
 LM_NAMES = Names(
-    {"text": words_of("text content body document story article sentence review")}, together("""
+    {"text": "text content body document story article sentence review".split()}, together("""
     instruction+input+output instruction+context+response instruction+input+response instruction++output
     instruction++response instruction++answer trans_instruction+trans_input+trans_output prompt++completion
     prompt++response prompt++output prompt++answer prompt++canonical_solution
@@ -123,9 +119,9 @@ LM_NAMES = Names(
     article++summary dialogue++summary document++summary 问题++回答"""),
     TURNS | CHOICES, optional=("pair", "label"))
 BEFORE = {  # what checkpoints were made with that keep no resolved columns
-    "text": words_of("text sentence sentence1 review content question instruction prompt tokens"),
-    "pair": words_of("text_pair sentence2 input"),
-    "label": words_of("label labels tags target class score output response completion")}
+    "text": "text sentence sentence1 review content question instruction prompt tokens".split(),
+    "pair": "text_pair sentence2 input".split(),
+    "label": "label labels tags target class score output response completion".split()}
 
 
 def plain(name: str) -> str:

@@ -515,17 +515,18 @@ def walk(root: Path, found: dict) -> Iterator[Path]:
             note(found, "data_sets", where)
             folders.clear()
             continue
-        for hidden in [name for name in folders + names if name.startswith(".")]:
-            note(found, "hidden", os.path.join(where, hidden))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for folder in [os.path.join(where, name) for name in folders]:
-            if os.path.islink(folder):
-                note(found, "links", folder)
-        for file in [os.path.join(where, name) for name in sorted(names) if not name.startswith(".")]:
-            if os.path.isfile(file):
-                yield Path(file)
+        for name in folders + sorted(names):
+            path = os.path.join(where, name)
+            if name.startswith("."):
+                note(found, "hidden", path)
+            elif name in folders:
+                if os.path.islink(path):
+                    note(found, "links", path)
+            elif os.path.isfile(path):
+                yield Path(path)
             else:  # a link to nothing, or to itself
-                note(found, "special" if os.path.exists(file) else "links", file)
+                note(found, "special" if os.path.exists(path) else "links", path)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
 
 
 def local_documents(part: str, read: Callable, found: dict) -> Iterator[tuple[str, str]]:
@@ -585,8 +586,8 @@ def file_documents(file: Path, title: str, encoding: str, errors: str, text_key:
     for line, record in records(file, text, names, bad=bad if skip_bad_rows else None):
         if text_key.isdigit() and "no_header" not in found:
             note(found, "no_header", f"{file}: {record.get(text_key)!r}", documents=0)
-        header = names and "json" not in kind
-        if header and all((cell or "").strip() == name for name, cell in record.items()):
+        in_table = names and "json" not in kind
+        if in_table and all((cell or "").strip() == name for name, cell in record.items()):
             note(found, "headers_again", f"{file}:{line}")  # where files were joined
             continue
         try:
@@ -673,13 +674,8 @@ def parts_of(text: Iterable[str], title: str, split_on: str | None, found: dict,
 
 def with_last(blocks: Iterable[str]) -> Iterator[tuple[str, bool]]:
     """Each, and whether it is the last."""
-    before = None
-    for block in blocks:
-        if before is not None:
-            yield before, False
-        before = block
-    if before is not None:
-        yield before, True
+    for block, behind in itertools.pairwise(itertools.chain(blocks, [None])):
+        yield block, behind is None
 
 
 def text_of(record: dict, key: str, where: str, may_be_null: bool) -> str:

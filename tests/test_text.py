@@ -192,6 +192,9 @@ def test_sentences_questions_and_paragraphs(tmp_path):
     row, = read_squad(path)
     assert (row.text, row.pair, row.unit) == ("?", "abc abc b", "article 0")
     assert row.label == [("b", 8), ("z", -1)]
+    settled = {"text": "question", "pair": "context", "label": "answers", "header": True, "unused": []}
+    row, = TASKS["qa"].read(str(path), settled)  # columns of a run of before, which did not name the split
+    assert row.unit == "article 0"
 
 
 def test_parts_are_alike_in_labels_and_keep_equal_keys_together():
