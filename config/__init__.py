@@ -282,17 +282,13 @@ def configure(script: dict, fields: type | None, argv: list[str], stored: Callab
     script["DEFAULTS"] = {name: setting.default for name, setting in own.items()}
     settings, given, origins = {**fields_of(fields), **own}, {}, [script.get("init_from")]
     script["PLACES"] = places = {}
-    for number, arg in enumerate(argv, start=1):
-        if arg in ("-h", "--help"):
-            continue
+    words = [arg for arg in argv if arg not in ("-h", "--help")]
+    for number, arg in enumerate(words, start=1):
         flag = arg.startswith("-")
         new = from_flag(arg, settings) if flag else from_file(arg, settings, given)
         given.update(new)
         origins += [new["init_from"]] if "init_from" in new else []
-        places.update(dict.fromkeys(new, len(argv) if flag else number))
-    if {"-h", "--help"} & set(argv):
-        print_help(script, own, fields, given)
-        sys.exit(0)
+        places.update(dict.fromkeys(new, len(words) if flag else number))
     if stored:
         folder = given.get("out_dir", script["out_dir"])
         if folder.endswith(".pt"):  # a checkpoint in it
@@ -301,6 +297,9 @@ def configure(script: dict, fields: type | None, argv: list[str], stored: Callab
         given["init_from"] = begins_from(origins, folder, stored)
         if given["init_from"] == "resume":
             given = {**remembered(*stored(folder), settings), **given}
+    if words != argv:
+        print_help(script, own, fields, given)
+        sys.exit(0)
     script.update({name: value for name, value in given.items() if name in own})
     return {name: value for name, value in given.items() if name not in own}
 
@@ -490,7 +489,8 @@ def from_python(path: str, known: dict) -> tuple[dict, dict]:
     except Exception as error:  # whatever is wrong with the user's own code
         frames = traceback.extract_tb(error.__traceback__)
         lines = [getattr(error, "lineno", 1), *(one.lineno for one in frames if one.filename == path)]
-        raise SettingError(f"{path}:{lines[-1]}: {type(error).__name__}: {getattr(error, 'msg', error)}") from None
+        reason = getattr(error, "msg", error)
+        raise SettingError(f"{path}:{lines[-1]}: {type(error).__name__}: {reason}") from None
     names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
     used = {node.id for node in names if isinstance(node.ctx, ast.Load)} - known.keys()
     found = {}

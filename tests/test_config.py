@@ -191,6 +191,9 @@ def test_help_after_a_config_file_shows_what_it_says(a_script, tmp_path, capsys)
     said = capsys.readouterr().out
     assert re.search(r"--batch_size=7 .*; default 12$", said, re.MULTILINE)
     assert re.search(r"--n_layer=3 .*; default 12$", said, re.MULTILINE) and "--n_head=12 " in said
+    with pytest.raises(SystemExit):  # and of a run what it remembers
+        settings.configure(a_script, Config, ["--init_from=resume", "--help"], lambda _: ({"n_layer": 5}, {}))
+    assert "--n_layer=5 " in capsys.readouterr().out
 
 
 SCRIPTS = {train: Config, finetune: Config, sample: sample.Choice, prepare: None, explain: None, search: None,

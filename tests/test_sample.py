@@ -28,8 +28,8 @@ def test_int8_weights_are_a_quarter_of_the_size_and_nearly_as_good(home):
         x = torch.randn(3, model.config.n_embd) * torch.tensor([[1.0], [100.0], [0.0]])
         layer = small.blocks[0].mlp.up
         assert torch.equal(layer(x)[:1], layer(x[:1])) and torch.equal(layer(x)[2], layer(x[2]))
-    cached, read_again = (small.generate(ids[:, :5], 20, temperature=0, use_cache=use) for use in (True, False))
-    assert torch.equal(cached, read_again)
+    cached = small.generate(ids[:, :5], 20, temperature=0)
+    assert torch.equal(cached, small.generate(ids[:, :5], 20, temperature=0, use_cache=False))
     said = run_here(sample, "--out_dir=out/whole", "--quantize=int8", "--max_new_tokens=5", cwd=home)
     assert said.endswith("---------------\n")
 

@@ -134,7 +134,8 @@ def new_model(given: dict) -> Transformer:
 def random_data(config: Config) -> train.Data:
     """Tokens drawn at random: what they say makes a step no faster."""
     ids = np.random.default_rng(0).integers(config.vocab_size, size=2**20 + config.block_size)
-    return train.Data("random", ids, ids, make_tokenizer("bytes", [], 0), many=True, sums={}, token_bytes=None)
+    return train.Data("random", ids, ids, make_tokenizer("bytes", [], 0), many=True, sums={},
+                      token_bytes=None)
 
 
 def bench_training(given: dict, s: SimpleNamespace) -> None:
