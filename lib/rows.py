@@ -669,48 +669,45 @@ def each_question(path: str, found: Iterable[tuple[int, dict]], labelled: bool) 
 
 
 def each_with_answers(path: str, rows: Iterable[Row]) -> Iterator[Row]:
-    """The rows, with answers of any kind as [(answer, where it begins), ...]."""
+    """The rows, with answers of any kind as [(answer, where it begins), ...]; -1: nowhere."""
     unsure = 0
     for row in rows:
-        given = [row.label] if isinstance(row.label, str) else row.label
-        alone = row.start is None and isinstance(given, list) and all(isinstance(one, str) for one in given)
         try:
-            place_answers(row)
+            given = given_answers(row.label, row.start)
+            row.label = given and [(text, place_of(text, start, row.pair)) for text, start in given if text]
         except (KeyError, TypeError, ValueError, AttributeError):
             raise UserError(f"{row.where}: not answers: {str(row.label)[:60]}: wanted their texts, or text "
                             "and answer_start of each") from None
+        row.start, row.unit = None, row.unit or row.pair
         yield row
-        unsure += alone and any(row.pair.count(answer) > 1 for answer, _ in row.label)
+        unsure += any(start is None and row.pair.count(text) > 1 for text, start in given or () if text)
     if unsure:
         tell(f"{path}: {unsure:,} answers stand in several places, and no column says in which: the first is "
              "taken, of whole words if there are any (answer_start)")
 
 
-def place_answers(row: Row) -> None:
-    given, starts = row.label, row.start
-    if isinstance(given, dict):  # {"text": [...], "answer_start": [...]}
-        given, starts = given.get("text"), given.get("answer_start", starts)
-    if isinstance(given, str):
-        given, starts = [given] if given else [], [starts]
-    if given is not None:
-        starts = starts[:len(given)] if isinstance(starts, list) else []
-        answers = [place_answer(*one, row.pair) for one in itertools.zip_longest(given, starts)]
-        given = [answer for answer in answers if answer[0]]
-    row.label, row.start, row.unit = given, None, row.unit or row.pair
+def given_answers(label: Any, starts: Any) -> list[tuple[str, Any]] | None:
+    """(text, where it is said to begin, or None) of each; None: not known."""
+    if isinstance(label, dict):  # {"text": [...], "answer_start": [...]}
+        label, starts = label.get("text"), label.get("answer_start", starts)
+    if isinstance(label, str):
+        label, starts = [label], [starts]
+    if label is None:
+        return None
+    starts = starts[:len(label)] if isinstance(starts, list) else []
+    return [(one["text"], one.get("answer_start", start)) if isinstance(one, dict) else (str(one), start)
+            for one, start in itertools.zip_longest(label, starts)]
 
 
-def place_answer(answer: str | dict, start: Any, context: str) -> tuple[str, int]:
-    """One that does not stand where it is said to is looked for nearby; -1: nowhere."""
-    text = answer["text"] if isinstance(answer, dict) else str(answer)
-    if isinstance(answer, dict):
-        start = answer.get("answer_start", start)
-    number = to_number(str(start))
+def place_of(text: str, said: Any, context: str) -> int:
+    """Where an answer begins: if not where it is said to, as near to it as can be."""
+    number = to_number(str(said))
     begin = 0 if number == math.inf else int(number)
     if number == math.inf or context[begin:begin + len(text)] != text:
         places = [i for i in range(len(context)) if context.startswith(text, i)]
         whole = [i for i in places if is_whole(context, i, i + len(text))]
         begin = min(whole or places, key=lambda i: abs(i - begin), default=-1)
-    return text, begin
+    return begin
 
 
 def is_whole(text: str, begin: int, end: int) -> bool:

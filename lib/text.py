@@ -402,7 +402,8 @@ def rows_in(path: str | Path, found: Any) -> list:
         raise UserError(f"{path}: wanted a list of objects with texts, got {str(found)[:40]!r}")
     lists = [value for value in found.values() if isinstance(value, list)]
     tables = [value for value in lists if all(isinstance(row, dict) for row in value)]
-    if len(tables) == 1:  # {"version": ..., "data": [...]}
+    letters = sum(len(value) for value in found.values() if isinstance(value, str))
+    if len(tables) == 1 and letters < 100 * len(tables[0]):  # {"version": ..., "data": [...]}, and no article
         return tables[0]
     dicts = [list(value.values()) for value in found.values() if isinstance(value, dict)]
     columns = lists or dicts  # pandas numbers the cells

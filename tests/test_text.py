@@ -221,14 +221,15 @@ def test_the_library_of_python_is_there_without_a_download():
 def test_several_sources_and_the_files_of_a_folder(tmp_path):
     (tmp_path / "a/b").mkdir(parents=True)
     files = {"a/b/2.txt": PAGES[2], "a/1.txt": PAGES[1], "a/3.json": PAGES[3], "a/4.json": '[{"a": 1}]',
-             "a/.hidden": "secret", "a/picture.png": "\x89PNG\0\0", "5.md": PAGES[5], "6.md": PAGES[6]}
+             "a/.hidden": "secret", "a/picture.png": "\x89PNG\0\0", "5.md": PAGES[5], "6.md": PAGES[6],
+             "a/8.json": json.dumps({"text": PAGES[8] * 9, "authors": [{"text": "no document"}]})}
     for name, text in files.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
     with gzip.open(tmp_path / "7.txt.gz", "wt", encoding="utf-8-sig") as f:  # a byte order mark is no text
         f.write(PAGES[7])
     found = {}
     texts = texts_of(f"{tmp_path}/a, {tmp_path}/*.md,{tmp_path}/7.txt.gz", found=found)
-    assert texts == [PAGES[1], PAGES[3], '[{"a": 1}]', PAGES[2], PAGES[5], PAGES[6], PAGES[7]]
+    assert texts == [PAGES[1], PAGES[3], '[{"a": 1}]', PAGES[8] * 9, PAGES[2], PAGES[5], PAGES[6], PAGES[7]]
     assert {what: entry["documents"] for what, entry in found.items()} == {
         "hidden": 1, "empty_or_binary": 1, "json_as_text": 2}
 
