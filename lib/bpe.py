@@ -56,8 +56,8 @@ def count_pieces(texts: Iterable[str]) -> Counter:
         return not is_clause(piece) or zlib.crc32(piece.encode("utf-8", "replace")) % share == 0
 
     for text in texts:
-        found = find_ascii(text) if text.isascii() else find_any(text)
-        pieces.update(found if share == 1 else filter(taken, found))
+        find = find_ascii if text.isascii() else find_any
+        pieces.update(find(text) if share == 1 else filter(taken, find(text)))
         while len(pieces) > look:
             if sum(len(piece) for piece in pieces if is_clause(piece)) <= CLAUSES:
                 look = len(pieces) + LOOK

@@ -642,7 +642,8 @@ def parts_of(text: Iterable[str], title: str, split_on: str | None, found: dict,
         end = len(block) if is_last else max(len(block.rstrip()) - reach, 0)  # what divides may go on there
         if not is_last and not end and len(block) > 4 * BLOCK:
             end = len(block)
-        for place in pattern.finditer(block) if split_on is not None else ():
+        divided = split_on or (split_on is not None and "<|endoftext|>" in block)  # seen at once
+        for place in pattern.finditer(block) if divided else ():
             if place.start() >= end:
                 break
             if place.start() == 0 and pattern is EOT_LINES and last != "\n":  # within a line
