@@ -77,7 +77,8 @@ class Machine:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         torch.manual_seed(seed)
-        self.chosen = {"threads": torch.get_num_threads(), "matmul": "float32"}
+        self.cores = torch.get_num_threads()
+        self.chosen = {"threads": self.cores, "matmul": "float32"}
 
     def choose(self, matmul: str, width: int, earlier: dict) -> None:
         """On a CPU, how many threads, and how a training step multiplies: once for a run, since its last bits
@@ -94,16 +95,16 @@ class Machine:
             pays = self.asked == "auto" and width >= WIDE
             wanted = earlier.get("matmul", "bfloat16" if pays else "float32")
             matmul = wanted if units else "float32"
-        threads = most = torch.get_num_threads()
+        threads = self.cores
         if on_cpu and "OMP_NUM_THREADS" not in os.environ:  # else its user has chosen
-            threads = min(most, earlier.get("threads") or free_cores())
+            threads = min(threads, earlier.get("threads") or free_cores())
             torch.set_num_threads(threads)
         self.chosen = {"threads": threads, "matmul": matmul}
         for name, now in self.chosen.items():
             if on_cpu and earlier.get(name, now) != now:
                 self.say(f"{name} {earlier[name]} -> {now}, by this machine: last bits may differ")
-        if threads < most and "threads" not in earlier:
-            self.say(f"threads {most} -> {threads}: other programs use the other cores")
+        if threads < self.cores and "threads" not in earlier:
+            self.say(f"threads {self.cores} -> {threads}: other programs use the other cores")
 
     def __str__(self) -> str:
         processes = "1 process" if self.world == 1 else f"{self.world} processes"
@@ -253,11 +254,12 @@ def work_and_rest() -> tuple[float, float, float]:
 BEGINNING = work_and_rest()
 
 
-def free_cores() -> int:
-    """Of those that this process may use, how many no other program has used since it began; at least 1."""
+def free_cores() -> float:
+    """Of those that this process may use, how many no other program has used since it began; at least 1; inf if
+    the system does not say."""
     clock, work, rest = (now - then for now, then in zip(work_and_rest(), BEGINNING, strict=True))
     free = (work + rest) / clock
-    return torch.get_num_threads() if math.isnan(free) else max(1, int(free + 0.5))
+    return math.inf if math.isnan(free) else max(1, int(free + 0.5))
 
 
 # dense bfloat16 (V100, T4: float16) FLOP/s from the makers' data sheets

@@ -764,7 +764,7 @@ def test_threads_are_those_of_free_cores_once_for_a_run(home, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(run_file, "free_cores", lambda: free)
     for have, free, earlier, chosen, words in (
-            (3, 3, {}, 3, ""), (3, 2, {}, 2, "threads 3 -> 2: other programs use the other cores"),
+            (3, math.inf, {}, 3, ""), (3, 2, {}, 2, "threads 3 -> 2: other programs use the other cores"),
             (3, 3, {"threads": 2}, 2, ""), (3, 1, {"threads": 2}, 2, ""),
             (3, 3, {"threads": 8}, 3, "threads 8 -> 3, by this machine: last bits may differ")):
         torch.set_num_threads(have)
@@ -780,7 +780,7 @@ def test_threads_are_those_of_free_cores_once_for_a_run(home, monkeypatch):
     torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("rest, free", [(20.0, 2), (12.0, 1), (0.0, 1), (math.nan, 1)])
+@pytest.mark.parametrize("rest, free", [(20.0, 2), (12.0, 1), (0.0, 1), (math.nan, math.inf)])
 def test_a_core_is_free_if_nobody_else_works_on_it(monkeypatch, rest, free):
     monkeypatch.setattr(run_file, "BEGINNING", (100.0, 5.0, 1000.0))
     monkeypatch.setattr(run_file, "work_and_rest", lambda: (110.0, 5.0 + 2.0, 1000.0 + rest - 2.0))
