@@ -255,7 +255,7 @@ BEGINNING = work_and_rest()
 
 
 def free_cores() -> float:
-    """Of those that this process may use, how many no other program has used since it began; at least 1; inf if
+    """Of those that this process may use, how many no other program has used since it began: at least 1. inf:
     the system does not say."""
     clock, work, rest = (now - then for now, then in zip(work_and_rest(), BEGINNING, strict=True))
     free = (work + rest) / clock

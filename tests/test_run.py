@@ -610,7 +610,7 @@ def test_a_log_is_strict_json_whatever_is_in_it(home):
     (UserError, ["--init_from=resume"], "no checkpoint here.*train one first"),
     (UserError, ["--init_from=nowhere"], "nowhere: no checkpoint here"),
     (UserError, ["--dataset=missing"], "data/missing is not there: .*prepare.py .*=missing.*python.*toy"),
-    (UserError, ["--dataset=openwebtext"], "--source=hf:Skylion007/openwebtext --tokenizer=gpt2 --dataset=op"),
+    (UserError, ["--dataset=openwebtext"], "--source=hf:Skylion007/openwebtext --tokenizer=gpt2 --dataset=o"),
     (UserError, ["--learning_rate=1e30"], "not finite.*learning_rate|validation loss.*learning_rate"),
 ])
 def test_what_cannot_be_is_one_line(home, error, given, words):
