@@ -607,7 +607,8 @@ def tags_of_spans(row: Row) -> tuple[list[str], list[str], int]:
     except (KeyError, TypeError, ValueError, AttributeError, IndexError):
         raise UserError(f"{row.where}: not the places of tags: {str(row.label)[:60]}: wanted [begin, end, "
                         "tag] of each") from None
-    split = WORDS["punctuation" if " " in row.text else "characters"]
+    unspaced = " " not in row.text and UNSPACED.search(row.text)
+    split = WORDS["characters" if unspaced else "punctuation"]
     words, tags = [], []
     for match in re.finditer(split, row.text):
         inside = [span for span in spans if span[0] < match.end() and match.start() < span[1]]
