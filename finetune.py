@@ -16,7 +16,6 @@ it does for train.py.
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import math
 import sys
@@ -34,12 +33,12 @@ from torch.nn import functional as F
 from config import (SettingError, UserError, above, at_least, check_used, defaults_of, launch, place_of,
                     recipe, values_of)
 from lib.optim import Pruning
-from lib.report import Tested, summary_of_folds, table, write_results
+from lib.report import Tested, beside_validation, summary_of_folds, table, write_results
 from lib.rows import IN_WORDS, WORDS, Row, text_key
 from lib.run import (BadSteps, Machine, Pace, Run, State, find_checkpoint, in_words,
-                     load_body, main_process, model_of, refuse_to_replace,
-                     step_line, stored_settings, to_device, tokenizer_of, write_json)
-from lib.splits import BUILT_IN, known_columns, read_splits
+                     load_body, load_whole, main_process, model_of, refuse_to_replace, step_line,
+                     stored_settings, to_device, tokenizer_of, write_json)
+from lib.splits import BUILT_IN, Splits, known_columns, read_splits
 from lib.tasks import TASKS, Example, Task, Vectors
 from lib.tokenizer import Tokenizer, make_tokenizer
 from model import Attention, Config, Transformer, block_matrices
@@ -72,7 +71,7 @@ folds: Optional[at_least(3)] = None  # cross-validation: this many trainings, ea
 tokenizer: str = "bpe"  # from scratch: bpe of the training texts (with vocab_size), bytes, gpt2...
 max_length: Optional[at_least(8)] = None  # tokens of an input; longer ones are cut, or read in windows
 max_answer: Optional[at_least(1)] = None  # tokens of an answer; None: of the longest to train on
-pool: Literal["auto", "first", "last", "mean"] = "auto"  # the tokens whose vectors stand for the text
+pool: Literal[("auto", *POOLS)] = "auto"  # the tokens whose vectors stand for the text
 pair: Literal["together", "apart"] = "together"  # two texts: read as one, or each by itself and compared
 freeze: bool = False  # train the head alone
 lora_rank: Optional[at_least(1)] = None  # train additions of this rank, not the matrices; None: no LoRA
@@ -143,6 +142,18 @@ def add_lora(body: Transformer, rank: int, alpha: float) -> None:
                 setattr(module, name, LoRA(child, rank, alpha))
 
 
+@torch.no_grad()
+def merged(weights: dict[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
+    """A body's weights with the additions of LoRA, if there are any, added in: those of a body without it."""
+    found = {name: weight for name, weight in weights.items() if ".lora_" not in name}
+    for name in weights:
+        layer, _, kind = name.rpartition(".")
+        if kind == "lora_b":
+            product = scale * weights[name] @ weights[f"{layer}.lora_a"]
+            found[f"{layer}.weight"] = found[f"{layer}.weight"] + product
+    return found
+
+
 def sum_of(body: Transformer) -> str:
     """Tells a body from others, and from itself when it has been trained on: of its weights without LoRA."""
     found = hashlib.sha256()
@@ -151,16 +162,6 @@ def sum_of(body: Transformer) -> str:
             found.update(name.encode())
             found.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return found.hexdigest()
-
-
-@torch.no_grad()
-def merged(body: Transformer) -> dict[str, torch.Tensor]:
-    """The body's weights with the low-rank additions added in: state of a body without LoRA."""
-    state = {name: weight for name, weight in body.state_dict().items() if ".lora_" not in name}
-    for name, layer in body.named_modules():
-        if isinstance(layer, LoRA):
-            state[f"{name}.weight"] = layer.weight + layer.scale * layer.lora_b @ layer.lora_a
-    return state
 
 
 class ByteDropout(nn.Dropout):
@@ -179,8 +180,7 @@ class ByteDropout(nn.Dropout):
 
 
 def cheapen_dropout(body: Transformer) -> None:
-    """By bytes, and none of attention's weights, where it takes attention off its fast path and did not help
-    (RESULTS.md)."""
+    """By bytes, and none of attention's weights, where it costs the fast kernel for nothing (RESULTS.md)."""
     for module in body.modules():
         if type(module) is nn.Dropout:
             module.__class__ = ByteDropout
@@ -188,11 +188,18 @@ def cheapen_dropout(body: Transformer) -> None:
             module.dropout = 0.0
 
 
+POOLS = {  # name -> of vectors (B, T, C) and which of them are real (B, T), those of the texts, (B, C)
+    "first": lambda x, real: x[:, 0],
+    "last": lambda x, real: x[torch.arange(len(x), device=x.device), real.sum(1) - 1],
+    "mean": lambda x, real: (x * real.unsqueeze(-1)).sum(1) / real.sum(1, keepdim=True),
+}
+
+
 class Tuned(nn.Module):
     """A body and a linear head for a task: (B, T) ids -> (B, n_out) of texts, or (B, T, n_out) of tokens.
 
-    Padding is on the right and changes nothing. self.head is the layer; task.head what the checkpoint
-    keeps of the task, see new_head.
+    Padding is on the right and changes nothing. self.head is the layer, without weights if the task needs
+    none; task.head what the checkpoint keeps of the task, see new_model.
     """
 
     def __init__(self, body: Transformer, task: Task):
@@ -201,13 +208,10 @@ class Tuned(nn.Module):
         self.pool, self.apart = task.head["pool"], task.head["apart"]
         self.dropout = ByteDropout(body.config.dropout)
         cheapen_dropout(body)
-        self.head = None
-        if task.writes:
-            return
-        width = body.config.n_embd
         if not task.n_out:
             self.head = nn.Identity()
             return
+        width = body.config.n_embd
         self.head = nn.Linear(2 * width if self.apart else width, task.n_out, task.head.get("bias", True))
         nn.init.normal_(self.head.weight, std=0.02)
         if self.head.bias is not None:
@@ -223,13 +227,9 @@ class Tuned(nn.Module):
         x = self.body.hidden(idx, pad_mask, segments)  # (B, T, C)
         if places is not None:
             x = x.flatten(0, 1)[places]  # (n, C); by a mask, a GPU would be waited for
-        elif self.pool == "first":
-            x = x[:, 0]  # (B, C)
-        elif self.pool == "last":
-            x = x[torch.arange(len(x), device=x.device), real.sum(1) - 1]
-        elif self.pool == "mean":
-            x = (x * real.unsqueeze(-1)).sum(1) / real.sum(1, keepdim=True)
-        if self.head is None:
+        elif self.pool is not None:
+            x = POOLS[self.pool](x, real)  # (B, C)
+        if self.task.writes:
             return self.body.logits(x)
         if self.task.of_texts and self.task.n_out and self.body.pooler is not None:
             x = self.body.pooler(x)
@@ -267,31 +267,27 @@ def tuned_of(checkpoint: dict) -> Tuned:
     if not head:
         raise UserError("this checkpoint is not fine-tuned: finetune.py --init_from=ITS_FOLDER --data=FILE")
     if head.pop("linear", None):
-        head.pop("share", None)
         print("(this run mixed in a linear model, linear=..., which is gone: its Transformer alone answers)",
               file=sys.stderr)
     weights = head.pop("weights")
-    if "rank" in checkpoint:  # a lora.pt
-        body, tokenizer = load_body(checkpoint["init_from"], dropout=0.0,
-                                    chars=checkpoint["settings"].get("chars", ""))
-        fit_head(body, TASKS[head["task"]])
-        if "base_sum" in checkpoint and checkpoint["base_sum"] != sum_of(body):
-            raise UserError(f"lora.pt: {checkpoint['init_from']} has other weights now than it was trained "
-                            "on: put those back, or use best.pt, which needs no others")
-        with_lora = copy.deepcopy(body)
-        add_lora(with_lora, checkpoint["rank"], checkpoint["alpha"])
-        with_lora.load_state_dict({**with_lora.state_dict(), **checkpoint["model"]})
-        body.load_state_dict(merged(with_lora))
-    else:
+    if "rank" not in checkpoint:
         body, tokenizer = model_of(checkpoint, dropout=0.0), tokenizer_of(checkpoint)
+        return with_head(body, tokenizer, head, weights)
+    origin = checkpoint["init_from"]
+    body, tokenizer = load_body(origin, dropout=0.0, chars=checkpoint["settings"].get("chars", ""))
+    fit_head(body, TASKS[head["task"]])
+    if "base_sum" in checkpoint and checkpoint["base_sum"] != sum_of(body):
+        raise UserError(f"lora.pt: {origin} has other weights now than it was trained on: put those back, or "
+                        "use best.pt, which needs no others")
+    scale = checkpoint["alpha"] / checkpoint["rank"]
+    body.load_state_dict(merged({**body.state_dict(), **checkpoint["model"]}, scale))
     return with_head(body, tokenizer, head, weights)
 
 
 def with_head(body: Transformer, tokenizer, head: dict, weights: dict) -> Tuned:
     """head: the plain values that a checkpoint keeps of the task; weights: of the linear layer."""
     model = Tuned(body, TASKS[head["task"]](head, tokenizer))
-    if model.head is not None:
-        model.head.load_state_dict(weights)
+    model.head.load_state_dict(weights)
     return model.eval()
 
 
@@ -302,7 +298,7 @@ def vectors(body: Transformer, tokenizer, texts: list[str]) -> np.ndarray:
             "apart": False, "lower": encoder["lower"]}
     if encoder.get("others"):
         raise UserError(f"its vectors need what is not supported: {encoder['others']}")
-    if encoder["pool"] not in ("first", "last", "mean"):
+    if encoder["pool"] not in POOLS:
         raise UserError(f"1_Pooling/config.json: {encoder['pool']}: only cls, lasttoken and mean are known")
     model = Tuned(body, Vectors(head, tokenizer))
     rows = [model.task.row(f"text {n}", encoder["prompt"] + text) for n, text in enumerate(texts, start=1)]
@@ -310,12 +306,48 @@ def vectors(body: Transformer, tokenizer, texts: list[str]) -> np.ndarray:
     return found / np.linalg.norm(found, axis=1, keepdims=True) if encoder["normalize"] else found
 
 
-def length_read(body: Transformer, asked: Optional[int]) -> int:
-    """Tokens of an input at most: as asked for, else as a sentence encoder's files say, else all it can."""
-    most = body.config.block_size
-    if (asked or 0) > most:
-        raise SettingError(f"max_length={asked}: the model reads at most {most} tokens")
-    return asked or min(most, body.published.get("encoder", {}).get("max_length") or most)
+# -----------------------------------------------------------------------------
+# A new model
+
+BPE_SIZE = 8192  # tokens of a new bpe, if nothing else is asked for
+
+
+def new_model(train: list[Row], given: dict, origin: str, s: SimpleNamespace) -> Tuned:
+    """A new head on a new body, or on a pretrained one. given: the body's settings."""
+    task = TASKS[s.task]
+    if origin == "scratch":
+        # a space in front, if most texts have spaces, makes the first word the same token as elsewhere
+        space = 2 * sum(" " in row.text for row in train) > len(train)
+        body, its_tokenizer = new_body(train, space, given, s)
+    else:
+        how = {"chars": s.chars, "dropout": given.get("dropout", 0.1)}
+        body, its_tokenizer, its_head = load_whole(origin, whole=False, **how)
+        space = its_head.get("space", False)  # as it was fine-tuned before
+    fit_head(body, task)
+    encoder = body.published.get("encoder", {})  # what files of sentence-transformers say
+    paired = train[0].pair is not None
+    if s.pair == "apart" and not paired:
+        raise SettingError(f"pair=apart: {s.data} has one text a row: leave it out, or name the second one's "
+                           "--pair_column")
+    apart = task.of_texts and paired and s.pair == "apart"
+    pool = pooling(body, its_tokenizer, origin, s) if task.of_texts else None
+    # transformers has no bias in the head of a causal model's last token, so it could not be exported
+    bias = not (task is TASKS["classify"] and pool == "last" and body.config.causal and not apart)
+    return Tuned(body, task({
+        "task": s.task, **task.learn(train, s), "max_length": length_read(body, s.max_length), "space": space,
+        "pool": pool, "paired": paired, "apart": apart, "bias": bias, "lower": encoder.get("lower", False),
+        "columns": s.columns}, its_tokenizer))
+
+
+def new_body(train: list[Row], space: bool, given: dict, s: SimpleNamespace) -> tuple[Transformer, Tokenizer]:
+    """From scratch, with a tokenizer trained on the training texts."""
+    texts = [one[:10**6] for row in train for one in TASKS[s.task].texts(row)]
+    texts = [" " + one if space else one for one in texts]
+    its_tokenizer = make_tokenizer(s.tokenizer, texts, given.get("vocab_size", BPE_SIZE))
+    try:
+        return Transformer(Config(**{**given, "vocab_size": its_tokenizer.vocab_size})), its_tokenizer
+    except ValueError as error:  # it names the field
+        raise SettingError(str(error)) from None
 
 
 def fit_head(body: Transformer, task: type[Task]) -> None:
@@ -326,74 +358,43 @@ def fit_head(body: Transformer, task: type[Task]) -> None:
         raise UserError("--task=lm: needs a causal body with a head for tokens")
 
 
-def new_model(train: list[Row], given: dict, origin: str, s: SimpleNamespace) -> Tuned:
-    """A new head on a new body, or on a pretrained one. given: the body's settings."""
-    task = TASKS[s.task]
-    if origin == "scratch":
-        body, its_tokenizer = new_body(train, given, s)
-    else:
-        body, its_tokenizer = load_body(origin, chars=s.chars, dropout=given.get("dropout", 0.1))
-    fit_head(body, task)
-    head = new_head(body, its_tokenizer, train, origin, s)
-    return Tuned(body, task(head, its_tokenizer))
+def pooling(body: Transformer, tokenizer, origin: str, s: SimpleNamespace) -> str:
+    """The tokens whose vectors stand for a text, one of POOLS."""
+    if s.pool != "auto":
+        return s.pool
+    begins = tokenizer.wrap([-1])[0][0] != -1  # with a special token, as BERT's [CLS]
+    usual = "last" if body.config.causal else "first" if begins else "mean"
+    pool = body.published.get("encoder", {}).get("pool", usual)
+    if pool not in POOLS:
+        raise SettingError(f"pool=auto: {origin} pools by {pool}, which is not supported: --pool=mean?")
+    return pool
 
 
-BPE_SIZE = 8192  # tokens of a new bpe, if nothing else is asked for
-
-
-def new_body(train: list[Row], given: dict, s: SimpleNamespace) -> tuple[Transformer, Tokenizer]:
-    """From scratch, with a tokenizer trained on the training texts."""
-    texts = [one[:10**6] for row in train for one in TASKS[s.task].texts(row)]
-    space = " " if has_spaces(train) else ""
-    texts = [space + one for one in texts]
-    its_tokenizer = make_tokenizer(s.tokenizer, texts, given.get("vocab_size", BPE_SIZE))
-    try:
-        return Transformer(Config(**{**given, "vocab_size": its_tokenizer.vocab_size})), its_tokenizer
-    except ValueError as error:  # it names the field
-        raise SettingError(str(error)) from None
-
-
-def has_spaces(rows: list[Row]) -> bool:
-    """Do most texts have spaces? Then one in front makes the first word the same token as elsewhere."""
-    return 2 * sum(" " in row.text for row in rows) > len(rows)
-
-
-def new_head(body: Transformer, tokenizer, train: list[Row], origin: str, s: SimpleNamespace) -> dict:
-    """What a checkpoint keeps of the task, besides the weights: plain values."""
-    task, pool = TASKS[s.task], s.pool
-    encoder = body.published.get("encoder", {})  # what files of sentence-transformers say
-    if pool == "auto":
-        begins = tokenizer.wrap([-1])[0][0] != -1  # with a special token, as BERT's [CLS]
-        pool = "first" if begins and not body.config.causal else "last" if body.config.causal else "mean"
-        pool = encoder.get("pool", pool)
-        if pool not in ("first", "last", "mean"):
-            raise SettingError(f"pool=auto: {origin} pools by {pool}, which is not supported: --pool=mean?")
-    paired = train[0].pair is not None
-    if s.pair == "apart" and not paired:
-        raise SettingError(f"pair=apart: {s.data} has one text a row: leave it out, or name the second one's "
-                           "--pair_column")
-    apart = task.of_texts and paired and s.pair == "apart"
-    # transformers has no bias in the head of a causal model's last token, so it could not be exported
-    bias = not (task is TASKS["classify"] and pool == "last" and body.config.causal and not apart)
-    return {"task": s.task, **task.learn(train, s), "max_length": length_read(body, s.max_length),
-            "space": origin == "scratch" and has_spaces(train), "pool": pool if task.of_texts else None,
-            "paired": paired, "apart": apart, "bias": bias, "lower": encoder.get("lower", False),
-            "columns": s.columns}
+def length_read(body: Transformer, asked: Optional[int]) -> int:
+    """Tokens of an input at most: as asked for, else as a sentence encoder's files say, else all it can."""
+    most = body.config.block_size
+    if (asked or 0) > most:
+        raise SettingError(f"max_length={asked}: the model reads at most {most} tokens")
+    return asked or min(most, body.published.get("encoder", {}).get("max_length") or most)
 
 
 # -----------------------------------------------------------------------------
 # Batches
 
-def batches(lengths: np.ndarray, size_at, seed: int, epoch: int, epochs: int, done=()) -> list[np.ndarray]:
-    """The examples' numbers, each once, in batches of similar length; a function of seed and epoch alone.
+def batches(lengths: np.ndarray, s: SimpleNamespace, epoch: int, done: Sequence = ()) -> list[np.ndarray]:
+    """The examples' numbers, each once, in batches of similar length; a function of the settings alone.
 
-    size_at: progress through the training, from 0 to 1 -> batch size. done: examples that it leaves out.
+    The batch size doubles at regular intervals of the whole training. done: batches that were taken before.
     """
-    rng = np.random.default_rng((seed, epoch))
+    sizes = [s.batch_size]
+    while sizes[-1] < (s.batch_size_end or 0):
+        sizes.append(min(2 * sizes[-1], s.batch_size_end))
+    rng = np.random.default_rng((s.seed, epoch))
     order, found, i = rng.permutation(len(lengths)), [], 0
-    order = order[~np.isin(order, done)]
+    order = order[~np.isin(order, np.concatenate([[], *done]))]
     while i < len(order):
-        size = size_at((epoch + i / len(order)) / epochs)
+        progress = (epoch + i / len(order)) / s.epochs  # from 0 to 1
+        size = s.gradient_accumulation_steps * sizes[int(progress * len(sizes))]
         near = order[i:i + 50 * size]  # sorted by length within these, then the batches are shuffled
         near = near[np.argsort(lengths[near], kind="stable")]
         parts = [near[j:j + size] for j in range(0, len(near), size)]
@@ -402,20 +403,47 @@ def batches(lengths: np.ndarray, size_at, seed: int, epoch: int, epochs: int, do
     return found
 
 
-def growing(first: int, last: Optional[int]):
-    """The batch size as a function of progress, from 0 to 1: doubled at regular intervals, first to last."""
-    sizes = [first]
-    while last is not None and sizes[-1] < last:
-        sizes.append(min(2 * sizes[-1], last))
-    return lambda share: sizes[min(int(share * len(sizes)), len(sizes) - 1)]
+PLANNED_BY = ("epochs", "batch_size", "batch_size_end", "gradient_accumulation_steps")
 
 
-def length_of(example: Example) -> int:
-    return max(len(ids) for ids, _ in example.parts)
+def plan(lengths: np.ndarray, s: SimpleNamespace, earlier: Sequence[tuple] = ()) -> tuple[list, list[int]]:
+    """The examples of each step of the whole training, and after how many steps each epoch ends.
+
+    earlier: what the settings were until a step, [(step, {name: value}), ...], if a run that goes on has
+    others now. Then the examples that its epoch has not seen come in the new batches.
+    """
+    steps, ends = [], []
+    for until, changed in (*earlier, (None, {})):
+        then = SimpleNamespace(**{**vars(s), **changed})
+        done = steps[ends[-1]:] if ends else steps[:]  # of the epoch under way
+        for epoch in range(len(ends), then.epochs):
+            steps += batches(lengths, then, epoch, done)
+            ends.append(len(steps))
+            done = ()
+        steps = steps[:until]
+        ends = [end for end in ends if end <= len(steps)]
+    return steps, ends
 
 
-def collate(examples: list[Example], task: Task, device) -> dict:
-    """The arguments of Tuned.forward, and the target. Padding is on the right, or pad_mask None."""
+def earlier_plans(run: Run, s: SimpleNamespace) -> list[tuple[int, dict]]:
+    """For plan: the settings that a run to go on with has had, and until which step."""
+    if not run.resumed:
+        return []
+    saved = run.checkpoint
+    found = list(saved["data"].get("plans", []))
+    then = {name: saved["settings"][name] for name in PLANNED_BY}
+    if any(then[name] != getattr(s, name) for name in then):
+        found.append((saved["state"]["step"], then))
+    return found
+
+
+def lengths_of(examples: list[Example]) -> np.ndarray:
+    """Tokens of each one's longest part, (N,)."""
+    return np.array([max(len(ids) for ids, _ in example.parts) for example in examples])
+
+
+def collate(examples: list[Example], task: Task, device) -> tuple[dict, torch.Tensor]:
+    """The arguments of Tuned.forward, and the targets. Padding is on the right, or pad_mask None."""
     n_parts = len(examples[0].parts)
     parts = [example.parts[k] for k in range(n_parts) for example in examples]
     T = max(len(ids) for ids, _ in parts)
@@ -425,18 +453,35 @@ def collate(examples: list[Example], task: Task, device) -> dict:
         idx[i, :len(ids)] = ids
         segments[i, :len(ids)] = 0 if kinds is None else kinds
         real[i, :len(ids)] = True
-    batch = {"idx": idx, "segments": segments, "pad_mask": None if real.all() else real}
+    inputs = {"idx": idx, "segments": segments, "pad_mask": None if real.all() else real}
+    targets = [example.target for example in examples]
     if task.by_token:
         places = [i * T + example.places for i, example in enumerate(examples)]
-        batch["places"] = np.concatenate(places).astype(np.int64)
-        batch["target"] = np.concatenate([example.target for example in examples])
-    else:
-        batch["target"] = np.array([example.target for example in examples])
-    if batch["target"].dtype == np.int32:
-        batch["target"] = batch["target"].astype(np.int64)  # as torch's losses want it
-    for name, array in batch.items():
-        batch[name] = None if array is None else to_device(torch.from_numpy(array), device)
-    return {**batch, "parts": n_parts}
+        inputs["places"] = np.concatenate(places).astype(np.int64)
+    target = np.concatenate(targets) if task.by_token else np.array(targets)
+    if target.dtype == np.int32:
+        target = target.astype(np.int64)  # as torch's losses want it
+    for name, array in inputs.items():
+        inputs[name] = None if array is None else to_device(torch.from_numpy(array), device)
+    return {**inputs, "parts": n_parts}, to_device(torch.from_numpy(target), device)
+
+
+def micro_batches(chosen: np.ndarray, examples: list[Example], taught: Optional[torch.Tensor], task: Task,
+                  steps: int, machine: Machine) -> list[tuple]:
+    """This process's share of a step's examples, as the arguments of Objective, a micro-batch each.
+
+    chosen: the numbers of the step's examples. taught: for each row. steps: gradient_accumulation_steps.
+    """
+    mine = np.array_split(chosen, machine.world)[machine.rank]
+    counts = float(len(mine) > 0)
+    if not counts:  # more processes than examples: take part in the sum with nothing
+        mine = chosen[:1]
+    size, found = -(-len(chosen) // steps), []  # rounded up
+    for i in range(0, len(mine), size):
+        batch = [examples[j] for j in mine[i:i + size]]
+        its_taught = None if taught is None else taught[[example.row for example in batch]]
+        found.append((*collate(batch, task, machine.device), its_taught, counts))
+    return found
 
 
 def warn(what: str) -> None:
@@ -451,16 +496,14 @@ def predict(model: Tuned, rows: list[Row], batch_size: int = 64, machine: Option
     if examples is None:
         examples = task.examples(rows)
         task.tell(warn)
-    lengths = np.array([length_of(example) for example in examples])
-    order, outputs = np.argsort(lengths, kind="stable"), [None] * len(examples)
+    order, outputs = np.argsort(lengths_of(examples), kind="stable"), [None] * len(examples)
     device, training = next(model.parameters()).device, model.training
     model.eval()
     for i in range(0, len(order), batch_size):
         chosen = order[i:i + batch_size]
-        batch = collate([examples[j] for j in chosen], task, device)
-        target = batch.pop("target")
+        inputs, target = collate([examples[j] for j in chosen], task, device)
         with machine.amp() if machine else contextlib.nullcontext():
-            out = model(**batch)
+            out = model(**inputs)
         out = task.summary(out, target).float().cpu().numpy()
         if task.by_token:
             out = np.split(out, np.cumsum([len(examples[j].places) for j in chosen])[:-1])
@@ -476,22 +519,21 @@ def predict(model: Tuned, rows: list[Row], batch_size: int = 64, machine: Option
 class Objective(nn.Module):
     """A batch of `collate` -> (2,): sums over its targets of the task's loss and of the penalty.
 
-    weight: of the classes. l1, l2: see the settings.
+    weight: of the classes. l1, l2: see the settings. taught: a teacher's probabilities; counts: 0.0 if the
+    batch does not count.
     """
 
     def __init__(self, model: Tuned, weight: Optional[torch.Tensor], s: SimpleNamespace):
         super().__init__()
         self.model, self.weight, self.s = model, weight, s
 
-    def forward(self, batch):
-        task, s = self.model.task, self.s
-        inputs = dict(batch)
-        target, taught, counts = (inputs.pop(name, None) for name in ("target", "taught", "counts"))
+    def forward(self, inputs, target, taught=None, counts=1.0):
+        task, s, idx = self.model.task, self.s, inputs["idx"]
         if s.token_dropout:
-            dropped = torch.rand(inputs["idx"].shape, device=inputs["idx"].device) < s.token_dropout
+            dropped = torch.rand(idx.shape, device=idx.device) < s.token_dropout
             nothing = task.tokenizer.pad if task.tokenizer.mask is None else task.tokenizer.mask
-            inputs["idx"] = inputs["idx"].masked_fill(dropped, nothing)
-        out = self.model(**inputs)
+            idx = idx.masked_fill(dropped, nothing)
+        out = self.model(**{**inputs, "idx": idx})
         loss = task.loss(out, target, self.weight, s.label_smoothing)
         if taught is not None:
             each = 1.0 if self.weight is None else self.weight[target]
@@ -501,8 +543,7 @@ class Objective(nn.Module):
         if s.l1 or s.l2:
             trained = [p for p in self.model.parameters() if p.requires_grad]
             penalty = penalty + sum(s.l1 * p.abs().sum() + s.l2 * p.square().sum() for p in trained)
-        sums = torch.stack((loss, penalty * task.count(target, self.weight)))
-        return sums if counts is None else sums * counts
+        return torch.stack((loss, penalty * task.count(target, self.weight))) * counts
 
 
 def distil(out, taught, temperature):
@@ -513,72 +554,16 @@ def distil(out, taught, temperature):
 
 def teacher_probs(folder: str, task: Task, rows: list[Row], machine: Machine) -> torch.Tensor:
     """What a fine-tuned classifier says about each row, in the order of this task's labels: (N, K)."""
-    if "teacher" not in task.knows:
-        raise SettingError(f"teacher={folder}: teaches one label a row: leave out --multi_label")
     model = tuned_of(find_checkpoint(folder, ("best.pt", "lora.pt"))[1]).to(machine.device)
     other = model.task
-    if "teacher" not in other.knows:
-        raise SettingError(f"teacher={folder}: was trained with --multi_label: one label a row is wanted")
+    if not all("teacher" in one.knows for one in (task, other)):
+        raise SettingError(f"teacher={folder}: teaches one label a row: leave out --multi_label in both")
     if sorted(other.labels) != sorted(task.labels):
         raise SettingError(f"teacher={folder}: knows the labels {', '.join(other.labels[:10])}, the data has "
                            f"{', '.join(task.labels[:10])}")
     probs = np.stack(predict(model, rows))
     order = [other.number[label] for label in task.labels]
     return torch.from_numpy(probs[:, order]).float().to(machine.device)
-
-
-class Plan:
-    """Which examples each step takes: the whole training, as a function of seed and settings alone.
-
-    earlier: what these settings were until a step, [(step, {name: value}), ...], where a run that goes on has
-    others. Then the examples that its epoch has not seen come in the new batches.
-    """
-    SETTINGS = ("epochs", "batch_size", "batch_size_end", "gradient_accumulation_steps")
-
-    def __init__(self, examples: list[Example], s: SimpleNamespace, earlier: Sequence[tuple] = ()):
-        self.examples, self.s = examples, s
-        self.lengths = np.array([length_of(example) for example in examples])
-        self.steps, self.epoch_ends = [], []
-        for until, settings in earlier:
-            self.extend(SimpleNamespace(**{**vars(s), **settings}))
-            self.steps = self.steps[:until]
-            self.epoch_ends = [end for end in self.epoch_ends if end <= until]
-        self.extend(s)
-
-    def extend(self, s: SimpleNamespace) -> None:
-        """The rest of the epoch under way, and the epochs after it."""
-        steps, micro_batches = s.gradient_accumulation_steps, growing(s.batch_size, s.batch_size_end)
-        under_way = self.steps[self.epoch_ends[-1] if self.epoch_ends else 0:]
-        done = np.concatenate(under_way) if under_way else ()
-        for epoch in range(len(self.epoch_ends), s.epochs):
-            self.steps += batches(self.lengths, lambda share: steps * micro_batches(share), s.seed, epoch,
-                                  s.epochs, done)
-            self.epoch_ends.append(len(self.steps))
-            done = ()
-
-    def micro_batches(self, step: int, task: Task, taught: Optional[torch.Tensor],
-                      machine: Machine) -> list[dict]:
-        """This process's share of a step's examples, in batches of at most the micro-batch's size."""
-        chosen = self.steps[step]
-        mine = np.array_split(chosen, machine.world)[machine.rank]
-        size = max(1, -(-len(chosen) // self.s.gradient_accumulation_steps))
-        found = []
-        for i in range(0, len(mine), size):
-            found.append(self.batch(mine[i:i + size], task, taught, machine))
-        if not found:  # more processes than examples: take part in the sum with nothing
-            found = [{**self.batch(chosen[:1], task, taught, machine), "counts": 0.0}]
-        return found
-
-    def batch(self, numbers: np.ndarray, task: Task, taught, machine: Machine) -> dict:
-        chosen = [self.examples[i] for i in numbers]
-        batch = collate(chosen, task, machine.device)
-        if taught is not None:
-            batch["taught"] = taught[[example.row for example in chosen]]
-        return batch
-
-    def epoch(self, step: int) -> int:
-        """The number of the epoch that a step ends in, from 1 on; 0 before the first."""
-        return int(np.searchsorted(self.epoch_ends, step)) + (step > 0)
 
 
 # -----------------------------------------------------------------------------
@@ -594,9 +579,10 @@ def open_model(run: Run, train: list[Row], given: dict, s: SimpleNamespace) -> T
 
     Raises SettingError if the run has other settings than were given now.
     """
-    fields = given if run.init_from == "scratch" else {"dropout": given.get("dropout", 0.1)}
+    dropout = given.get("dropout", 0.1)
+    fields = given if run.init_from == "scratch" else {"dropout": dropout}
     run.same({**vars(s), **fields}, FIXED + tuple(name for name in fields if name != "dropout"))
-    task, saved = TASKS[s.task], run.checkpoint
+    saved = run.checkpoint
     if not saved:
         model = new_model(train, given, run.init_from, s)
     elif "head" not in saved:
@@ -607,119 +593,99 @@ def open_model(run: Run, train: list[Row], given: dict, s: SimpleNamespace) -> T
                 raise UserError(f"{name}={saved['settings'][name]}: the run was begun with a setting that is "
                                 "gone: finish it with the version that began it, or --overwrite it")
         weights = saved["head"].pop("weights")
-        body = Transformer(Config(**{**saved["model_args"], "dropout": given.get("dropout", 0.1)}))
-        fit_head(body, task)
-        model = Tuned(body, task(saved["head"], tokenizer_of(saved)))
+        body = Transformer(Config(**{**saved["model_args"], "dropout": dropout}))
+        body.published = saved.get("published", {})
+        model = with_head(body, tokenizer_of(saved), saved["head"], weights)
     if s.lora_rank:
         add_lora(model.body, s.lora_rank, s.lora_alpha)
     if s.freeze:
         model.body.requires_grad_(False)
     if saved:
         model.body.load_state_dict(saved["model"])
-        if model.head is not None:
-            model.head.load_state_dict(weights)
     if not any(p.requires_grad for p in model.parameters()):
         raise SettingError(f"freeze=True: --task={s.task} has no head of its own to train: use --lora_rank")
     return model.to(run.machine.device)
 
 
-def plans_until_now(run: Run, s: SimpleNamespace) -> list[tuple[int, dict]]:
-    """For Plan: the settings that a run to go on with has had, and until which step."""
-    if not run.resumed:
-        return []
-    saved = run.checkpoint
-    found = list(saved["data"].get("plans", []))
-    then = {name: saved["settings"][name] for name in Plan.SETTINGS}
-    if then != {name: getattr(s, name) for name in Plan.SETTINGS}:
-        found.append((saved["state"]["step"], then))
-    return found
-
-
-def fine_tune(run: Run, train: list[Row], val: list[Row], test: list[Row], given: dict,
-              s: SimpleNamespace) -> Optional[Tested]:
+def fine_tune(run: Run, rows: Splits, given: dict, s: SimpleNamespace) -> Optional[Tested]:
     """Train on one split, test the best epoch, and write all of it to the run's folder.
 
     given: the body's settings. Only the first process tests.
     """
     machine = run.machine
     torch.manual_seed(s.seed)
-    model = open_model(run, train, given, s)
+    model = open_model(run, rows.train, given, s)
     task = model.task
     run.unit = task.unit
 
-    # Examples, and when each comes. Those of the test rows too, so that a wrong label there is found now, not
-    # after the training.
-    examples, val_examples, test_examples = (task.examples(rows) for rows in (train, val, test))
-    examples = [example for example in examples if task.teaches(example, train[example.row])]
+    # Examples, and when each comes. Those of the test rows too: a wrong label there is found now.
+    examples, val_examples, test_examples = map(task.examples, rows)
+    examples = [example for example in examples if task.teaches(example, rows.train[example.row])]
     if not examples:
-        raise UserError(f"{train[0].where}: nothing to learn in the training data: no answer is in its "
+        raise UserError(f"{rows.train[0].where}: nothing to learn in the training data: no answer is in its "
                         "context, or no prompt leaves room for a response in "
                         f"{task.head['max_length']} tokens")
     settled = task.settle(examples, s)
     machine.choose(s.matmul, model.body.config.n_embd, run.machine_then)
-    origin = {"data": fingerprint(train + val)}
-    machine.agree(f"data={s.data}", origin["data"].encode())
-    run.check_data(origin)
-    earlier = plans_until_now(run, s)
-    plan = Plan(examples, s, earlier)
-    origin["plans"] = earlier
+    lengths, plans = lengths_of(examples), earlier_plans(run, s)
+    planned, epoch_ends = plan(lengths, s, plans)
+    steps = len(planned)
+    data = fingerprint(rows.train + rows.val)
+    machine.agree(f"data={s.data}", data.encode())
+    run.check_data({"data": data})
 
     # The objective, on its device, data-parallel; the optimizers; and where we are.
-    taught = teacher_probs(s.teacher, task, train, machine) if s.teacher else None
-    weight = task.class_weight(train).to(machine.device) if s.class_weight == "balanced" else None
+    taught = teacher_probs(s.teacher, task, rows.train, machine) if s.teacher else None
+    weight = task.class_weight(rows.train).to(machine.device) if s.class_weight == "balanced" else None
     if machine.rank:
         torch.manual_seed(s.seed + machine.rank)  # dropout differs between processes
     objective, _ = ready(Objective(model, weight, s), machine)
     optimizers = make_optimizers(model, s.optimizer, s.learning_rate, s.muon_lr, s.weight_decay,
                                  (s.beta1, s.beta2), embd_lr=s.embd_lr)
-    pruning = Pruning(model.body, s.sparsity, len(plan.steps))
+    pruning = Pruning(model.body, s.sparsity, steps)
     state = run.restore(model, optimizers)
-    introduce(model, plan, train, val, test, run, settled)
-    body = asdict(model.body.config)
-    del body["head"]  # what the task made of it is not what was given
-    if run.init_from == "scratch" and s.tokenizer == "bpe":
-        body["vocab_size"] = given.get("vocab_size", BPE_SIZE)  # as asked: each fold's own may be smaller
-    settings = {**vars(s), "init_from": run.init_from, **body}
-    run.begin(settings, defaults_of(globals()), model_args=asdict(model.body.config),
-              tokenizer=task.tokenizer.to_dict(), data=origin, published=model.body.published)
-
-    if run.resumed and state.step >= len(plan.steps):
+    introduce(model, lengths, rows, run, settled)
+    machine.say(f"training  {s.epochs} epochs, {steps:,} steps, into {run.folder}\n")
+    run.begin(settings_kept(run, model.body.config, given, s), defaults_of(globals()),
+              model_args=asdict(model.body.config), tokenizer=task.tokenizer.to_dict(),
+              data={"data": data, "plans": plans}, published=model.body.published)
+    if run.resumed and state.step >= steps:
         machine.say(f"finished after {state.step} steps: --epochs={s.epochs + 1} trains on")
+
     bad_steps = BadSteps(s.max_bad_steps, 1 if machine.looks_each_step() else s.log_interval, machine.main)
-    pace = Pace(state, len(plan.steps))
-    warmup_iters = int(s.warmup * len(plan.steps))
+    pace = Pace(state, steps)
     enough = False  # patience has run out
     model.train()
-    while state.step < len(plan.steps) and not enough and not run.stopped():
+    while state.step < steps and not enough and not run.stopped():
         # the step's learning rate, its examples, its update
-        factor = lr_factor(state.step, s.schedule, warmup_iters, len(plan.steps), s.min_lr / s.learning_rate)
+        factor = lr_factor(state.step, s.schedule, int(s.warmup * steps), steps, s.min_lr / s.learning_rate)
         set_lr(optimizers, factor)
-        micro_batches = plan.micro_batches(state.step, task, taught, machine)
-        counted = sum(task.count(batch["target"], weight) * batch.get("counts", 1.0)
-                      for batch in micro_batches)
-        (loss, penalty), norm = train_step(objective, [(batch,) for batch in micro_batches], counted, model,
-                                           optimizers, machine, s.grad_clip)
+        micros = micro_batches(planned[state.step], examples, taught, task, s.gradient_accumulation_steps,
+                               machine)
+        counted = sum(task.count(target, weight) * counts for _, target, _, counts in micros)
+        (loss, penalty), norm = train_step(objective, micros, counted, model, optimizers, machine,
+                                           s.grad_clip)
         bad_steps.add(state.step + 1, s.learning_rate * factor, loss + penalty, norm)
         if machine.scaler and bad_steps.in_a_row:
             continue  # float16 overflowed: the scaler has lowered its factor, and the step does not count
         state.add_loss(loss)
         state.step += 1
         pruning.after(state)
-        last = state.step == len(plan.steps)
+        last = state.step == steps
 
         if state.step % s.log_interval == 0 or last:
             seconds, left = pace.measure(state)
             row = {"iter": state.step, "elapsed": run.elapsed(), "loss": state.mean_loss(),
                    "lr": s.learning_rate * factor, "grad_norm": norm.item(),
-                   "batch_size": len(plan.steps[state.step - 1]), "dt": seconds}
+                   "batch_size": len(planned[state.step - 1]), "dt": seconds}
             if penalty:
                 row["penalty"] = penalty.item()
             run.log(**row)
-            machine.say(step_line(row, len(plan.steps), f"{seconds * 1e3:6.0f} ms a step", left))
+            machine.say(step_line(row, steps, f"{seconds * 1e3:6.0f} ms a step", left))
 
-        if state.step % s.eval_interval == 0 or last if s.eval_interval else state.step in plan.epoch_ends:
-            scores = evaluate(model, val, val_examples, 2 * s.batch_size, machine)
-            noted = {**scores, "epoch": plan.epoch(state.step)}
+        if state.step % s.eval_interval == 0 or last if s.eval_interval else state.step in epoch_ends:
+            scores = evaluate(model, rows.val, val_examples, 2 * s.batch_size, machine)
+            noted = {**scores, "epoch": 1 + int(np.searchsorted(epoch_ends, state.step))}
             best = pruning.is_done(state) and state.is_best(goal_of(task, scores), noted)
             run.log(iter=state.step, elapsed=run.elapsed(), **{f"val_{k}": v for k, v in scores.items()})
             machine.say(f"iter {state.step}: " + in_words(scores) + (", best so far" if best else ""))
@@ -729,7 +695,7 @@ def fine_tune(run: Run, train: list[Row], val: list[Row], test: list[Row], given
             enough = s.patience is not None and state.since_best >= s.patience
             pace.restart(state)
 
-    finished = enough or state.step >= len(plan.steps)
+    finished = enough or state.step >= steps
     if run.stopped(unless_late=finished):  # also in the last evaluation: more would come, a test or folds
         save(run, "ckpt.pt", state, model, model.body.state_dict(), optimizers)
         run.close()
@@ -740,7 +706,16 @@ def fine_tune(run: Run, train: list[Row], val: list[Row], test: list[Row], given
     if not state.best:
         raise UserError(f"{run.folder}: its best.pt is damaged, and it is trained to the end: "
                         f"--epochs={s.epochs + 1} trains on, --overwrite starts anew")
-    return report(run, train, test, test_examples, state.best, s) if machine.main else None
+    return report(run, rows, test_examples, state.best, s) if machine.main else None
+
+
+def settings_kept(run: Run, body: Config, given: dict, s: SimpleNamespace) -> dict:
+    """The run's settings as they were asked for, not what the task and the texts made of the body."""
+    fields = asdict(body)
+    del fields["head"]
+    if run.init_from == "scratch" and s.tokenizer == "bpe":
+        fields["vocab_size"] = given.get("vocab_size", BPE_SIZE)  # each fold's own may be smaller
+    return {**vars(s), "init_from": run.init_from, **fields}
 
 
 def evaluate(model: Tuned, rows: list[Row], examples: list[Example], batch_size: int,
@@ -759,16 +734,16 @@ def goal_of(task: Task, scores: dict[str, float]) -> list[float]:
 
 def save(run: Run, name: str, state: State, model: Tuned, weights: dict, optimizers=None, **more) -> None:
     """weights: of the body."""
-    head = model.head.state_dict() if model.head is not None else {}
-    run.save(name, state, model, optimizers, model=weights, head={**model.task.head, "weights": dict(head)},
-             **more)
+    head = {**model.task.head, "weights": dict(model.head.state_dict())}
+    run.save(name, state, model, optimizers, model=weights, head=head, **more)
 
 
 def save_best(run: Run, state: State, model: Tuned, s: SimpleNamespace) -> None:
     """best.pt is a model like any other; lora.pt holds only what LoRA added to the body it began from."""
-    save(run, "best.pt", state, model, merged(model.body))
+    weights = model.body.state_dict()
+    save(run, "best.pt", state, model, merged(weights, s.lora_alpha / (s.lora_rank or 1)))
     if s.lora_rank:
-        added = {name: weight for name, weight in model.body.state_dict().items() if ".lora_" in name}
+        added = {name: weight for name, weight in weights.items() if ".lora_" in name}
         save(run, "lora.pt", state, model, added, rank=s.lora_rank, alpha=s.lora_alpha,
              init_from=run.init_from, base_sum=sum_of(model.body))
 
@@ -783,16 +758,15 @@ def fingerprint(rows: list[Row]) -> str:
     return sha.hexdigest()
 
 
-def introduce(model: Tuned, plan: Plan, train: list[Row], val: list[Row], test: list[Row], run: Run,
-              settled: str) -> None:
-    """Say what will happen. settled: by the training examples."""
+def introduce(model: Tuned, lengths: np.ndarray, rows: Splits, run: Run, settled: str) -> None:
+    """Say what will happen. lengths: of the training examples, which settled what `settled` says."""
     say, task = run.machine.say, model.task
     everything = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"model     {everything:,} parameters, {trained:,} of them trained ({trained / everything:.2%})")
     say(f"machine   {run.machine}")
-    say(f"data      {len(train):,} to train on, {len(val):,} to validate, {len(test):,} to test; "
-        f"{plan.lengths.mean():.0f} tokens each, {plan.lengths.max()} at most")
+    say(f"data      {len(rows.train):,} to train on, {len(rows.val):,} to validate, {len(rows.test):,} to "
+        f"test; {lengths.mean():.0f} tokens each, {lengths.max()} at most")
     if task.classes:
         say(f"labels    {', '.join(task.labels[:20])}{', ...' if len(task.labels) > 20 else ''}")
     if "words" in task.head:
@@ -803,17 +777,15 @@ def introduce(model: Tuned, plan: Plan, train: list[Row], val: list[Row], test: 
         say(settled)
     if task.of_texts:
         say(f"pooling   {task.head['pool']}, of {task.head['max_length']} tokens at most")
-    seen = {text_key(row) for row in train}
-    for name, rows in (("to validate", val), ("to test", test)):
-        task.notes[f"{name} in the training data too"] += sum(text_key(row) in seen for row in rows)
+    seen = {text_key(row) for row in rows.train}
+    for name, others in (("to validate", rows.val), ("to test", rows.test)):
+        task.notes[f"{name} in the training data too"] += sum(text_key(row) in seen for row in others)
     task.tell(lambda what: say(f"          {what}"))
-    say(f"training  {plan.s.epochs} epochs, {len(plan.steps):,} steps, into {run.folder}\n")
 
 
-def report(run: Run, train: list[Row], test: list[Row], examples: list[Example], best: dict,
-           s: SimpleNamespace) -> Tested:
+def report(run: Run, rows: Splits, examples: list[Example], best: dict, s: SimpleNamespace) -> Tested:
     """The test rows, read once, by the best epoch: metrics.json, predictions.csv, and more where there is."""
-    folder = run.folder
+    folder, test = run.folder, rows.test
     model = tuned_of(find_checkpoint(folder, ("best.pt", "lora.pt"))[1]).to(run.machine.device)
     task = model.task
     answers = predict(model, test, 2 * s.batch_size, run.machine, examples)
@@ -821,14 +793,18 @@ def report(run: Run, train: list[Row], test: list[Row], examples: list[Example],
              "validation": {name: value for name, value in best.items() if name != "goal"}}
     written = write_results(folder, task, test, answers, found, s)
     found["baselines"] = {}
-    for name, guesses in task.baselines(train, test).items():
+    for name, guesses in task.baselines(rows.train, test).items():
         found["baselines"][name] = task.scores(*task.arrays(test, guesses))
     write_json(folder / "metrics.json", found)
     print(f"\nTest, {len(test):,} examples, by epoch {best['epoch']}, with 95% intervals, and baselines:\n")
     print(table(found))
+    print(beside_validation(found, task.metric))
     print(f"\n{folder}: {', '.join(written)}", flush=True)
     return Tested(task, test, answers, found)
 
+
+# -----------------------------------------------------------------------------
+# Settings
 
 def stored(folder: str) -> tuple[dict, dict]:
     """The settings of a run, or of its first fold, and the script's defaults then."""
@@ -844,8 +820,13 @@ def known_to_tasks() -> list[tuple]:
 
 ONLY = [  # a setting, the one that decides whether it is of use, and for which of its values; (): all but off
     *known_to_tasks(),
+    ("data_val", "folds", (None,)),
+    ("data_test", "folds", (None,)),
     ("tokenizer", "init_from", ("scratch",)),
+    ("lora_rank", "freeze", (False,)),
     ("lora_alpha", "lora_rank", ()),
+    ("sparsity", "freeze", (False,)),
+    ("sparsity", "lora_rank", (None,)),
     ("embd_lr", "freeze", (False,)),
     ("embd_lr", "lora_rank", (None,)),
     ("muon_lr", "optimizer", tuple(BLOCKS_ONLY)),
@@ -855,6 +836,24 @@ ONLY = [  # a setting, the one that decides whether it is of use, and for which 
 ]
 
 
+def check_settings(s: SimpleNamespace, earlier: dict) -> None:
+    """Raises SettingError for settings that do not go together. earlier: those of the run to go on with."""
+    if not s.data:
+        raise SettingError("data='': wanted a file of labelled examples: .csv, .tsv, .jsonl, .json, CoNLL")
+    if s.batch_size_end is not None and s.batch_size_end <= s.batch_size:
+        raise SettingError(f"batch_size_end={s.batch_size_end}: the batch grows to it, from {s.batch_size}: "
+                           "more is wanted")
+    if s.freeze and s.optimizer in BLOCKS_ONLY:
+        raise SettingError(f"optimizer={s.optimizer}: is for the blocks' matrices, which freeze=True leaves "
+                           f"as they are: --optimizer={BLOCKS_ONLY[s.optimizer]}")
+    if earlier.get("folds", s.folds) != s.folds:
+        raise SettingError(f"folds={s.folds}: the run has {earlier['folds']}: leave it out, or start another "
+                           "with --out_dir=FOLDER")
+
+
+SPLIT_BY = ("seed", "folds", "split_column", "data_val", "data_test")
+
+
 def models_that_have_seen(s: SimpleNamespace) -> Iterator[str]:
     """Warnings: which models that are built on were trained on the same file, split otherwise."""
     for name in ("init_from", "teacher"):
@@ -862,29 +861,10 @@ def models_that_have_seen(s: SimpleNamespace) -> Iterator[str]:
         its = stored(folder)[0] if folder else {}
         if s.data in BUILT_IN or "data" not in its or Path(its["data"]).resolve() != Path(s.data).resolve():
             continue
-        split_by = ("seed", "folds", "split_column", "data_val", "data_test")
-        other = [f"{key}={its.get(key)}" for key in split_by if its.get(key) != getattr(s, key)]
+        other = [f"{key}={its.get(key)}" for key in SPLIT_BY if its.get(key) != getattr(s, key)]
         if other or s.folds:
             yield (f"warning: {name}={folder} was trained on rows of {s.data} too, and knows some that "
                    f"are tested here: scores are too good (split by {', '.join(other) or 'folds'})")
-
-
-def check_settings(s: SimpleNamespace) -> None:
-    """Raises SettingError for settings that do not go together."""
-    if not s.data:
-        raise SettingError("data='': wanted a file of labelled examples: .csv, .tsv, .jsonl, .json, CoNLL")
-    if s.batch_size_end is not None and s.batch_size_end <= s.batch_size:
-        raise SettingError(f"batch_size_end={s.batch_size_end}: the batch grows to it, from {s.batch_size}: "
-                           "more is wanted")
-    if s.sparsity and (s.freeze or s.lora_rank):
-        raise SettingError(f"sparsity={s.sparsity}: prunes what is trained: leave out freeze and lora_rank")
-    if s.freeze and s.lora_rank:
-        raise SettingError(f"freeze=True: trains the head alone: leave out --lora_rank={s.lora_rank}")
-    if s.freeze and s.optimizer in BLOCKS_ONLY:
-        raise SettingError(f"optimizer={s.optimizer}: is for the blocks' matrices, which freeze=True leaves as "
-                           f"they are: --optimizer={BLOCKS_ONLY[s.optimizer]}")
-    if s.folds and (s.data_val or s.data_test):
-        raise SettingError(f"folds={s.folds}: cuts data itself: leave out --data_val and --data_test")
 
 
 SMALL = Path(__file__).parent / "config" / "finetune_sentiment.py"
@@ -898,39 +878,38 @@ def sized_for_small_data(given: dict) -> dict:
     """
     if init_from != "scratch" or {"n_layer", "n_head", "n_embd"} & set(given):
         return given
-    kind, taken = TASKS[task], {}
-    left_out = {"out_dir", "task"}.union(*(one.knows for one in TASKS.values())) - kind.knows
-    left_out |= {"causal"} if kind.writes else set()
-    left_out |= set() if kind.of_texts else {"token_dropout"}  # half of a text is enough for its class alone
+    left_out, fields, shown = {"out_dir", "task"}, {}, []
+    if TASKS[task].writes:
+        left_out.add("causal")
+    if not TASKS[task].of_texts:
+        left_out.add("token_dropout")  # half of a text is enough for its class alone
     for name, value in recipe(SMALL, globals(), Config).items():
-        if name not in left_out and not place_of(globals(), name):
-            taken[name] = value
-    fields = {name: value for name, value in taken.items() if name not in defaults_of(globals())}
-    globals().update({name: value for name, value in taken.items() if name not in fields})
+        if name in left_out or place_of(globals(), name):
+            continue
+        shown.append(f"{name}={value}")
+        (globals() if name in __annotations__ else fields)[name] = value
     if main_process():
-        shown = ", ".join(f"{name}={value}" for name, value in taken.items())
-        print(f"(from scratch, and no size is given: as {SMALL.parent.name}/{SMALL.name} has it: {shown})")
+        print(f"(from scratch, and no size is given: as {SMALL.parent.name}/{SMALL.name} has it: "
+              f"{', '.join(shown)})")
     return {**fields, **given}
 
 
 def main(given: dict):
     given = sized_for_small_data(given)
-    folder = Path(out_dir)
-    earlier = stored(out_dir)[0] if init_from == "resume" else {}
-    origin = earlier.get("init_from") if init_from == "resume" else init_from
+    folder, resuming = Path(out_dir), init_from == "resume"
+    earlier = stored(out_dir)[0] if resuming else {}
+    origin = earlier.get("init_from") if resuming else init_from
     yielded = check_used(globals(), given, init_from=origin or "scratch")
     s = SimpleNamespace(**values_of(globals()))
-    check_settings(s)
-    if init_from != "resume" and not overwrite:
+    check_settings(s, earlier)
+    if not resuming and not overwrite:
         refuse_to_replace(folder)
+
+    # Say what was chosen; read the rows.
     machine = Machine(device, dtype, seed)
     vars(s).update(settle(globals(), machine))
     for line in yielded:
         machine.say(line)
-    if init_from == "resume":
-        if earlier.get("folds", folds) != folds:
-            raise SettingError(f"folds={folds}: the run has {earlier['folds']}: leave it out, or start "
-                               "another with --out_dir=FOLDER")
     unused = [name for name, value in given.items() if name != "dropout" and value != earlier.get(name)]
     if unused and origin not in ("scratch", None):
         # a recipe that says how a new body is made serves for a pretrained one too
@@ -940,15 +919,17 @@ def main(given: dict):
     for warning in models_that_have_seen(s):
         machine.say(warning)
     if folds:
-        machine.say(f"{folds} trainings, each on {folds - 2} of {folds} parts of the data; one part chooses the "
-                    "best epoch, one is tested on")
+        machine.say(f"{folds} trainings, each on {folds - 2} of {folds} parts of the data; one part chooses "
+                    "the best epoch, one is tested on")
+
+    # Train: once, or on each fold.
     found = []
-    for place, (train, val, test) in splits.items():
+    for place, rows in splits.items():
         if folds:
             machine.say(f"\n--- {place.name} of {folds} ---\n")
         run = Run(machine, place, init_from, overwrite, max_minutes, origin)
         run.removes = folder if run.removes and not found else None  # the first fold begins anew for all
-        found.append(fine_tune(run, train, val, test, given, s))
+        found.append(fine_tune(run, rows, given, s))
     if folds and machine.main:
         print(summary_of_folds(folder, found, s))
     machine.barrier()

@@ -50,18 +50,24 @@ def write_results(folder: Path, task: Task, rows: list[Row], answers: list, foun
 
 
 def table(found: dict) -> str:
-    """What metrics.json holds, for the terminal."""
+    """What metrics.json holds, for the terminal: each metric with its interval, or deviation over folds."""
     baselines = found.get("baselines", {})
     width = max(map(len, baselines), default=0) + 2
     lines = [f"  {'':20} {'this model':>24}" + "".join(f"{name:>{width}}" for name in baselines)]
-    for name in [name for name in found if f"{name}_ci95" in found]:
+    for name in found:
+        if f"{name}_ci95" in found:
+            spread = interval(found[f"{name}_ci95"])
+        elif f"{name}_std" in found:
+            spread = f"+- {found[f'{name}_std']:.4f}"
+        else:
+            continue
         others = "".join(f"{scores[name]:{width}.4f}" for scores in baselines.values())
-        lines.append(f"  {name:20} {found[name]:8.4f} {interval(found[f'{name}_ci95']):16}{others}")
+        lines.append(f"  {name:20} {found[name]:8.4f} {spread:16}{others}")
     for name, gap in found.get("by_group", {}).get("gaps", {}).items():
         lowest = f"{gap['lowest'] or '(no group)'} ({gap['lowest_rows']:,} rows) lowest"
         highest = f"{gap['highest'] or '(no group)'} ({gap['highest_rows']:,}) highest"
         lines.append(f"  {name}: {lowest}, {highest}, {gap['gap']:.4f} apart {interval(gap['gap_ci95'])}")
-    lines += [f"  ({name}: {what})" for name, what in found["meaning"].items()]
+    lines += [f"  ({name}: {what})" for name, what in found.get("meaning", {}).items()]
     return "\n".join(lines)
 
 
@@ -70,29 +76,33 @@ def interval(ends: list[float]) -> str:
     return "" if math.isnan(ends[0]) else f"[{ends[0]:6.4f}, {ends[1]:6.4f}]"
 
 
+def beside_validation(found: dict, metric: str) -> str:
+    """How far the test is from the validation by which the best epoch was chosen."""
+    said, true, (low, high) = found["validation"][metric], found[metric], found[f"{metric}_ci95"]
+    where = "within" if low <= said <= high else "outside"
+    where = "" if math.isnan(low) else f", {where} the test's interval"
+    return f"  {metric}: validation {said:.4f}, test {true:.4f}: apart by {abs(said - true):.4f}{where}"
+
+
 def summary_of_folds(folder: Path, tested: list[Tested], s: SimpleNamespace) -> str:
     """Mean and standard deviation of each metric; and of the predictions of all folds together the same as
     of one test set: metrics.json, predictions.csv, pictures."""
-    found = [one.found for one in tested]
-    names = [name for name in found[0] if f"{name}_ci95" in found[0]]
+    found, undefined = [one.found for one in tested], []
     summary = {"task": s.task, "folds": s.folds, "baselines": {}}
     for baseline, scores in found[0]["baselines"].items():
         each = [one["baselines"].get(baseline, {}) for one in found]
-        summary["baselines"][baseline] = {
-            name: mean_and_std([one.get(name, math.nan) for one in each])[0] for name in scores}
-    width = max(map(len, summary["baselines"]), default=0) + 2
-    heads = "".join(f"{name:>{width}}" for name in summary["baselines"])
-    lines = [f"\n{s.folds} folds, mean and standard deviation, and the baselines' means:\n",
-             f"  {'':40}{heads}" if heads else ""]
-    for name in names:
+        means = {name: mean_and_std([one.get(name, math.nan) for one in each])[0] for name in scores}
+        summary["baselines"][baseline] = means
+    for name in [name for name in found[0] if f"{name}_ci95" in found[0]]:
         values = [one[name] for one in found]
         mean, std = mean_and_std(values)
         summary.update({name: mean, f"{name}_std": std, f"{name}_folds": values})
-        others = "".join(f"{scores[name]:{width}.4f}" for scores in summary["baselines"].values())
-        lines.append(f"  {name:20} {mean:8.4f} +- {std:.4f}{others}")
         without = [str(k) for k, value in enumerate(values, start=1) if math.isnan(value)]
         if without:
-            lines.append(f"  ({name} is not defined in fold {', '.join(without)}: the mean leaves it out)")
+            undefined.append(f"  ({name} is not defined in fold {', '.join(without)}: the mean leaves it "
+                             "out)")
+    lines = [f"\n{s.folds} folds, mean and standard deviation, and the baselines' means:\n", table(summary),
+             *undefined]
     if all(one.task.labels == tested[0].task.labels for one in tested):
         lines += pooled(folder, tested, summary, s)
     else:
@@ -103,18 +113,18 @@ def summary_of_folds(folder: Path, tested: list[Tested], s: SimpleNamespace) -> 
 
 def mean_and_std(values: list[float]) -> tuple[float, float]:
     """Of those that are defined."""
-    known = np.array([value for value in values if not math.isnan(value)])
-    std = float(known.std(ddof=1)) if len(known) > 1 else math.nan
-    return float(known.mean()) if len(known) else math.nan, std
+    known = [value for value in values if not math.isnan(value)]
+    std = float(np.std(known, ddof=1)) if len(known) > 1 else math.nan
+    return float(np.mean(known)) if known else math.nan, std
 
 
 def pooled(folder: Path, tested: list[Tested], summary: dict, s: SimpleNamespace) -> list[str]:
     """The test rows of all folds as one: every row is answered once, by a model that has not seen it."""
-    task, rows, answers, fold = tested[0].task, [], [], []
+    rows, answers, fold = [], [], []
     for k, one in enumerate(tested, start=1):
         rows += one.rows
         answers += one.answers
         fold += [k] * len(one.task.table(one.rows, one.answers)[1])  # tags have a line a word
-    written = write_results(folder, task, rows, answers, summary, s, "pooled", {"fold": fold})
+    written = write_results(folder, tested[0].task, rows, answers, summary, s, "pooled", {"fold": fold})
     return [f"\nAll {len(rows):,} examples, each by the fold that tested it:\n", table(summary["pooled"]),
             f"\n{folder}: {', '.join(written)}"]

@@ -766,17 +766,26 @@ def as_csv(rows: Iterable[Sequence]) -> str:
     return "".join(line.removesuffix("\r\n") + "\n" for line in found)
 
 
+PACKAGES = ("asyncio", "email", "importlib", "multiprocessing", "tkinter", "unittest", "xml")  # of many files
+
+
 def python_packages() -> tuple[list[Row], list[Row], list[Row]]:
     """Which package of Python's library is this snippet from? Rows to train on, validate and test.
 
-    Snippets of 400 characters; those of one file are in one split.
+    Snippets of 400 characters, those of a file in one split: beside one that was trained on, a snippet is no
+    test. For validation to tell what the test will, both have files of each package, of all sizes, and not
+    more than 20 snippets of one file.
     """
-    packages = {"asyncio", "email", "importlib", "multiprocessing", "tkinter", "unittest", "urllib", "xml"}
-    files = [(name, text) for name, text in standard_library() if name.split("/")[0] in packages]
-    train, val, test = [], [], []
-    for n, (name, text) in enumerate(files):
-        rows = {8: val, 9: test}.get(n % 10, train)
-        for start in range(0, len(text), 600):
-            where = f"{name}:{start}"
-            rows.append(Row(where, text[start:start + 400], label=name.split("/")[0], id=where))
-    return train, val, test
+    files, splits = {name: [] for name in PACKAGES}, ([], [], [])
+    for name, text in standard_library():
+        files.get(name.split("/")[0], []).append((len(text), name, text))
+    for package, found in files.items():
+        for n, (size, name, text) in enumerate(sorted(found)):
+            split = (0, 1, 2, 0, 0, 0, 2, 1, 0, 0)[n % 10]
+            starts = range(0, size, 600)
+            if split > 0:
+                starts = starts[::-(-size // 12000) or 1]
+            for start in starts:
+                where = f"{name}:{start}"
+                splits[split].append(Row(where, text[start:start + 400], label=package, id=where))
+    return splits

@@ -594,7 +594,7 @@ def load_body(path: str | Path, dtype: torch.dtype = torch.float32,
 
 def load_whole(path: str | Path, dtype: torch.dtype = torch.float32, whole: bool = True,
                chars: str = "", **changes) -> tuple[Transformer, Tokenizer, dict]:
-    """The same, and the head of a published classifier and the like, as a checkpoint of ours keeps it."""
+    """The same, and the head of a fine-tuned model or a published classifier, as a checkpoint keeps it."""
     name = Path(path).as_posix()
     try:
         if is_published(path):
@@ -606,7 +606,7 @@ def load_whole(path: str | Path, dtype: torch.dtype = torch.float32, whole: bool
             return model.train(), fitting(tokenizer, model.config.vocab_size, name), head
         checkpoint = find_checkpoint(path)[1]
         tokenizer = tokenizer_of(checkpoint, chars)
-        return model_of(checkpoint, **changes).to(dtype), tokenizer, {}
+        return model_of(checkpoint, **changes).to(dtype), tokenizer, checkpoint.get("head", {})
     except (ImportError, OSError, ValueError) as error:
         told = str(error).splitlines()[0]
         raise UserError(told if told.startswith((f"{path}:", f"{path}/")) else f"{path}: {told}") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,37 +14,44 @@ from lib.rows import Row, described, python_packages, text_key
 from lib.tasks import TASKS, one_spelling, respell
 
 
+class Splits(NamedTuple):
+    train: list[Row]
+    val: list[Row]
+    test: list[Row]
+
+
 BUILT_IN = {"python_packages": python_packages}  # --data= -> rows to train on, validate and test
 
 
-def read_splits(s: SimpleNamespace, say=print) -> dict[Path, list[list[Row]]]:
-    """The folder of each training -> its rows to train on, to validate and to test. Raises UserError.
+def read_splits(s: SimpleNamespace, say) -> dict[Path, Splits]:
+    """The folder of each training -> its rows. Raises UserError.
 
     s.columns: what each column is, if that is known; else it is found out.
     """
     task, folder = TASKS[s.task], Path(s.out_dir)
     if s.data in BUILT_IN:
-        return {folder: BUILT_IN[s.data]()}
-    given = read_files(s, say)
-    rows, parts = given[0], s.folds or 10
+        return {folder: Splits(*BUILT_IN[s.data]())}
+    rows, val, test = read_files(s, say)
+    parts = s.folds or 10
     part, splits = task.split(rows, parts, s.seed), {}
     for k in range(s.folds or 1):
-        kinds = np.zeros(len(rows), dtype=int)  # 0: to train on, 1: to validate, 2: to test
-        if not given[1]:
-            kinds[part == (k + 1) % parts] = 1
-        if not given[2]:
-            kinds[part == k] = 2
-        split = [given[kind] if kind and given[kind] else [rows[i] for i in np.flatnonzero(kinds == kind)]
-                 for kind in range(3)]
+        to_val = (part == (k + 1) % parts) & (val is None)
+        to_test = (part == k) & (test is None)
+        train = pick(rows, ~(to_val | to_test))
+        split = Splits(train, val or pick(rows, to_val), test or pick(rows, to_test))
         if not all(split):
             raise UserError(f"{s.data}: {len(rows)} examples are too few to train, validate and test on "
                             "(equal texts stay together, and questions on one article)")
         splits[folder / f"fold{k + 1}" if s.folds else folder] = split
         if task.classes:  # a bad label in the last fold is found now, not hours later
-            learned = task(task.learn(split[0], s), None)
-            for row in split[1] + split[2]:
+            learned = task(task.learn(split.train, s), None)
+            for row in split.val + split.test:
                 learned.target(row)
     return splits
+
+
+def pick(rows: list[Row], chosen: np.ndarray) -> list[Row]:
+    return [rows[i] for i in np.flatnonzero(chosen)]
 
 
 def read_files(s: SimpleNamespace, say) -> list[list[Row] | None]:

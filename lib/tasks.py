@@ -423,6 +423,11 @@ class Regress(TextTask):
         y = np.array([number_of(row) for row in rows])
         if np.ptp(y) == 0:
             raise nothing_to_tell_apart(rows, f"the label {y[0]:g}")
+        low, middle, high = np.quantile(y, (0.25, 0.5, 0.75))
+        far = int(np.abs(y - middle).argmax())
+        if abs(y[far] - middle) > 20 * (high - low) > 0:
+            print(f"warning: {rows[far].where}: label {y[far]:g} is far from the others, of which half are "
+                  f"from {low:g} to {high:g}: it decides what is learned")
         return {"labels": ["number"], "mean": float(y.mean()), "std": float(y.std())}
 
     def __init__(self, head, tokenizer):

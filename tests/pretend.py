@@ -273,9 +273,9 @@ def tuning(machine, name):
 def tuning_step(objective, examples, task, optimizers, machine):
     import finetune
     import train
-    batch = finetune.collate(examples, task, machine.device)
-    counted = task.count(batch["target"], None)
-    train.train_step(objective, [(batch,)], counted, objective.model, optimizers, machine, 1.0)
+    inputs, target = finetune.collate(examples, task, machine.device)
+    counted = task.count(target, None)
+    train.train_step(objective, [(inputs, target)], counted, objective.model, optimizers, machine, 1.0)
 
 
 def sampling(machine):

@@ -315,31 +315,31 @@ def test_accumulated_batches_are_one_batch(tmp_path):
 
 
 def test_batches_have_each_example_once_and_grow():
-    lengths, size_at, sizes = np.random.default_rng(0).integers(5, 60, 700), finetune.growing(4, 16), []
+    lengths, sizes = np.random.default_rng(0).integers(5, 60, 700), []
+    s = SimpleNamespace(epochs=3, batch_size=4, batch_size_end=16, gradient_accumulation_steps=1, seed=7)
     for epoch in range(3):
-        found = finetune.batches(lengths, size_at, 7, epoch, 3)
+        found = finetune.batches(lengths, s, epoch)
         assert sorted(np.concatenate(found).tolist()) == list(range(700))
         assert np.mean([np.ptp(lengths[batch]) for batch in found]) < 10  # of 55
         sizes += [len(batch) for batch in found]
     assert sizes[0] == 4 and max(sizes) == 16 and 0 < sizes.index(8) < sizes.index(16)
-    assert all(map(np.array_equal, found, finetune.batches(lengths, size_at, 7, 2, 3)))
+    assert all(map(np.array_equal, found, finetune.batches(lengths, s, 2)))
 
 
 def test_a_plan_that_changes_on_the_way_takes_each_example_once_an_epoch():
     lengths = np.random.default_rng(0).integers(5, 60, 50)
-    examples = [SimpleNamespace(parts=[([0] * n, None)]) for n in lengths]
     first = dict(epochs=2, batch_size=8, batch_size_end=None, gradient_accumulation_steps=1)
     then = {**first, "batch_size": 3, "gradient_accumulation_steps": 2}
     now = SimpleNamespace(**{**then, "epochs": 4}, seed=7)
-    old = finetune.Plan(examples, SimpleNamespace(**first, seed=7))
+    old, _ = finetune.plan(lengths, SimpleNamespace(**first, seed=7))
     for until in (0, 3, 7, 9, 14):  # in the first epoch, at its end, in the second, at the end
-        changed = finetune.Plan(examples, now, [(until, first), (until + 2, then)])
-        assert all(map(np.array_equal, changed.steps[:until], old.steps))
-        for start, end in zip([0, *changed.epoch_ends], changed.epoch_ends):
-            assert sorted(np.concatenate(changed.steps[start:end]).tolist()) == list(range(50))
-        assert len(changed.epoch_ends) == 4 and max(map(len, changed.steps[until:])) == 6
-    fewer = finetune.Plan(examples, SimpleNamespace(**{**first, "epochs": 1}, seed=7), [(9, first)])
-    assert all(map(np.array_equal, fewer.steps, old.steps)) and len(fewer.steps) == 9
+        steps, ends = finetune.plan(lengths, now, [(until, first), (until + 2, then)])
+        assert all(map(np.array_equal, steps[:until], old))
+        for start, end in zip([0, *ends], ends):
+            assert sorted(np.concatenate(steps[start:end]).tolist()) == list(range(50))
+        assert len(ends) == 4 and max(map(len, steps[until:])) == 6
+    fewer, _ = finetune.plan(lengths, SimpleNamespace(**{**first, "epochs": 1}, seed=7), [(9, first)])
+    assert all(map(np.array_equal, fewer, old)) and len(fewer) == 9
 
 
 def test_a_run_goes_on_with_other_epochs_and_batches_which_it_says(tmp_path):
@@ -436,6 +436,12 @@ def test_folds_are_summed_up_one_by_one_and_all_together(tmp_path):
         tested.append(report.Tested(task, rows, answers, found))
     s = SimpleNamespace(task="classify", folds=3, group_column="g")
     told = report.summary_of_folds(tmp_path, tested, s)
+    beside = report.beside_validation({**tested[0].found, "validation": {"accuracy": 0.8}}, "accuracy")
+    within = "  accuracy: validation 0.8000, test 0.7500: apart by 0.0500, within the test's interval"
+    assert beside == within
+    for ends, where in (([0.6, 0.8], "outside"), ([math.nan, math.nan], None)):
+        beside = report.beside_validation({"validation": {"f1": 0.9}, "f1": 0.7, "f1_ci95": ends}, "f1")
+        assert beside.endswith(f"apart by 0.2000, {where} the test's interval" if where else "apart by 0.2000")
     kept = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
     assert kept["accuracy"] == pytest.approx(0.75) and kept["accuracy_folds"] == [0.75, 1, 0.5]
     assert kept["roc_auc_folds"][1] is None and "(roc_auc is not defined in fold 2: " in told
@@ -443,7 +449,8 @@ def test_folds_are_summed_up_one_by_one_and_all_together(tmp_path):
     assert kept["baselines"]["majority"]["accuracy"] == 0.25 and "bag" not in told
     together = kept["pooled"]
     assert together["test_rows"] == 12 and together["accuracy"] == pytest.approx(9 / 12)
-    assert together["by_group"]["groups"]["b"]["rows"] == 4 and "gap_ci95" in together["by_group"]["gaps"]["loss"]
+    by_group = together["by_group"]
+    assert by_group["groups"]["b"]["rows"] == 4 and "gap_ci95" in by_group["gaps"]["loss"]
     table = json.loads((tmp_path / "curves.json").read_text(encoding="utf-8"))["confusion"]
     assert table == [[7, 1], [2, 2]]
     written = read_csv(tmp_path / "predictions.csv")
@@ -501,6 +508,7 @@ def test_what_is_frozen_stays_and_lora_merges_exactly(tuned, tmp_path):
     before, after, frozen = (checkpoint(folder, "best.pt")["model"]
                              for folder in (tuned / "out", tmp_path / "lora", tmp_path / "frozen"))
     assert same(before, frozen)
+    assert checkpoint(tmp_path / "lora", "best.pt")["head"]["space"]  # texts are read as its body has learned
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(re.fullmatch(r"blocks\.\d+\.(attn|mlp)\.\w+\.weight", name) for name in changed)
     adapters = checkpoint(tmp_path / "lora", "lora.pt")
@@ -575,10 +583,11 @@ NOTHING = json.dumps([{"text": f"t{i}", "label": [None]} for i in range(30)])
     ("a.csv", GOOD, ["--init_from=resume"], ["no checkpoint here"]),
     ("a.csv", GOOD, ["--teacher=nowhere"], ["nowhere", "no checkpoint"]),
     ("a.csv", GOOD, ["--data="], ["data=''", ".csv"]),
-    ("a.csv", GOOD, ["--freeze", "--lora_rank=2"], ["freeze=True", "--lora_rank=2"]),
+    ("a.csv", GOOD, ["--freeze", "--lora_rank=2"], ["freeze=True", "lora_rank=2"]),
     ("a.csv", GOOD, ["--freeze", "--optimizer=muon"], ["optimizer=muon", "freeze=True", "=adamw"]),
     ("a.csv", GOOD, ["--pair=apart"], ["pair=apart", "a.csv has one text"]),
-    ("a.csv", GOOD, ["--label_column=text", "--text_column=0"], ["the column text", "as the text and as the label"]),
+    ("a.csv", GOOD, ["--label_column=text", "--text_column=0"],
+     ["the column text", "as the text and as the label"]),
     ("a.csv", GOOD, ["--task=regress", "--class_weight=balanced"], ["class_weight=balanced", "=regress"]),
     ("a.csv", GOOD, ["--task=qa", "--label_smoothing=0.1"], ["label_smoothing=0.1", "task=classify|tag|lm"]),
     ("a.csv", GOOD, ["--lora_alpha=8"], ["lora_alpha=8.0", "only with lora_rank"]),
@@ -614,6 +623,14 @@ def test_what_was_trained_on_the_same_file_by_another_split_is_said(tuned):
     same.data = "another.csv"
     same.seed = 1
     assert not list(finetune.models_that_have_seen(same))
+
+
+def test_a_number_far_from_all_others_is_said(capsys):
+    rows = [Row(f"a.csv:{n}", "text", label=str(label)) for n, label in enumerate((1, 2, 3, 4, 5))]
+    tasks.Regress.learn(rows, None)
+    assert not capsys.readouterr().out
+    tasks.Regress.learn([*rows, Row("a.csv:9", "text", label="9999")], None)
+    assert "a.csv:9: label 9999 is far from the others, of which half are from 2.25 to 4.75" in capsys.readouterr().out
 
 
 def test_what_is_cut_or_empty_is_counted(tmp_path):

@@ -124,14 +124,14 @@ def learned(tmp_path_factory):
     return of
 
 
-def scores_alone(run, train, test, *_):
+def scores_alone(run, rows, *_):
     """In place of the report, which takes longer than the training."""
     model = sample.load(run.folder)[0]
-    answers = finetune.predict(model, test)
-    found = model.task.scores(*model.task.arrays(test, answers))
+    answers = finetune.predict(model, rows.test)
+    found = model.task.scores(*model.task.arrays(rows.test, answers))
     run_module.write_json(run.folder / "metrics.json", found)
     found |= {"baselines": {}, **{f"{name}_ci95": None for name in found}}
-    return finetune.Tested(model.task, test, answers, found)
+    return finetune.Tested(model.task, rows.test, answers, found)
 
 
 @pytest.mark.parametrize("task, one, other", CASES)

@@ -145,12 +145,11 @@ def of_a_row(tuned: Tuned, row: Row, target: str) -> Case:
     device, found = tuned.head.weight.device, []
     examples = task.examples([row])
     for example in examples:  # several are windows of a long context
-        batch = collate([example], task, device)
-        del batch["target"]
-        batch.pop("places", None)  # all outputs
-        out = tuned(**batch)[0].cpu().numpy()
+        inputs, _ = collate([example], task, device)
+        inputs.pop("places", None)  # all outputs
+        out = tuned(**inputs)[0].cpu().numpy()
         answer, places = task.explained(row, example, out, target)
-        idx, segments = batch["idx"], batch["segments"]  # (1, T) each
+        idx, segments = inputs["idx"], inputs["segments"]  # (1, T) each
         score = partial(sum_of_outputs, tuned, places, segments)
         if places:
             found.append((score(idx).item(), answer, idx, score))
