@@ -6,7 +6,8 @@ How sure are we: 95% intervals of metrics, and groups of rows compared.
 
 A share of the rows has Wilson's interval. All else has a bootstrap's: the metrics of a thousand sets of rows
 that are drawn with replacement. A draw is how often each row is in it, so what a metric needs (sorted scores,
-who is right) is found once, and weighed by many draws at a time. Of two classes a row costs about 80 ns a draw.
+who is right) is found once, and weighed by many draws at a time. Of two classes a row costs about 80 ns a
+draw.
 
 task: has metrics, shares, scores(*arrays), drawn(*arrays); arrays have an entry a row.
 """

@@ -107,11 +107,13 @@ class Machine:
             self.say(f"threads {self.cores} -> {threads}: other programs use the other cores")
 
     def __str__(self) -> str:
+        n = self.chosen["threads"]
+        threads = "1 thread" if n == 1 else f"{n} threads"
         processes = "1 process" if self.world == 1 else f"{self.world} processes"
         name = str(self.dtype).removeprefix("torch.")
         if self.chosen["matmul"] == "bfloat16":
             name += ", products in bfloat16"
-        return f"{self.device}, {name}, {self.chosen['threads']} threads, {processes}"
+        return f"{self.device}, {name}, {threads}, {processes}"
 
     def say(self, text: str) -> None:
         """Print, in the first process only."""

@@ -362,7 +362,8 @@ def cells_of(path: str | Path, source: Lines, dialect: dict,
             fault = str(error)
         if fault:
             refuse(f"{path}:{source.line}: not a row of cells with {dialect['delimiter']!r} between them "
-                   f"({fault}): a quotation mark within quotes is written twice; or --skip_bad_rows=True", bad)
+                   f"({fault}): a quotation mark within quotes is written twice; or "
+                   "--skip_bad_rows=True", bad)
             source.next_row(behind=1)
             reader = csv.reader(source, **dialect)
             continue

@@ -80,7 +80,8 @@ def test_a_setting_without_a_type_has_its_value_s(tmp_path):
 
 def test_a_config_file_computes_with_what_is_set_before_and_with_names_of_its_own(a_script, tmp_path):
     file = tmp_path / "c.py"
-    file.write_text("scale = 3\nn_layer = scale * 2\nlearning_rate = learning_rate / 4\nn_embd = 2 * n_embd\n")
+    lines = ("scale = 3", "n_layer = scale * 2", "learning_rate = learning_rate / 4", "n_embd = 2 * n_embd")
+    file.write_text("\n".join(lines))
     given = settings.configure(a_script, Config, ["--learning_rate=1.0", str(file)])
     assert a_script["learning_rate"] == 0.25 and given == {"n_layer": 6, "n_embd": 2 * 768}
     for text, words in (("scale = 3\n", ["c.py:1: unknown setting 'scale'", "begins with _"]),

@@ -169,7 +169,8 @@ def in_use_as_in_training(model, data, out, rows, written, found, folder, monkey
     task, header = model.task, list(written[0])
     rows_alone = folder / "rows.jsonl"
     rows_alone.write_text(as_jsonl(task, rows), encoding="utf-8")
-    files = [(rows_alone, ("id", "sentence"), 32), (rows_alone, ("id", "sentence"), 1)]  # what it does not say
+    # what it does not say
+    files = [(rows_alone, ("id", "sentence"), 32), (rows_alone, ("id", "sentence"), 1)]
     if Path(data).suffix != ".txt":
         files.append((data, (), 32))
     if not task.writes and not isinstance(task, tasks.Answer):  # a text a line
@@ -441,7 +442,8 @@ def test_folds_are_summed_up_one_by_one_and_all_together(tmp_path):
     assert beside == within
     for ends, where in (([0.6, 0.8], "outside"), ([math.nan, math.nan], None)):
         beside = report.beside_validation({"validation": {"f1": 0.9}, "f1": 0.7, "f1_ci95": ends}, "f1")
-        assert beside.endswith(f"apart by 0.2000, {where} the test's interval" if where else "apart by 0.2000")
+        end = f"apart by 0.2000, {where} the test's interval" if where else "apart by 0.2000"
+        assert beside.endswith(end)
     kept = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
     assert kept["accuracy"] == pytest.approx(0.75) and kept["accuracy_folds"] == [0.75, 1, 0.5]
     assert kept["roc_auc_folds"][1] is None and "(roc_auc is not defined in fold 2: " in told
@@ -630,7 +632,8 @@ def test_a_number_far_from_all_others_is_said(capsys):
     tasks.Regress.learn(rows, None)
     assert not capsys.readouterr().out
     tasks.Regress.learn([*rows, Row("a.csv:9", "text", label="9999")], None)
-    assert "a.csv:9: label 9999 is far from the others, of which half are from 2.25 to 4.75" in capsys.readouterr().out
+    far = "a.csv:9: label 9999 is far from the others, of which half are from 2.25 to 4.75"
+    assert far in capsys.readouterr().out
 
 
 def test_what_is_cut_or_empty_is_counted(tmp_path):

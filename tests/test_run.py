@@ -74,7 +74,7 @@ def test_a_run_does_max_iters_updates_and_leaves_what_it_promised(home):
     assert checkpoint(home / "out/whole", "ckpt.prev.pt")["state"]["step"] == 4
     assert set(state["optimizer"]) == set(state["model"]) - {"head.weight"}  # by name; tied to the embedding
     printed = (home / "printed.txt").read_text(encoding="utf-8")
-    assert all(words in printed for words in ("left", "bits per byte", "A sample", "cpu, float32, 1 threads"))
+    assert all(words in printed for words in ("left", "bits per byte", "A sample", "cpu, float32, 1 thread,"))
 
 
 def as_version_1(folder):
@@ -738,7 +738,7 @@ def test_products_of_training_steps_alone_are_in_bfloat16(home, monkeypatch, bfl
     monkeypatch.setattr(train, "train_step", train_step)
     said = run(home, "products", *TOY, *how, "--max_iters=1", "--overwrite")
     assert seen == {True: {"medium" if products else "highest"}, False: {"highest"}}
-    assert ("cpu, float32, products in bfloat16, 1 threads" in said) == bool(products)
+    assert ("cpu, float32, products in bfloat16, 1 thread," in said) == bool(products)
     assert checkpoint(home / "out/products")["machine"] == {"threads": 1, "matmul": products or "float32"}
 
 
@@ -771,7 +771,7 @@ def test_threads_are_those_of_free_cores_once_for_a_run(home, monkeypatch):
         machine = Machine("cpu")
         with contextlib.redirect_stdout(io.StringIO()) as said:
             machine.choose("auto", 32, earlier)
-        assert said.getvalue().strip() == words and f", {chosen} threads, " in str(machine)
+        assert said.getvalue().strip() == words and f", {chosen} thread" in str(machine)
         assert torch.get_num_threads() == machine.chosen["threads"] == chosen
     monkeypatch.setenv("OMP_NUM_THREADS", "3")  # the user knows better
     torch.set_num_threads(3)
