@@ -273,7 +273,7 @@ def near_groups(sketches: np.ndarray, threshold: float) -> np.ndarray:
     # To be compared, two have so many neighbours in common among their lowest values: 99.9% of those do that
     # share 0.6, 0.4, 0.2 of their shingles (MinHash by bands, for sketches of the lowest values).
     band = 3 if threshold >= 0.6 else 2 if threshold >= 0.35 else 1
-    parts = 1 + n * K // 2**24  # of the bands, by their hash, one after the other: some 400 MB at a time
+    parts = 1 + n * K // 2**22  # of the bands, by their hash, one after the other: 100 to 500 MB at a time
     for part in range(parts):
         pairs = candidates(sketches, band, part, parts)
         for i in range(0, len(pairs), 2**13):
