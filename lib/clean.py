@@ -276,6 +276,7 @@ def near_groups(sketches: np.ndarray, threshold: float) -> np.ndarray:
     parts = 1 + n * K // 2**22  # of the bands, by their hash, one after the other: 100 to 500 MB at a time
     for part in range(parts):
         pairs = candidates(sketches, band, part, parts)
+        pairs = pairs[group[pairs // n] != group[pairs % n]]  # others are known from a part before
         for i in range(0, len(pairs), 2**13):
             a, b = np.divmod(pairs[i:i + 2**13], n)
             both = np.sort(np.concatenate((sketches[a], sketches[b]), axis=1), axis=1)
