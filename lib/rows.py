@@ -67,7 +67,7 @@ def together(readings: str) -> list[list[str]]:
 
 
 ROLES = ("text", "pair", "label", "group", "split", "start")
-IDS = "id idx index guid uid qid".split()
+IDS = "id idx index guid uid qid 编号 序号".split()
 TWO_TEXTS = together("""
     sentence1+sentence2 question1+question2 premise+hypothesis context+hypothesis text+text_pair
     text_a+text_b text1+text2 sentence_a+sentence_b sentence_1+sentence_2 query1+query2 s1+s2
@@ -78,15 +78,15 @@ ONE_TEXT = """
     text sentence review review_text reviewtext content review_body body comment_text sentimenttext tweet
     originaltweet message phrase utterance utt question question_text headline description
     short_description text_a document article abstract full_text essay excerpt title query claim summary
-    sms abst v2 文本 内容 评论 评论内容 微博中文内容 句子 标题""".split()
+    sms abst v2 文本 内容 评论 评论内容 微博中文内容 句子 正文 评价 标题""".split()
 CLASSES = """
     label labels gold_label sentiment airline_sentiment polarity stance emotion class category intent topic
     topics target coarse_label label_coarse class_index is_duplicate is_sarcastic quality entailment_label
     entailment_judgment stars star rating score review_score overall label_text tags _label_ v1 标签 类别
-    情感 情感倾向 分类""".split()
+    情感 情感倾向 分类 情绪 星级 评分 打分 得分 分数 标注""".split()
 NUMBERS = """
     score similarity_score relatedness_score similarity label rating stars overall points target
-    domain1_score value 评分""".split()
+    domain1_score value 评分 星级 打分 得分 分数""".split()
 SEVERAL = ("conversations of several turns, and answers to choose from, are not learned from yet: "
            "--text_column=NAME --label_column=NAME, if a row has one text and its answer")
 CHOICES = dict.fromkeys("choice1 choices options endings ending0 sol1 candidates".split(), SEVERAL)
@@ -98,14 +98,14 @@ WORD_ROWS = {"word": "a word in each row: write a word and its tag a line, and a
 CLASS_NAMES = Names({"text": ONE_TEXT, "label": CLASSES}, TWO_TEXTS, CHOICES | MARKED, {"label": (list,)})
 NUMBER_NAMES = Names({"text": ONE_TEXT, "label": NUMBERS + CLASSES}, TWO_TEXTS, CHOICES | MARKED)
 TAG_NAMES = Names(
-    {"text": "tokens words text sentence word content".split(),
-     "label": "ner_tags tags labels label ner entities ents spans tag pos_tags upos".split()},
+    {"text": "tokens words text sentence word content 文本 句子".split(),
+     "label": "ner_tags tags labels label ner entities ents spans tag pos_tags upos 标签 实体".split()},
     together("tokens++ner_tags tokens++tags text++spans"), WORD_ROWS | MARKED,
     nested={"text": (list,), "label": (list, dict)})
 ANSWER_NAMES = Names(
-    {"text": "question query question_text query_text".split(),
-     "pair": "context context_text passage paragraph document article text".split(),
-     "label": "answers answer answer_text label".split(), "split": ["title"],
+    {"text": "question query question_text query_text 问题".split(),
+     "pair": "context context_text passage paragraph document article text 上下文 段落 文章 原文".split(),
+     "label": "answers answer answer_text label 答案".split(), "split": ["title"],
      "start": "answer_start answer_starts start".split()},
     refused=CHOICES, nested={"label": (list, dict), "start": (list,)})
 LM_NAMES = Names(
@@ -116,7 +116,8 @@ LM_NAMES = Names(
     system_prompt+question+response question+context+answer question+context+response problem++solution
     question++answer question++response query++response query++answer input++output input++target
     inputs++targets ask++answer source++target text++code article++highlights text++summary
-    article++summary dialogue++summary document++summary 问题++回答"""),
+    article++summary dialogue++summary document++summary 指令+输入+输出 指令++输出 指令++回答
+    问题++回答 问题++答案 提问++回答 问++答 输入++输出"""),
     TURNS | CHOICES, optional=("pair", "label"))
 BEFORE = {  # what checkpoints were made with that keep no resolved columns
     "text": "text sentence sentence1 review content question instruction prompt tokens".split(),
@@ -126,6 +127,10 @@ BEFORE = {  # what checkpoints were made with that keep no resolved columns
 
 def plain(name: str) -> str:
     return re.sub(r"[\s_-]+", "_", name.strip().lower())
+
+
+def is_id(name: str) -> bool:
+    return plain(name) in IDS or re.search("_id$|[a-z]I[dD]$|编号$", name) is not None
 
 
 def find_column(path: str, role: str, names: list[str], asked: str | int) -> str:
@@ -218,7 +223,8 @@ def of_names(path: str, names: list[str], columns: dict, usual: Names, needed: C
                                 f"--{role}_column=...{several}")
         used = [one for name in found.values() if name for one in columns_in(name, names)]
         unused = [name for name in names if name not in used]
-    ids = [name for name in names if plain(name) in IDS and name not in found.values()]
+    ids = [name for name in names if is_id(name) and name not in found.values()]
+    ids.sort(key=lambda name: plain(name) not in IDS)
     return {**found, "id": ids[0] if ids else None, "header": not names[0].isdigit(), "unused": unused}
 
 

@@ -222,6 +222,9 @@ def squad(asked: dict) -> str:
      "text: prompt, label: completion; not used: score", ["b"]),
     ("lm", "firefly.jsonl", lines_of({"kind": "NLI", "input": "a", "target": "b"}),
      "text: input, label: target; not used: kind", ["b"]),
+    ("lm", "zh.jsonl", lines_of({"指令": "a", "输入": "b", "输出": "c"}), "text: 指令, pair: 输入, label: 输出", ["c"]),
+    ("regress", "zh.csv", "用户编号,评论,星级\n7,很好,4.5\n", "text: 评论, label: 星级; not used: 用户编号", ["4.5"]),
+    ("classify", "zh.csv", "编号,评价,星级\n7,很好,4\n", "text: 评价, label: 星级; not used: 编号", ["4"]),
     ("lm", "wiki.jsonl", lines_of({"url": "u", "title": "t", "text": "long"}),
      "text: text; not used: url, title",
      [None]),
@@ -370,6 +373,9 @@ def test_later_files_are_read_by_the_columns_of_the_training_file(tmp_path):
     assert described(columns) == "text: comment, label: kind; not used: id" and rows[1].id == "9"
     write_rows(tmp_path / "b.csv", ("id", "text", "label", "Comment"), [1], ["no"], ["z"], ["yes"])
     row, = TASKS["classify"].read(str(tmp_path / "b.csv"), columns, False)
+    for name in ("编号", "订单编号", "PhraseId", "order_id"):  # which row it is goes with its answer
+        write_rows(tmp_path / "c.csv", ("covid", name, "comment"), ["no"], ["r7"], ["yes"])
+        assert [one.id for one in TASKS["classify"].read(str(tmp_path / "c.csv"), columns, False)] == ["r7"]
     assert (row.text, row.label, row.id) == ("yes", None, "1")
     for header in (("text", "label"), None):
         write_rows(tmp_path / "c.csv", header, ["no"], ["z"])
