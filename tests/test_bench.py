@@ -1,6 +1,7 @@
 """What tools.bench measures, not how fast it is: that depends on the machine."""
 import math
 import re
+import sys
 
 import pytest
 import torch
@@ -45,6 +46,11 @@ def test_a_table_is_ready_to_paste(monkeypatch, capsys):
     assert re.match(r"\| `--dev.*` \| [\d,]+ tokens/s, .*product's \| [\d.]+ GB \| [\d.]+ s \|$", trained)
     assert re.match(r"\| `write.*` \| [\d,.]+ tokens/s \|  \|  \|$", written)
     assert "n_head=5" in refused
+    monkeypatch.setattr("config.open_console", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["bench.py", "table", "--prompt_tokens=5"])
+    with pytest.raises(SystemExit, match="2"):
+        bench.main()
+    assert "unknown setting 'prompt_tokens'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words, weights", [

@@ -319,7 +319,7 @@ def main() -> None:
         return
     if words[:1] == ["table"]:
         del sys.argv[1]
-        launch(bench_table, {**globals(), "__annotations__": {}})  # it has no settings
+        launch(bench_table, {"__annotations__": {}, "__doc__": __doc__, "__file__": __file__})  # no settings
         return
     if words[:1] == ["write"]:
         del sys.argv[1]
