@@ -35,8 +35,8 @@ from config import (SettingError, UserError, above, at_least, defaults_of, launc
                     place_of, values_of)
 from lib.hub import full_id, is_published
 from lib.optim import AdamW, Momentum, Muon, Pruning
-from lib.run import (BadSteps, Machine, Pace, Run, State, check_sums, clock, fitting, in_words, load_body,
-                     main_process, model_of, step_line, stored_settings)
+from lib.run import (BadSteps, Machine, Pace, Run, State, beside, check_sums, clock, fitting, in_words,
+                     load_body, main_process, model_of, step_line, stored_settings)
 from lib.tokenizer import Tokenizer, same_tokenizer
 from model import Config, TokenEmbedding, Transformer, block_matrices, tell_compile_failed
 
@@ -766,7 +766,7 @@ def main(given: dict):
     run.begin(settings, defaults_of(globals()), model_args=asdict(config), tokenizer=tokenizer.to_dict(),
               compiled=is_compiled, published=model.published)
     if machine.main and data.sums:
-        run.data_check = ThreadPoolExecutor(1).submit(check_sums, data.sums)  # beside the first steps
+        run.data_check = beside(check_sums, data.sums)  # the first steps
     machine.say(f"training  {max_iters:,} steps of {step_windows * config.block_size:,} tokens, "
                 f"{max_iters * step_windows / windows.n:.1f} epochs, into {run.folder}\n")
     if wandb_log:

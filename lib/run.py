@@ -19,10 +19,12 @@ import platform
 import re
 import signal
 import sys
+import threading
 import time
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Optional
@@ -90,7 +92,7 @@ class Machine:
         on_cpu = self.device.type == "cpu"
         units = on_cpu and not self.sum(torch.tensor(float(not has_bfloat16_units())))  # in all processes
         if matmul == "bfloat16" and not units:
-            raise SettingError(f"matmul=bfloat16: {self.device} has no units for that: leave it out")
+            raise SettingError(f"matmul=bfloat16: {self.device} has no units for that: --matmul=auto")
         if matmul == "auto":
             pays = self.asked == "auto" and width >= WIDE
             wanted = earlier.get("matmul", "bfloat16" if pays else "float32")
@@ -249,8 +251,8 @@ def work_and_rest() -> tuple[float, float, float]:
         rows = [line.split() for line in Path("/proc/stat").read_text(encoding="ascii").splitlines()]
         # idle, and waiting for a disk
         ticks = sum(int(row[4]) + int(row[5]) for row in rows if row[0] in mine)
-        rest = ticks / os.sysconf("SC_CLK_TCK")
-    return time.time(), sum(os.times()[:4]), rest
+        rest = ticks / os.sysconf("SC_CLK_TCK") or math.nan  # in a sandbox all may be 0
+    return time.monotonic(), sum(os.times()[:4]), rest
 
 
 BEGINNING = work_and_rest()
@@ -260,8 +262,7 @@ def free_cores() -> float:
     """Of those that this process may use, how many no other program has used since it began: at least 1. inf:
     the system does not say."""
     clock, work, rest = (now - then for now, then in zip(work_and_rest(), BEGINNING, strict=True))
-    free = (work + rest) / clock
-    return math.inf if math.isnan(free) else max(1, int(free + 0.5))
+    return math.inf if math.isnan(rest) else max(1, int((work + rest) / clock + 0.5))
 
 
 # dense bfloat16 (V100, T4: float16) FLOP/s from the makers' data sheets
@@ -345,6 +346,20 @@ def read_dict(path: Path) -> dict:
         return {}
 
 
+def beside(work: Callable, *args) -> Future:
+    """Its result, from a thread that an ending process does not wait for, as it would for an executor's."""
+    found = Future()
+
+    def run():
+        try:
+            found.set_result(work(*args))
+        except Exception as error:
+            found.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return found
+
+
 def check_sums(sums: dict[Path, str]) -> None:
     """Raises UserError if a file is not what its SHA-256 says. The user's cache remembers those that are, by
     size, time and inode."""
@@ -397,7 +412,8 @@ def left_by_runs(folder: Path) -> list[Path]:
 
 def is_replaced(folder: Path) -> bool:
     """Was --overwrite killed while it removed the run in a folder, or the run that this is a fold of?"""
-    return (folder / REPLACED).exists() or (folder.parent / REPLACED).exists()
+    places = (folder, folder.parent) if folder.name.startswith("fold") else (folder,)
+    return any((place / REPLACED).exists() for place in places)
 
 
 def remove_run(folder: Path) -> None:

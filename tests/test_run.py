@@ -25,8 +25,8 @@ import train
 from config import SettingError, UserError, launch
 from lib import group
 from lib import run as run_file
-from lib.run import (REPORTS, RESUME, Machine, Pace, Run, State, Stop, check_sums, find_checkpoint, model_of,
-                     stored_settings)
+from lib.run import (REPORTS, RESUME, Machine, Pace, Run, State, Stop, beside, check_sums, find_checkpoint,
+                     model_of, stored_settings)
 from model import Config, Transformer
 from tests.helpers import (QUICK, ROOT, TOY, checkpoint, full_disk, log_of, posix, run_here, same, script,
                            slow, start, synthetic, tiny, together, write_rows)
@@ -492,6 +492,12 @@ def test_a_run_is_replaced_only_if_asked(home):
     assert is_same_run(home, "whole", "old") and rows_of(home, "whole") == rows_of(home, "old")
     with pytest.raises(SettingError, match="init_from=out/old: --overwrite would remove it"):
         run(home, "old", *TOY, "--init_from=out/old", "--overwrite")
+    (home / "out/run.replaced").touch()  # of a run beside whose folds there are other runs
+    try:
+        with pytest.raises(SettingError, match="out/old: a run is here already"):
+            run(home, "old", *TOY)
+    finally:
+        (home / "out/run.replaced").unlink()
 
 
 def test_a_folder_in_use_is_locked(home, monkeypatch):
@@ -580,7 +586,9 @@ def test_a_file_of_the_data_that_was_altered_stops_the_run_before_it_saves(home,
         run(home, "altered", *args)
     assert not list((home / "out/altered").glob("*.pt"))
     with pytest.raises(UserError, match="gone.bin: No such file"):
-        check_sums({home / "gone.bin": ""})
+        beside(check_sums, {home / "gone.bin": ""}).result()
+    code = "import time; from lib.run import beside; beside(time.sleep, 99)"  # of a large file
+    assert script(sys.executable, "-c", code, cwd=ROOT, timeout=60).returncode == 0
 
 
 def test_a_log_is_strict_json_whatever_is_in_it(home):
@@ -756,7 +764,7 @@ def test_a_run_with_products_in_bfloat16_goes_on_as_it_was(home, monkeypatch, bf
     monkeypatch.setattr(run_file, "has_bfloat16_units", lambda: False)
     said = resume(home, "amx", "--max_iters=9")
     assert "matmul bfloat16 -> float32, by this machine: last bits may differ" in said
-    with pytest.raises(SettingError, match="matmul=bfloat16: cpu has no units for that"):
+    with pytest.raises(SettingError, match="matmul=bfloat16: cpu has no units for that: --matmul=auto"):
         resume(home, "amx", "--matmul=bfloat16")
 
 
@@ -785,6 +793,14 @@ def test_a_core_is_free_if_nobody_else_works_on_it(monkeypatch, rest, free):
     monkeypatch.setattr(run_file, "BEGINNING", (100.0, 5.0, 1000.0))
     monkeypatch.setattr(run_file, "work_and_rest", lambda: (110.0, 5.0 + 2.0, 1000.0 + rest - 2.0))
     assert run_file.free_cores() == free  # of 10 seconds; this process has worked for 2 of them
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="only Linux says what its cores do")
+@pytest.mark.parametrize("ticks, known", [("7", True), ("0", False)])
+def test_a_sandbox_that_says_nothing_of_its_cores_has_them_all(monkeypatch, ticks, known):
+    rows = [f"cpu{n} 1 1 1 {ticks} 0 1" for n in os.sched_getaffinity(0)]
+    monkeypatch.setattr(run_file.Path, "read_text", lambda *_, **__: "\n".join(["cpu 5 5 5 0 0 5", *rows]))
+    assert math.isnan(run_file.work_and_rest()[2]) != known
 
 
 def test_what_compiles_is_not_imported_for_what_is_not_compiled(home):
