@@ -44,7 +44,7 @@ from lib.tokenizer import (Characters, Tokenizer, encode_stream, examples_of, ma
 # Settings
 dataset: str = ""  # name of the folder under data/, or a built-in: python, shakespeare, shakespeare_char
 source: str = ""  # file, folder, glob, URL, hf:NAME or built-in; several with commas; empty: the built-in's
-encoding: str = "utf-8"  # of the text files
+encoding: str = "utf-8"  # of the text files; empty: UTF-8, or UTF-16 or GBK if it is that, each its own
 errors: Literal["strict", "replace", "ignore"] = "strict"  # what to do with bytes that are not in it
 text_key: str = "text"  # of a .jsonl or an hf: data set; of a .csv or .tsv the column, by name or number
 split_on: str | None = ""  # what divides a text file, "\n\n" for blank lines; empty: lines of <|endoftext|>
@@ -222,7 +222,7 @@ def complete(dataset: str, given: dict) -> SimpleNamespace:
     if s.prefix and s.tokenizer == "bpe":
         raise SettingError("--prefix=True: for a tokenizer with a template, not for a bpe")
     try:
-        codecs.lookup(s.encoding)
+        codecs.lookup(s.encoding or "utf-8")
     except LookupError:
         raise SettingError(f"--encoding={s.encoding}: Python knows no such encoding") from None
     return s
@@ -315,7 +315,8 @@ NOTES = {  # of the report, in words
     "data_sets": "passed over: data sets made by prepare.py",
     "unreadable": "passed over: folders that may not be read",
     "empty_or_binary": "passed over: empty, or not text",
-    "other_encodings": "passed over: in another encoding",
+    "other_encodings": "passed over: in another encoding (--encoding= takes each in its own)",
+    "recognised": "files recognised, by --encoding=",
     "bad_rows": "rows passed over",
     "json_as_text": ".json files read as plain text",
     "records_as_text": "files of JSON records read as plain text, braces and all: name them .jsonl",

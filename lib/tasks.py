@@ -26,7 +26,7 @@ from lib import intervals, metrics
 from lib.rows import (ANSWER_NAMES, CLASS_NAMES, CONLL_U, LM_NAMES, NUMBER_NAMES, TAG_NAMES, WORDS, Names,
                       Row, each_with_answers, kind_of_words, label_key, of_names, open_conll, open_rows,
                       read_lines, read_paragraphs, split_rows, tags_of_spans, tell, text_key, to_number)
-from lib.text import kind_of
+from lib.text import encoding_of, kind_of
 
 
 class Example(NamedTuple):
@@ -152,6 +152,8 @@ class Task:
     def to_answer(self, path: str, columns: dict, encoding: str = "",
                   bad: Callable | None = None) -> tuple[dict, Iterable[Row]]:
         """Rows of a file in use, with the columns of training; of a .txt, a text a line. See open_rows."""
+        if kind_of(path) == ".txt":
+            encoding = encoding or encoding_of(path)  # said once
         if kind_of(path) == ".txt" and self.is_plain(path, columns, encoding):
             asked = {role: columns[role] for role in columns.get("asked", ())}
             columns = of_names(path, ["each line"], asked, Names({"text": ("each_line",)}), ())

@@ -80,21 +80,25 @@ NO_TEXT = {b"PK\3\4": "a zip or Excel file", b"\xd0\xcf\x11\xe0": "an Excel file
 UTF_16 = codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE
 
 
-def encoding_of(path: str | Path) -> str:
-    """Of a labelled file: UTF-8, or UTF-16 or GBK if that is what it begins with, which is said."""
-    data, found = b"", ""
+def encoding_of(path: str | Path, found: dict | None = None) -> str:
+    """UTF-8, or UTF-16 or GBK if that is what it begins with, which is said, or counted in found."""
+    data, name = b"", ""
     with contextlib.suppress(*UNREADABLE):  # blocks() will tell
         with UNPACK.get(Path(path).suffix.lower(), open)(path, "rb") as f:
             data = f.read(BLOCK)
     if data.startswith(UTF_16):
-        found = "utf-16"
-    elif data[1:2000:2].count(0) > 0.3 * len(data[:2000]):
-        found = "utf-16-le"
+        name = "utf-16"
+    elif found is None and data[1:2000:2].count(0) > 0.3 * len(data[:2000]):  # else it may be a binary file
+        name = "utf-16-le"
     elif not decodes(data, "utf-8") and is_gbk(data):
-        found = "gb18030"
-    if found:
-        print(f"{path}: read as {'GBK' if found == 'gb18030' else 'UTF-16'}", file=sys.stderr)
-    return found or "utf-8"
+        name = "gb18030"
+    if name:
+        said = f"{path}: read as {'GBK' if name == 'gb18030' else 'UTF-16'}"
+        if found is None:
+            print(said, file=sys.stderr)
+        else:
+            note(found, "recognised", said)
+    return name or "utf-8"
 
 
 def decodes(data: bytes, encoding: str) -> str:
@@ -113,9 +117,13 @@ def is_gbk(data: bytes) -> bool:
     return wide and pairs > 0.9 * len(wide) and (common > 0.02 * len(wide) or len(wide) < 50)
 
 
-def encoding_advice(data: bytes, replaces: bool) -> str:
-    """For a text file that is not UTF-8. A Western encoding reads anything, and makes a mess of most."""
+def encoding_advice(data: bytes, encoding: str, replaces: bool) -> str:
+    """For a text file not in this encoding. A Western one reads anything, and makes a mess of most."""
     beyond = sum(byte > 127 for byte in data)
+    if encoding != "utf-8" and decodes(data, "utf-8"):
+        return "UTF-8: --encoding=utf-8" + (", or --encoding= for each file in its own" if replaces else "")
+    if encoding == "gb18030" and is_gbk(data):
+        return "it ends within a character: " + ("--errors=replace" if replaces else "mend that")
     if sum(c > "\x7f" for c in data.decode("utf-8", "ignore")) > beyond / 4:
         return "UTF-8 but for some bytes: " + ("--errors=replace" if replaces else "mend them")
     guess = "what it is in (shift_jis, big5, euc_kr, cp1251...)"
@@ -161,7 +169,7 @@ def blocks(path: str | Path, encoding: str = "utf-8", errors: str = "strict",
     except UnicodeDecodeError as error:
         line += error.object[:error.start].count(b"\n")
         at = offset - len(error.object) + error.start  # the object: what was left before, and data
-        remedy = encoding_advice(rest.encode("utf-8", "replace") + error.object, replaces=not labelled)
+        remedy = encoding_advice(rest.encode(name, "replace") + error.object, name, replaces=not labelled)
         kind = OtherEncoding if offset <= BLOCK else UserError  # nothing was yielded yet
         raise kind(f"{path}:{line}: not {encoding.upper()} (byte 0x{error.object[error.start]:02x} at offset "
                    f"{at}): {remedy}") from None
@@ -459,7 +467,8 @@ def documents(source: str, encoding: str = "utf-8", errors: str = "strict", text
               downloads: str | Path = "data/downloads") -> Iterator[tuple[str, str]]:
     """(name, text) of each document. An empty name goes on with the document before: a large file in blocks.
 
-    split_on: what is between the documents of a text file; "": lines of <|endoftext|>. found: counts what is
+    encoding: "": UTF-8, or UTF-16 or GBK, as each file is. split_on: what is between the documents of a text
+    file; "": lines of <|endoftext|>. found: counts what is
     passed over, as in note(). Raises UserError, with a name, for what cannot be read.
     """
     found = {} if found is None else found
@@ -563,7 +572,7 @@ def file_documents(file: Path, title: str, encoding: str, errors: str, text_key:
 
     named: a .json without such texts is refused. In a folder it is a text itself, as code is.
     """
-    kind, text = kind_of(file), blocks(file, encoding, errors)
+    kind, text = kind_of(file), blocks(file, encoding or encoding_of(file, found), errors)
     if kind not in (".csv", ".tsv", ".jsonl"):
         first = next(text, "")
         if kind == ".json" and first.lstrip().startswith("["):

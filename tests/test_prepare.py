@@ -371,7 +371,8 @@ def test_what_a_folder_has_that_is_no_text_is_passed_over_and_said(tmp_path, cap
     assert all_of(folder) == sorted([*PAGES, '{"name": "x"}'])
     for line in ("2 passed over: links", "notes/pipe", ".git", "data sets made by prepare.py: ",
                  "2 passed over: empty, or not text: ", "empty.txt",
-                 "1 passed over: in another encoding: ", "old.txt", "1 .json files read as plain text"):
+                 "1 passed over: in another encoding (--encoding= takes", "old.txt",
+                 "1 .json files read as plain text"):
         assert line in said, said
     with pytest.raises(UserError, match="pipe: no plain file"):
         prepare.prepare("b", source=str(notes / "pipe"), root=tmp_path / "data")

@@ -252,6 +252,27 @@ def test_a_large_file_is_read_in_blocks_as_if_whole(tmp_path, monkeypatch):
     assert texts_of(path, errors="replace")[-1].endswith("abc\ufffd")
 
 
+def test_a_folder_may_hold_texts_of_several_encodings(tmp_path):
+    for name, encoding in (("a", "utf-8"), ("b", "gb18030"), ("c", "utf-16"), ("d", "utf-8-sig")):
+        (tmp_path / f"{name}.txt").write_text(CHINESE * 20 + name, encoding=encoding)
+    (tmp_path / "e.bin").write_bytes(b"a\0" * 2000)  # numbers, not UTF-16 without its mark
+    found = {}
+    texts = [text for _, text in documents(str(tmp_path), "", found=found)]
+    assert texts == [CHINESE * 20 + name for name in "abcd"]
+    assert found["recognised"]["documents"] == 2 and "b.txt: read as GBK" in found["recognised"]["example"]
+    assert found["empty_or_binary"]["documents"] == 1
+
+
+@pytest.mark.parametrize("content, advice", [
+    (CHINESE.encode(), "not GB18030 .*: UTF-8: --encoding=utf-8, or --encoding= for each"),
+    (CHINESE.encode("gb18030") + b"\xb1", "not GB18030 .*: it ends within a character: --errors=replace"),
+])
+def test_what_is_not_gbk_is_not_called_utf_8_but_for_some_bytes(tmp_path, content, advice):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(UserError, match=advice):
+        list(documents(str(tmp_path / "a.txt"), "gb18030"))
+
+
 def test_parquet_comes_by_the_datasets_library(tmp_path):
     pytest.importorskip("datasets")
     parquet = pytest.importorskip("pyarrow.parquet")
