@@ -98,7 +98,7 @@ def plot_losses(log: Path, picture: Path, unit: str = "nats a token", scale: flo
                 y = smoothed(y)
             elif key == "val_loss":
                 y = y * scale
-            axes.plot(x[at], y[at], "-" if key == "loss" else "o-", ms=3, lw=1.3, color=color, label=label)
+            axes.plot(x[at], y[at], "-" if key == "loss" and len(x) > 2 else "o-", ms=3, lw=1.3, color=color, label=label)
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()

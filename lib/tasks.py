@@ -855,6 +855,9 @@ def one_spelling(rows: list[Row], say: Callable) -> dict[str, str]:
     joined = [label for label in counts if "|" in label and counts.keys() & set(label.split("|"))]
     if joined:
         say(f"warning: label {joined[0]!r} is a class of its own: --multi_label if it is several")
+    broken = [labels[0] for key, labels in same.items() if isinstance(key, float) and key % 1]
+    if broken:
+        say(f"warning: label {broken[0]!r} is a class of its own: --task=regress if labels are amounts")
     for labels in near.values():
         if len(labels) > 1:
             say(f"warning: labels {', '.join(map(repr, labels))} differ by case or spaces alone: "

@@ -510,6 +510,12 @@ def test_joined_labels_are_warned_of(tmp_path):
     assert "'x|y' is a class of its own: --multi_label" in splits_of(path)[1]
 
 
+@pytest.mark.parametrize("labels, warned", [(["0.5", "1", "4.25"], True), (["1", "2.0", "5"], False)])
+def test_amounts_that_are_taken_for_classes_are_warned_of(tmp_path, labels, warned):
+    path = write_rows(tmp_path / "a.csv", ("text", "label"), [f"t {i}" for i in range(60)], labels * 20)
+    assert ("is a class of its own: --task=regress" in splits_of(path)[1]) == warned
+
+
 def test_rows_without_a_text_are_left_out_and_a_text_that_is_everywhere_is_trained_on(tmp_path):
     rows = [{"text": " " if i % 3 == 0 else "again" if i % 3 == 1 else f"text {i}", "label": "xy"[i % 2]}
             for i in range(90)]
