@@ -695,7 +695,9 @@ def text_of(record: dict, key: str, where: str, may_be_null: bool) -> str:
     if text is None and may_be_null and key in record:
         return ""
     if not isinstance(text, str):
-        raise UserError(f"{where}: no text under {key!r} in {str(record)[:120]}: give --text_key=NAME, or "
+        what = "no text" if text is None else f"a {type(text).__name__}, no text,"
+        begin = ", ".join(f"{name}: {str(value)[:20]!r}" for name, value in record.items())
+        raise UserError(f"{where}: {what} under {key!r}; it has {begin[:400]}: give --text_key=NAME, or "
                         "the column's number, from 0, if a table has no header")
     return text
 
