@@ -416,8 +416,13 @@ def is_replaced(folder: Path) -> bool:
     return any((place / REPLACED).exists() for place in places)
 
 
-def remove_run(folder: Path) -> None:
-    """If this process is killed meanwhile, all of it is gone."""
+def remove_run(folder: Path, settings: dict) -> None:
+    """If this process is killed meanwhile, all of it is gone. Raises SettingError if it has what the next run,
+    of these settings, begins from or is taught by."""
+    lost = {place.resolve() for file in left_by_runs(folder) for place in (file, file.parent)}
+    for name in ("init_from", "teacher"):
+        if settings.get(name) and Path(settings[name]).resolve() in lost:
+            raise SettingError(f"{name}={settings[name]}: --overwrite would remove it: give another out_dir")
     marker = folder / REPLACED
     marker.touch()
     for file in left_by_runs(folder):
@@ -685,8 +690,6 @@ class Run:
             self.removes = self.folder
         else:
             refuse_to_replace(self.folder)
-        if self.removes and Path(init_from).exists() and Path(init_from).resolve() == self.folder.resolve():
-            raise SettingError(f"init_from={init_from}: --overwrite would remove it: give another out_dir")
         self.resumed = bool(self.checkpoint)
         self.compiled = self.checkpoint.get("compiled")  # its last bits depend on it: it stays so, or not
         self.machine_then = self.checkpoint.get("machine", {})  # what Machine.choose chose
@@ -780,7 +783,7 @@ class Run:
         if self.forget and best.exists():
             os.replace(best, self.folder / "best.before.pt")  # which nothing loads by itself
         if self.removes:
-            remove_run(self.removes)
+            remove_run(self.removes, settings)
         write_json(self.folder / "settings.json", settings)
         write_text(self.log_file, self.rows_so_far())
 

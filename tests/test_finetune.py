@@ -407,6 +407,9 @@ def test_folds_test_every_row_once_and_are_gone_on_with_or_replaced(tmp_path):
         run_here(finetune, *args)
     with pytest.raises(UserError, match="no-such-body"):
         run_here(finetune, *args, "--overwrite", f"--init_from={tmp_path / 'no-such-body'}")
+    for name, one in ("init_from", out / "fold2"), ("teacher", out / "fold1/best.pt"):
+        with pytest.raises(SettingError, match=f"^{name}=.*fold.*: --overwrite would remove it"):
+            run_here(finetune, *args, "--folds=3", "--overwrite", f"--{name}={one}")
     assert contents(out) == there
 
     for path in (out / "fold2").glob("*.pt"):  # killed before it had saved anything
