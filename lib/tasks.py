@@ -11,6 +11,7 @@ is told of a prediction; it knows neither the model nor the loop, which are in f
 import itertools
 import math
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -788,9 +789,12 @@ def labels_of(row: Row, several: bool) -> list[str]:
     return [row.label]
 
 
+JOINTS = r"[|,;/、，；／]"  # what people write between labels, of which | alone is read
+
+
 def check_several(rows: list[Row], labels: set[str]) -> None:
     """Raises UserError if what should be several labels a row was not read as such."""
-    joined = sorted(label for label in labels if re.search("[,;/]", label))
+    joined = sorted(label for label in labels if len(re.split(JOINTS, label)) > 1)
     if joined and all(len(row.label) < 2 for row in rows):
         raise UserError(f"{file_of(rows)}: no row has several labels, as {joined[0]!r} may be meant to be: "
                         "write | between them, or a JSON list")
@@ -841,7 +845,7 @@ def take_words(row: Row) -> None:
 
 def one_spelling(rows: list[Row], say: Callable) -> dict[str, str]:
     """label_key -> how that label is spelled, as it most often is: equal numbers, and True and true, are one
-    class, which is said; others that differ by case or spaces are warned of."""
+    class, which is said; others that differ by case, width or spaces are warned of."""
     counts = Counter()
     for row in rows:
         counts.update(row.label if isinstance(row.label, list) else [row.label])
@@ -849,10 +853,10 @@ def one_spelling(rows: list[Row], say: Callable) -> dict[str, str]:
     for label, _ in counts.most_common():
         same[label_key(label)].append(label)
     for first, *others in same.values():
-        near["".join(first.casefold().split())].append(first)
+        near["".join(unicodedata.normalize("NFKC", first).casefold().split())].append(first)
         if others:
             say(f"labels    {', '.join([first, *others])}: one class, {first}")
-    joined = [label for label in counts if "|" in label and counts.keys() & set(label.split("|"))]
+    joined = [label for label in counts if counts.keys() & set(re.split(JOINTS, label)) - {label}]
     if joined:
         say(f"warning: label {joined[0]!r} is a class of its own: --multi_label if it is several")
     broken = [labels[0] for key, labels in same.items() if isinstance(key, float) and key % 1]
@@ -860,7 +864,7 @@ def one_spelling(rows: list[Row], say: Callable) -> dict[str, str]:
         say(f"warning: label {broken[0]!r} is a class of its own: --task=regress if labels are amounts")
     for labels in near.values():
         if len(labels) > 1:
-            say(f"warning: labels {', '.join(map(repr, labels))} differ by case or spaces alone: "
+            say(f"warning: labels {', '.join(map(repr, labels))} differ by case, width or spaces alone: "
                 f"{len(labels)} classes")
     return {key: labels[0] for key, labels in same.items()}
 

@@ -508,6 +508,13 @@ def test_joined_labels_are_warned_of(tmp_path):
     labels = ["x", "y", "x|y"] * 20
     path = write_rows(tmp_path / "a.csv", ("text", "label"), [f"t {i}" for i in range(60)], labels)
     assert "'x|y' is a class of its own: --multi_label" in splits_of(path)[1]
+    for name, label, said in (("b", "x、y", "'x、y' is a class of its own"), ("c", "ｘ", "'x', 'ｘ' differ by case, width")):
+        path = write_rows(tmp_path / f"{name}.csv", ("text", "label"), [f"t {i}" for i in range(60)],
+                          ["x", "y", label] * 20)
+        assert said in splits_of(path)[1]
+    path = write_rows(tmp_path / "d.csv", ("text", "label"), [f"t {i}" for i in range(60)], ["x", "x，y"] * 30)
+    with pytest.raises(UserError, match="as 'x，y' may be meant to be: write . between them"):
+        splits_of(path, multi_label=True)
 
 
 @pytest.mark.parametrize("labels, warned", [(["0.5", "1", "4.25"], True), (["1", "2.0", "5"], False)])
