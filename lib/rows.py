@@ -202,9 +202,10 @@ def of_names(path: str, names: list[str], columns: dict, usual: Names, needed: C
             name = columns.get(role)
             try:
                 found[role] = None if name is None else find_column(path, role, names, name)
-            except UserError:
+            except UserError as error:
                 if role in {*needed, *columns.get("asked", ())}:
-                    raise
+                    what_else = "; one without labels is for sample.py --start=FILE:"
+                    raise UserError(f"{error}{what_else * (role == 'label' and role in needed)}") from None
                 found[role] = None
         unused = columns["unused"]
     else:

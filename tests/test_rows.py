@@ -373,6 +373,8 @@ def test_later_files_are_read_by_the_columns_of_the_training_file(tmp_path):
     assert described(columns) == "text: comment, label: kind; not used: id" and rows[1].id == "9"
     write_rows(tmp_path / "b.csv", ("id", "text", "label", "Comment"), [1], ["no"], ["z"], ["yes"])
     row, = TASKS["classify"].read(str(tmp_path / "b.csv"), columns, False)
+    with pytest.raises(UserError, match="'kind' for the label.*; one without labels is for sample.py"):
+        TASKS["classify"].open(str(tmp_path / "b.csv"), columns)
     for name in ("编号", "订单编号", "PhraseId", "order_id"):  # which row it is goes with its answer
         write_rows(tmp_path / "c.csv", ("covid", name, "comment"), ["no"], ["r7"], ["yes"])
         assert [one.id for one in TASKS["classify"].read(str(tmp_path / "c.csv"), columns, False)] == ["r7"]
