@@ -417,8 +417,8 @@ def is_replaced(folder: Path) -> bool:
 
 
 def remove_run(folder: Path, settings: dict) -> None:
-    """If this process is killed meanwhile, all of it is gone. Raises SettingError if it has what the next run,
-    of these settings, begins from or is taught by."""
+    """If this process is killed meanwhile, all of it is gone. Raises SettingError if it has what a run of
+    these settings begins from, or is taught by."""
     lost = {place.resolve() for file in left_by_runs(folder) for place in (file, file.parent)}
     for name in ("init_from", "teacher"):
         if settings.get(name) and Path(settings[name]).resolve() in lost:
