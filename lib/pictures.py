@@ -98,7 +98,8 @@ def plot_losses(log: Path, picture: Path, unit: str = "nats a token", scale: flo
                 y = smoothed(y)
             elif key == "val_loss":
                 y = y * scale
-            axes.plot(x[at], y[at], "-" if key == "loss" and len(x) > 2 else "o-", ms=3, lw=1.3, color=color, label=label)
+            marked = key != "loss" or len(x) < 3
+            axes.plot(x[at], y[at], "o-" if marked else "-", ms=3, lw=1.3, color=color, label=label)
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()

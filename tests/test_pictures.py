@@ -77,7 +77,8 @@ def test_losses_have_a_title_a_unit_and_a_smoothed_line(tmp_path, drawn):
     assert val.get_ydata().tolist() == [4.0, 4.0]  # in the unit of the training loss
     log.write_text("\n".join(map(json.dumps, rows[:1] + rows[-1:])), encoding="utf-8")
     pictures.plot_losses(log, tmp_path / "short.png")
-    assert [line.get_marker() for line in drawn["short.png"].lines[1:]] == ["o", "o"]  # a line of one point is none
+    markers = [line.get_marker() for line in drawn["short.png"].lines[1:]]
+    assert markers == ["o", "o"]  # a line of one point is none
 
 
 def test_without_matplotlib_it_is_said_once(tmp_path, monkeypatch, capsys):

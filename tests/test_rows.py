@@ -510,7 +510,8 @@ def test_joined_labels_are_warned_of(tmp_path):
     labels = ["x", "y", "x|y"] * 20
     path = write_rows(tmp_path / "a.csv", ("text", "label"), [f"t {i}" for i in range(60)], labels)
     assert "'x|y' is a class of its own: --multi_label" in splits_of(path)[1]
-    for name, label, said in (("b", "x、y", "'x、y' is a class of its own"), ("c", "ｘ", "'x', 'ｘ' differ by case, width")):
+    for name, label, said in (("b", "x、y", "'x、y' is a class of its own"),
+                              ("c", "ｘ", "'x', 'ｘ' differ by case, width")):
         path = write_rows(tmp_path / f"{name}.csv", ("text", "label"), [f"t {i}" for i in range(60)],
                           ["x", "y", label] * 20)
         assert said in splits_of(path)[1]
