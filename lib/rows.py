@@ -78,11 +78,11 @@ ONE_TEXT = """
     text sentence review review_text reviewtext content review_body body comment_text sentimenttext tweet
     originaltweet message phrase utterance utt question question_text headline description
     short_description text_a document article abstract full_text essay excerpt title query claim summary
-    sms abst v2 文本 内容 评论 评论内容 微博中文内容 句子 正文 评价 标题""".split()
+    sms abst v2 文本 内容 评论 评论内容 微博中文内容 句子 正文 评价 評論 內容 标题""".split()
 CLASSES = """
     label labels gold_label sentiment airline_sentiment polarity stance emotion class category intent topic
     topics target coarse_label label_coarse class_index is_duplicate is_sarcastic quality entailment_label
-    entailment_judgment stars star rating score review_score overall label_text tags _label_ v1 标签 类别
+    entailment_judgment stars star rating score review_score overall label_text tags _label_ v1 标签 標籤 类别
     情感 情感倾向 分类 情绪 星级 评分 打分 得分 分数 标注""".split()
 NUMBERS = """
     score similarity_score relatedness_score similarity label rating stars overall points target

@@ -224,6 +224,7 @@ def squad(asked: dict) -> str:
      "text: input, label: target; not used: kind", ["b"]),
     ("lm", "zh.jsonl", lines_of({"指令": "a", "输入": "b", "输出": "c"}), "text: 指令, pair: 输入, label: 输出", ["c"]),
     ("regress", "zh.csv", "用户编号,评论,星级\n7,很好,4.5\n", "text: 评论, label: 星级; not used: 用户编号", ["4.5"]),
+    ("classify", "zh.csv", "評論,標籤\n服務不錯,好\n", "text: 評論, label: 標籤", ["好"]),
     ("classify", "zh.csv", "编号,评价,星级\n7,很好,4\n", "text: 评价, label: 星级; not used: 编号", ["4"]),
     ("lm", "wiki.jsonl", lines_of({"url": "u", "title": "t", "text": "long"}),
      "text: text; not used: url, title",
