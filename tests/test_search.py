@@ -1,4 +1,5 @@
 """The search for settings."""
+import contextlib
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from config import SettingError
 from tests.helpers import QUICK, ROOT, TOY, one_line, posix, script, slow
 from tools import search
 
@@ -175,6 +177,17 @@ def test_a_damaged_search_is_said(stub, tmp_path, content):
     (tmp_path / "out/search").mkdir(parents=True)
     (tmp_path / "out/search/search.jsonl").write_text(content, encoding="latin-1")
     one_line(stub("x=1,2"), 2, "search.jsonl", "--out_dir")
+
+
+@pytest.mark.parametrize("name, value", [("trial", ".."), ("settings", []), ("value", "x"), ("seconds", None)])
+def test_a_trial_of_other_types_is_damaged(tmp_path, name, value):
+    """Whose number is a folder, of which the checkpoints are removed if others are better."""
+    row = {"trial": 1, "settings": {}, "state": "done", "value": 1.0, "note": "", "seconds": 1, "curve": []}
+    for is_damaged in (False, True):
+        (tmp_path / "search.jsonl").write_text(f"{{}}\n{json.dumps(row)}\n", encoding="utf-8")
+        with pytest.raises(SettingError, match="damaged") if is_damaged else contextlib.nullcontext():
+            search.read_rows(tmp_path / "search.jsonl", {})
+        row[name] = value
 
 
 def test_what_a_search_leaves_out_is_said(stub, tmp_path):

@@ -55,7 +55,8 @@ GOALS = {  # words of a metric's name
     min: {"loss", "bpb", "perplexity", "error"},
     max: {"accuracy", "f1", "matthews", "auc", "precision", "recall", "pearson", "spearman", "match"}}
 STATES = ("done", "pruned", "failed")  # how a trial ends, the best first
-ROW = {"trial", "settings", "state", "value", "note", "seconds", "curve"}  # of search.jsonl, a trial
+ROW = {"trial": int, "settings": dict, "state": str, "value": (int, float, type(None)), "note": str,
+       "seconds": (int, float), "curve": list}  # of search.jsonl, a trial
 GRID = 5  # points that a grid takes of a range
 
 
@@ -354,8 +355,10 @@ def read_rows(log: Path, search: dict) -> list[dict]:
     """The trials so far. Raises SettingError if they cannot be read, or are of another search."""
     try:
         known, *rows = map(json.loads, log.read_text(encoding="utf-8").splitlines())
-        ours = known == search and all(row.keys() == ROW for row in rows)
-    except (AttributeError, ValueError):
+        # its number, for one, names the folder whose checkpoints are removed
+        types = [isinstance(row[name], kind) for row in rows for name, kind in ROW.items()]
+        ours = known == search and all(types)
+    except (KeyError, TypeError, ValueError):
         ours = False
     if not ours:
         raise SettingError(f"{log}: damaged, or of another search than this one: --out_dir=FOLDER writes "
