@@ -179,7 +179,8 @@ def test_a_damaged_search_is_said(stub, tmp_path, content):
     one_line(stub("x=1,2"), 2, "search.jsonl", "--out_dir")
 
 
-@pytest.mark.parametrize("name, value", [("trial", ".."), ("settings", []), ("value", "x"), ("seconds", None)])
+@pytest.mark.parametrize("name, value", [
+    ("trial", ".."), ("settings", []), ("value", "x"), ("seconds", None)])
 def test_a_trial_of_other_types_is_damaged(tmp_path, name, value):
     """Whose number is a folder, of which the checkpoints are removed if others are better."""
     row = {"trial": 1, "settings": {}, "state": "done", "value": 1.0, "note": "", "seconds": 1, "curve": []}
