@@ -25,13 +25,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, Optional, Union
 
+# before torch: Ctrl-C is silent from here on
+from config import (SettingError, UserError, above, at_least, check_used, defaults_of, launch, place_of,
+                    recipe, values_of)
+
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from config import (SettingError, UserError, above, at_least, check_used, defaults_of, launch, place_of,
-                    recipe, values_of)
 from lib.optim import Pruning
 from lib.report import Tested, beside_validation, summary_of_folds, table, write_results
 from lib.rows import IN_WORDS, WORDS, Row, text_key

@@ -31,10 +31,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
-import numpy as np
-
 from config import (SettingError, UserError, above, at_least, check_used, checked, defaults_of, launch,
                     needs_console, settings_of, values_of)
+
+import numpy as np
+
 from lib.clean import Progress, Scrub, collect, make_rules, near_groups
 from lib.text import BLOCK, BUILT_IN, UNPACK, documents, local_files, locked, note, source_parts
 from lib.tokenizer import (Characters, Tokenizer, encode_stream, examples_of, make_tokenizer, read_texts,

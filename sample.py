@@ -30,10 +30,12 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, Optional, Union
 
+# before torch: Ctrl-C is silent from here on
+from config import SettingError, UserError, at_least, check_used, launch, model_asked, needs_console
+
 import numpy as np
 import torch
 
-from config import SettingError, UserError, at_least, check_used, launch, model_asked, needs_console
 from finetune import Tuned, predict, tuned_of, vectors, warn, with_head
 from lib.pretrained import HeadError, read_as_trained, save, together
 from lib.rows import as_csv, described

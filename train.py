@@ -23,6 +23,10 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, Optional
 
+# before torch: Ctrl-C is silent from here on
+from config import (SettingError, UserError, above, at_least, defaults_of, launch, out_of_memory,
+                    place_of, values_of)
+
 import numpy as np
 import torch
 from torch import nn
@@ -31,8 +35,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recomputed
 
 import prepare
-from config import (SettingError, UserError, above, at_least, defaults_of, launch, out_of_memory,
-                    place_of, values_of)
 from lib.hub import full_id, is_published
 from lib.optim import AdamW, Momentum, Muon, Pruning
 from lib.run import (BadSteps, Machine, Pace, Run, State, beside, check_sums, clock, fitting, in_words,

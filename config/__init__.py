@@ -36,6 +36,16 @@ class SettingError(UserError):
     status = 2
 
 
+def say_no_interrupt(kind: type, error: BaseException, frames) -> None:
+    """Ctrl-C while a script imports torch, which takes seconds, is no error to look into."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, frames)
+
+
+MAIN = getattr(sys.modules["__main__"], "__file__", None)
+if MAIN and Path(MAIN).resolve().is_relative_to(Path(__file__).resolve().parent.parent):
+    sys.excepthook = say_no_interrupt  # only of our own scripts
+
 # What was a setting or a recipe once, and what to type now.
 GONE = {
     "profile": "python -m tools.bench takes the same config files and settings",

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -24,6 +25,7 @@ import torch.distributed as dist
 
 BEAT = 5.0  # seconds from one heartbeat to the next
 SILENCE = 60.0  # seconds without one, after which a process counts as dead
+COMING = 600.0  # seconds until its first one: imports from a slow disk take minutes
 
 heart: Optional[Heartbeat] = None
 has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # else the first process makes it
@@ -103,11 +105,13 @@ class Heartbeat(threading.Thread):
                 found = self.store.get(f"beat{other}") if there else None
                 if found != last:
                     last, since = found, now
-                if found not in (None, b"done") and now > since + SILENCE:
-                    end(f"process {other} of {world()} has not answered for {SILENCE:.0f} s: "
+                limit = COMING if found is None else SILENCE
+                if found != b"done" and now > since + limit:
+                    end(f"process {other} of {world()} has not answered for {limit:.0f} s: "
                         "--init_from=resume goes on with what was saved")
-        except RuntimeError:  # the store is gone, and torchrun with it
-            return
+        except RuntimeError:  # the store is gone, and torchrun with it: nobody would see that a process dies
+            if not self.stop.is_set():
+                os.kill(os.getpid(), signal.SIGTERM)  # save, and end
 
 
 def end(reason: str) -> None:

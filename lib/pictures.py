@@ -23,6 +23,9 @@ def can_draw() -> bool:
     except ImportError:
         print("(no pictures are drawn: matplotlib is not installed: pip install matplotlib)", flush=True)
         return False
+    except Exception as error:  # such as a notebook's MPLBACKEND, which this matplotlib does not know
+        print(f"(no pictures are drawn: matplotlib does not start: {str(error)[:200]})", flush=True)
+        return False
     return True
 
 

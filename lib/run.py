@@ -439,6 +439,15 @@ def refuse_to_replace(folder: Path) -> None:
                                "--out_dir=FOLDER writes elsewhere")
 
 
+def times_of(folder: Path) -> dict[Path, int]:
+    """When each checkpoint in a folder was written."""
+    found = {}
+    for file in folder.glob("*.pt"):
+        with contextlib.suppress(FileNotFoundError):  # another process has just renamed it
+            found[file] = file.stat().st_mtime_ns
+    return found
+
+
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
     """A whole one is there at every moment: the last ckpt.pt is kept as ckpt.prev.pt. Raises UserError."""
     keep = path.with_name("ckpt.prev.pt") if path.name == "ckpt.pt" else None
@@ -684,6 +693,7 @@ class Run:
         self.init_from, self.log_file = init_from, self.folder / "log.jsonl"
         self.removes = None  # the folder whose run it takes the place of
         self.lock, self.source, self.checkpoint = None, None, {}
+        self.times = times_of(self.folder)  # before it is looked at: see `begin`
         if init_from == "resume":
             self.find(origin)
         elif overwrite or is_replaced(self.folder):
@@ -762,7 +772,8 @@ class Run:
     def begin(self, settings: dict, defaults: dict, **made_of) -> None:
         """From here on files are written. made_of: what each checkpoint holds besides: model_args, tokenizer.
 
-        Raises SettingError if the folder cannot be made, or another process is writing into it.
+        Raises SettingError if the folder cannot be made, or another process is writing into it, or has since
+        this one looked, before there was a lock.
         """
         self.made_of = {"settings": settings, "defaults": defaults, "machine": self.machine.chosen, **made_of}
         if not self.machine.main:
@@ -772,6 +783,9 @@ class Run:
         except OSError as error:
             raise SettingError(f"out_dir={self.folder}: cannot be made ({error.strerror})") from None
         self.lock = locked(self.folder / "run.lock")
+        if times_of(self.folder) != self.times:
+            raise SettingError(f"{self.folder}: another process has trained here since this one began: give "
+                               "the command again, or --out_dir=FOLDER writes elsewhere")
         holder = {"process": os.getpid(), "on": platform.node(), "torchrun": group.run_id()}
         self.lock.truncate(0)
         self.lock.write(json.dumps(holder))

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -36,7 +37,7 @@ from lib.run import load_body, stored_settings
 from lib.tokenizer import make_tokenizer
 from model import Config, Transformer
 from sample import Choice
-from tests.helpers import (PAGES, QUICK, TOY, checkpoint, log_of, posix, run_here, same, start, synthetic,
+from tests.helpers import (PAGES, QUICK, ROOT, TOY, checkpoint, log_of, posix, run_here, same, start, synthetic,
                            tiny, write_rows)
 from tools import search
 
@@ -298,6 +299,25 @@ def test_an_export_that_is_killed_is_whole_or_none(home, tmp_path, case):
         assert (folder / "mine.txt").exists() and not list(folder.glob("*.tmp"))
 
 
+@pytest.mark.parametrize("args", [TOY, [*TOY, "--overwrite"], ["--init_from=resume", "--max_iters=9"]])
+def test_what_another_process_trained_since_this_one_looked_stays(home, monkeypatch, args):
+    folder, make = home / "out/met", train.make_optimizers
+    shutil.rmtree(folder, ignore_errors=True)
+    if args[0] not in TOY:
+        pretrain(folder, *SHORT)
+
+    def meanwhile(*args, **more):  # the other one begins and ends
+        shutil.copytree(home / "out/whole", folder, dirs_exist_ok=True)
+        for file in folder.glob("*.pt"):
+            os.utime(file)
+        return make(*args, **more)
+    monkeypatch.setattr(train, "make_optimizers", meanwhile)
+    with pytest.raises(UserError, match="another process has trained here since this one began"):
+        pretrain(folder, *args)
+    expected = {name: data for name, data in contents(home / "out/whole").items() if name.endswith(".pt")}
+    assert contents(folder).items() >= expected.items()
+
+
 # -----------------------------------------------------------------------------
 # Signals, in each phase
 
@@ -390,6 +410,21 @@ def test_a_signal_in_any_phase_loses_nothing(home, folds, tmp_path, number, phas
             run_here(finetune, f"--out_dir={name}", "--init_from=resume", cwd=place)
         for file in ("metrics.json", "predictions.csv", "fold3/predictions.csv"):
             assert (place / name / file).read_bytes() == (place / "whole" / file).read_bytes()
+
+
+@posix
+@pytest.mark.parametrize("program", ["train.py", "finetune.py", "sample.py", "prepare.py", "tools/bench.py",
+                                     "tools/explain.py", "tools/growth.py", "tools/search.py"])
+def test_ctrl_c_during_the_imports_is_silent(tmp_path, program):
+    (tmp_path / "numpy.py").write_text("raise KeyboardInterrupt")  # for torch, which takes seconds
+    ways = {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT))), "PATH": ""}
+    done = subprocess.run([sys.executable, "-m", program[:-3].replace("/", ".")], env=ways, cwd=tmp_path,
+                          stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGINT and not done.stderr, done.stderr
+    if program == "train.py":  # one that is not ours keeps its traceback
+        done = subprocess.run([sys.executable, "-c", "import train"], env=ways, cwd=tmp_path,
+                              capture_output=True, text=True)
+        assert "Traceback" in done.stderr
 
 
 # -----------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import asdict
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -214,6 +215,31 @@ def test_a_process_that_stood_still_itself_does_not_blame_the_others(a_group, mo
     heart.store.set("beat1", "7")
     heart.run()
     assert next(times, None) is None
+
+
+def test_one_that_never_comes_is_not_waited_for_a_day(a_group, monkeypatch):
+    times, said = iter(range(0, 2000, 100)), []
+    monkeypatch.setattr(group, "BEAT", 50.0)
+    monkeypatch.setattr(group.time, "monotonic", lambda: next(times))
+    monkeypatch.setattr(group, "end", lambda reason: (said.append(reason), heart.stop.set()))
+    heart = group.Heartbeat()
+    heart.stop = SimpleNamespace(wait=lambda seconds: bool(said), set=lambda: None)
+    heart.run()
+    assert said[0].startswith("process 1 of 2 has not answered for 600 s: ")
+    assert next(times) == 800  # the one before was the first above 600
+
+
+@pytest.mark.parametrize("ending", [False, True])
+def test_without_torchrun_a_process_saves_and_ends(a_group, monkeypatch, ending):
+    def gone(*args):
+        raise dist.DistNetworkError("the store is gone")
+    sent = []
+    monkeypatch.setattr(group.os, "kill", lambda *args: sent.append(args))
+    heart = group.Heartbeat()
+    heart.store = SimpleNamespace(set=gone)
+    heart.stop = SimpleNamespace(wait=lambda seconds: False, is_set=lambda: ending)
+    heart.run()
+    assert sent == ([] if ending else [(os.getpid(), signal.SIGTERM)])
 
 
 def stands_still(home):

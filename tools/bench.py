@@ -22,13 +22,15 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Literal, Optional
 
+# before torch: Ctrl-C is silent from here on
+from config import SettingError, at_least, launch, model_asked, needs_console, values_of
+
 import numpy as np
 import torch
 from torch import nn
 
 import sample
 import train
-from config import SettingError, at_least, launch, model_asked, needs_console, values_of
 from lib.run import STARTED, Machine, peak_memory, stored_settings
 from lib.tokenizer import make_tokenizer
 from model import Config, Transformer

@@ -22,12 +22,14 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Optional
 
+# before torch: Ctrl-C is silent from here on
+from config import SettingError, UserError, at_least, launch, model_asked, needs_console
+
 import numpy as np
 import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from config import SettingError, UserError, at_least, launch, model_asked, needs_console
 from finetune import Tuned, collate, predict, warn
 from lib.metrics import NUMBER_METRICS
 from lib.run import newest_run, pick_device, strict, write_text

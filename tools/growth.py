@@ -29,13 +29,15 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
+# before torch: Ctrl-C is silent from here on
+from config import SettingError, UserError, configure
+
 import numpy as np
 import torch
 
 import finetune
 import prepare
 import sample
-from config import SettingError, UserError, configure
 from lib import intervals, metrics, pictures, run
 from lib.rows import Row
 from lib.tasks import TASKS

@@ -35,6 +35,7 @@ from typing import Any, Literal, NamedTuple, Optional
 
 import config
 from config import Setting, SettingError, UserError, above, at_least, checked, parse
+from lib.pictures import can_draw
 from lib.run import locked, write_text
 from lib.text import wait_for
 
@@ -333,10 +334,9 @@ def table(rows: list[dict], metric: str) -> str:
 
 def plot(rows: list[dict], spaces: dict[str, Space], metric: str, picture: Path) -> None:
     """The metric against each setting, if matplotlib is installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
+    if not can_draw():
         return
+    from matplotlib.figure import Figure
     figure = Figure(figsize=(3 * len(spaces) + 1, 3), layout="constrained")
     rows = [row for row in rows if row["value"] is not None]
     for n, (name, space) in enumerate(spaces.items(), start=1):
