@@ -603,12 +603,13 @@ def evaluate(objective, data: np.ndarray, eval_iters: int, batch_size: int, bloc
     return values
 
 
-def validate(objective, data: Data, eval_iters: int, batch_size: int, config: Config, machine: Machine,
+def validate(objective, data: Data, eval_iters: int, batch_size: int, config: Config, run: Run,
              mask: Optional[Callable]) -> dict[str, float]:
     """What `evaluate` finds on the validation text, as val_...; and train_loss: on as much training text."""
+    run.wait_for_check()
     token_bytes = None if mask else data.token_bytes
     windows = eval_iters or (len(data.val) - 1) // config.block_size
-    how = {"batch_size": batch_size, "block_size": config.block_size, "machine": machine, "mask": mask}
+    how = {"batch_size": batch_size, "block_size": config.block_size, "machine": run.machine, "mask": mask}
     found = {"train_loss": evaluate(objective, data.train, windows, **how)["loss"]}
     for name, value in evaluate(objective, data.val, windows, token_bytes=token_bytes, **how).items():
         found[f"val_{name}"] = value
@@ -761,14 +762,14 @@ def main(given: dict):
     state = run.restore(model, optimizers)
     if run.compiled and not is_compiled:
         machine.say("warning: the run was compiled before, and is not now: last bits will differ")
+    if machine.main and data.sums:
+        run.data_check = beside(check_sums, data.sums)  # the first steps
     if eval_only:
-        metrics = validate(objective, data, eval_iters, batch_size, config, machine, mask)
+        metrics = validate(objective, data, eval_iters, batch_size, config, run, mask)
         machine.say(f"iter {state.step}: {in_words(metrics)}")
         return
     run.begin(settings, defaults_of(globals()), model_args=asdict(config), tokenizer=tokenizer.to_dict(),
               compiled=is_compiled, published=model.published)
-    if machine.main and data.sums:
-        run.data_check = beside(check_sums, data.sums)  # the first steps
     machine.say(f"training  {max_iters:,} steps of {step_windows * config.block_size:,} tokens, "
                 f"{max_iters * step_windows / windows.n:.1f} epochs, into {run.folder}\n")
     if wandb_log:
@@ -810,7 +811,7 @@ def main(given: dict):
             machine.say(step_line(row, max_iters, f"{row['tokens_per_s'] / 1e3:7.1f}k tok/s{mfu}", left))
 
         if state.step % eval_interval == 0 or last:
-            metrics = validate(objective, data, eval_iters, batch_size, config, machine, mask)
+            metrics = validate(objective, data, eval_iters, batch_size, config, run, mask)
             if not math.isfinite(metrics["val_loss"]):
                 raise UserError(f"iter {state.step}: the validation loss is {metrics['val_loss']}: lower "
                                 "learning_rate; the checkpoints are from before")

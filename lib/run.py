@@ -877,12 +877,16 @@ class Run:
             extra = {"optimizer": optimizer_state(optimizers, module), "rng": self.machine.random_states(),
                      "scaler": scaler.state_dict() if scaler else {}}
         if self.machine.main:
-            if self.data_check:
-                self.data_check.result()
+            self.wait_for_check()
             with open(self.log_file, "a", encoding="utf-8") as f:
                 os.fsync(f.fileno())
             save_checkpoint(self.folder / name, {"model": module.state_dict(), "state": dict(vars(state)),
                                                  **extra, **self.made_of, **entries})
+
+    def wait_for_check(self) -> None:
+        """Raises UserError if the data is not what its checksums say: before it is evaluated on, or a save."""
+        if self.data_check:
+            self.data_check.result()
 
     def stopped(self, unless_late: bool = False) -> bool:
         """Was any process asked to stop, or is the time over? unless_late: then the time does not matter."""

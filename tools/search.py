@@ -355,9 +355,11 @@ def read_rows(log: Path, search: dict) -> list[dict]:
     """The trials so far. Raises SettingError if they cannot be read, or are of another search."""
     try:
         known, *rows = map(json.loads, log.read_text(encoding="utf-8").splitlines())
-        # its number, for one, names the folder whose checkpoints are removed
+        # a trial's number, for one, names the folder whose checkpoints are removed
         types = [isinstance(row[name], kind) for row in rows for name, kind in ROW.items()]
-        ours = known == search and all(types)
+        ended = [row["state"] in STATES for row in rows]
+        valued = [row["value"] is not None for row in rows if row["state"] == "done"]
+        ours = known == search and all(types + ended + valued)
     except (KeyError, TypeError, ValueError):
         ours = False
     if not ours:
