@@ -296,7 +296,7 @@ class Part(NamedTuple):
 PARTS = {
     "start": Part(starts(table, "classify"), "labelled rows", 32_000, 10**6, "rows and ids"),
     "start_jsonl": Part(starts(jsonl(labelled), "classify"), "rows", 32_000, 300_000, "rows and ids"),
-    "start_folds": Part(starts(table, "classify", "--folds=5"), "rows", 32_000, 300_000, "rows and ids"),
+    "start_folds": Part(starts(table, "classify", "--folds=5"), "rows", 64_000, 300_000, "rows and ids"),
     "start_labels": Part(lambda n, at: starts(partial(table, labels=n), "classify")(30 * n, at),
                          "labels of 30 rows", 1000, 10_000, "rows and ids"),
     "start_tags": Part(starts(tagged, "tag"), "sentences", 16_000, 300_000, "rows and ids"),
@@ -313,7 +313,7 @@ PARTS = {
     "predict": Part(predicting, "rows", 64_000, 10**6, ""),
     "explain": Part(explaining, "words", 64, 256, "one text"),
     "picture": Part(picture, "rows of the log", 160_000, 600_000, "the log"),
-    "watch": Part(watching, "rows of the log", 256_000, 10**6, "one metric"),
+    "watch": Part(watching, "rows of the log", 512_000, 10**6, "one metric"),
     "grid": Part(grid, "trials", 64_000, 10**6, "the trials"),
     "bayes": Part(partial(grid, method="bayes"), "trials", 8_000, 40_000, "the trials"),
     "prepare": Part(prepares(one_text), "bytes of one text", 64 * 10**6, 10**9, ""),
