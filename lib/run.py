@@ -884,7 +884,7 @@ class Run:
                                                  **extra, **self.made_of, **entries})
 
     def wait_for_check(self) -> None:
-        """Raises UserError if the data is not what its checksums say: before it is evaluated on, or a save."""
+        """Raises UserError if the data is not what its checksums say. Before an evaluation, and a save."""
         if self.data_check:
             self.data_check.result()
 

@@ -232,6 +232,7 @@ class Lost(io.StringIO):
     (OSError(errno.ENOSPC, "No space left on device"), settings.UserError, "on device: make room"),
 ])
 def test_a_console_that_is_lost_ends_only_those_that_need_it(tmp_path, monkeypatch, error, ends, words):
+    monkeypatch.setattr(settings.Console, "needed", False)
     with open(tmp_path / "there", "w") as file:
         console = settings.Console(Lost(error, file.fileno()))
         monkeypatch.setattr(sys, "stdout", console)

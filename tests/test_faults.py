@@ -37,8 +37,8 @@ from lib.run import load_body, stored_settings
 from lib.tokenizer import make_tokenizer
 from model import Config, Transformer
 from sample import Choice
-from tests.helpers import (PAGES, QUICK, ROOT, TOY, checkpoint, log_of, posix, run_here, same, start, synthetic,
-                           tiny, write_rows)
+from tests.helpers import (PAGES, QUICK, ROOT, TOY, checkpoint, log_of, posix, run_here, same, start,
+                           synthetic, tiny, write_rows)
 from tools import search
 
 ALL = bool(os.environ.get("SLOW"))
