@@ -294,11 +294,11 @@ class Part(NamedTuple):
 
 
 PARTS = {
-    "start": Part(starts(table, "classify"), "labelled rows", 32_000, 10**6, "rows and ids"),
+    "start": Part(starts(table, "classify"), "labelled rows", 128_000, 10**6, "rows and ids"),
     "start_jsonl": Part(starts(jsonl(labelled), "classify"), "rows", 64_000, 300_000, "rows and ids"),
     "start_folds": Part(starts(table, "classify", "--folds=5"), "rows", 64_000, 300_000, "rows and ids"),
     "start_labels": Part(lambda n, at: starts(partial(table, labels=n), "classify")(30 * n, at),
-                         "labels of 30 rows", 1000, 10_000, "rows and ids"),
+                         "labels of 30 rows", 3000, 10_000, "rows and ids"),
     "start_tags": Part(starts(tagged, "tag"), "sentences", 16_000, 300_000, "rows and ids"),
     "start_questions": Part(starts(jsonl(questions), "qa"), "questions", 16_000, 300_000, "rows and ids"),
     "start_instructions": Part(starts(jsonl(instructions), "lm"), "rows", 16_000, 300_000, "rows and ids"),
