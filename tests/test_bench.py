@@ -2,6 +2,8 @@
 import math
 import re
 import sys
+import time
+from multiprocessing import Pipe, get_context
 
 import pytest
 import torch
@@ -108,6 +110,30 @@ def test_a_part_is_measured_in_a_process(tmp_path):
     done = script("tools/bench.py", "growth", "--part=grid", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.search(r"\| grid \| 64,000 trials \| \d+\.\d s \| \d+ MB \| [01]\.\d\d", done.stdout)
+
+
+def hold(connection):
+    growth.end_with_parent()
+    connection.send("begun")
+    time.sleep(60)
+
+
+def start_one(connection):
+    one = get_context("spawn").Process(target=hold, args=(connection,))
+    one.start()
+    connection.close()
+    one.join()
+
+
+def test_what_measures_ends_with_a_process_that_is_killed():
+    mine, others = Pipe()
+    parent = get_context("spawn").Process(target=start_one, args=(others,))
+    parent.start()
+    others.close()
+    assert mine.recv() == "begun"
+    parent.kill()
+    with pytest.raises(EOFError):  # nobody holds the other end
+        mine.poll(20) and mine.recv()
 
 
 @pytest.mark.parametrize("name, peak", [

@@ -187,6 +187,7 @@ def test_a_large_model_is_asked_less_unless_more_is_asked_for(monkeypatch):
         return model(ids)[0][:, -1, 5]
 
     assert "LIME by 1,000 copies" in explain.attributions(model, score, idx, 0, units=units)[2]
+    monkeypatch.setattr(explain, "has_bfloat16_units", lambda: False)
     monkeypatch.setattr(explain, "BUDGET", 1e3)
     found, _, told = explain.attributions(model, score, idx, 0, units=units)
     assert told == ("integrated gradients at 4 points, LIME by 16 copies, in which 10 neighbours are masked "
@@ -194,6 +195,33 @@ def test_a_large_model_is_asked_less_unless_more_is_asked_for(monkeypatch):
     lime = found["LIME"].view(4, 10)
     assert torch.equal(lime, lime[:, :1].expand(4, 10))  # each has its share
     assert "LIME by 200 copies" in explain.attributions(model, score, idx, 0, 200, units=units)[2]
+
+
+@pytest.mark.parametrize("budget, units, hurried", [(1e3, True, True), (1e3, False, False), (3e11, True, False)])
+def test_the_products_of_a_large_model_are_in_bfloat16_where_that_is_faster(budget, units, hurried, monkeypatch):
+    monkeypatch.setattr(explain, "BUDGET", budget)
+    monkeypatch.setattr(explain, "has_bfloat16_units", lambda: units)
+    model, seen = tiny("gpt2"), []
+
+    def score(ids):
+        seen.append(torch.get_float32_matmul_precision())
+        return model(ids)[0][:, -1, 5]
+
+    told = explain.attributions(model, score, tokens(1, 12), 0)[2]
+    assert told.endswith("; products in bfloat16") == hurried
+    assert seen[0] == torch.get_float32_matmul_precision() == "highest"  # of the whole text, and afterwards
+    assert set(seen[1:]) == {"medium" if hurried else "highest"}
+
+
+def test_a_large_masked_model_guesses_less(monkeypatch):
+    """It reads the text again for each token."""
+    tokenizer = make_tokenizer("bytes", [], 0)
+    model = tiny("gpt2", causal=False, block_size=20, vocab_size=tokenizer.vocab_size)
+    idx = tokens(1, 20)
+    units = explain.Units(tokenizer, idx[0].tolist())
+    assert len(explain.guesses(model, idx, units, tokenizer.mask)) == 20
+    monkeypatch.setattr(explain, "BUDGET", 1e3)
+    assert [row["at"] for row in explain.guesses(model, idx, units, tokenizer.mask)] == list(range(12, 20))
 
 
 def page_about(folder, *words):

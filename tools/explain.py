@@ -32,7 +32,7 @@ from torch.overrides import TorchFunctionMode
 
 from finetune import Tuned, collate, predict, warn
 from lib.metrics import NUMBER_METRICS
-from lib.run import newest_run, pick_device, strict, write_text
+from lib.run import bfloat16_products, has_bfloat16_units, newest_run, pick_device, strict, write_text
 from lib.rows import Row
 from lib.text import kind_of
 from lib.tokenizer import Tokenizer
@@ -57,7 +57,7 @@ BATCH = 32  # copies of the text that go through the model together
 BUDGET = 3e11  # FLOP for LIME, and as many for integrated gradients: some seconds on two cores
 MAPS = 2_600_000  # bytes of attention in the page; as text they are a third more
 MOST = 512  # rows of a map of attention: of a longer text each stands for several tokens
-GUESSED = 128  # tokens of a text, the last ones, whose guesses are shown
+GUESSED = 128  # tokens of a text, the last ones, whose guesses are shown; fewer by a large masked model
 
 
 # -----------------------------------------------------------------------------
@@ -188,6 +188,11 @@ def watched(model: Transformer) -> Iterator[list[torch.Tensor]]:
         yield states
 
 
+def work(model: Transformer, T: int) -> float:
+    """FLOP of one text through the model. Attention waits for memory, as long as 240 FLOP a pair."""
+    return T * model.flops_per_token() / 3 + 240 * T * T * model.config.n_head * model.config.n_layer
+
+
 def attributions(model: Transformer, score: Callable, idx: torch.Tensor, neutral: int,
                  samples: Optional[int] = None, seed: int = 1337,
                  units: Optional[Units] = None) -> tuple[dict[str, torch.Tensor], float, str]:
@@ -199,9 +204,9 @@ def attributions(model: Transformer, score: Callable, idx: torch.Tensor, neutral
     """
     T = idx.size(1)
     members = torch.eye(T) if units is None else units.members()
-    # Of one copy; its gradient takes twice as long. Attention waits for memory, as long as 240 FLOP a pair.
-    forward = T * model.flops_per_token() / 3 + 240 * T * T * model.config.n_head * model.config.n_layer
-    budget = BUDGET if idx.device.type == "cpu" else 50 * BUDGET
+    forward, on_cpu = work(model, T), idx.device.type == "cpu"  # of one copy; its gradient takes twice as long
+    budget = BUDGET if on_cpu else 50 * BUDGET
+    hurried = bool(on_cpu and 3 * 4 * forward > budget and has_bfloat16_units())  # 4: the fewest points
     with torch.no_grad(), watched(model) as states:
         whole, nothing = score(torch.cat((idx, torch.full_like(idx, neutral)))).tolist()
     x, baseline = states[0].split(1)  # (1, T, C) each
@@ -213,7 +218,8 @@ def attributions(model: Transformer, score: Callable, idx: torch.Tensor, neutral
 
     def slope(x, n=0):  # its gradient, (B, T, C)
         x = x.detach().requires_grad_()
-        return torch.autograd.grad(score_from(x, n).sum(), x)[0]
+        with bfloat16_products(hurried):
+            return torch.autograd.grad(score_from(x, n).sum(), x)[0]
 
     def blends(shares):  # (n, T or 1) of the text, the rest neutral: (B, T, C), batch by batch
         return (torch.lerp(baseline, x, part.unsqueeze(-1)) for part in shares.to(x).split(BATCH))
@@ -241,12 +247,15 @@ def attributions(model: Transformer, score: Callable, idx: torch.Tensor, neutral
     # Of a large model fewer copies, and of a long text neighbours are masked together: each has its share.
     copies = samples or min(1000, max(16, int(budget / forward)))
     runs = members if units is None else units.members(copies // 4)  # (R, T)
-    fitted = lime(lambda there: torch.cat([score_from(part) for part in blends(there @ runs.double())]),
-                  len(runs), copies, seed)
+    with bfloat16_products(hurried):
+        fitted = lime(lambda there: torch.cat([score_from(part) for part in blends(there @ runs.double())]),
+                      len(runs), copies, seed)
     found["LIME"] = members.double() @ (runs.double().T @ (fitted / runs.double().sum(1)))
     told = f"integrated gradients at {points} points, LIME by {copies:,} copies"
     if len(runs) < len(members):
         told += f", in which {math.ceil(len(members) / len(runs))} neighbours are masked together"
+    if hurried:
+        told += "; products in bfloat16"
     return found, change, told
 
 
@@ -329,7 +338,8 @@ def guesses(model: Transformer, idx: torch.Tensor, units: Units, mask: Optional[
     """
     causal, found = model.config.causal, []
     name = partial(shown, units.tokenizer)
-    first = max(0, len(units.places) - GUESSED)
+    most = GUESSED if causal else min(GUESSED, max(8, int(BUDGET / work(model, idx.size(1)))))
+    first = max(0, len(units.places) - most)
     todo = list(zip(units.names(), units.places))[first:]
     if causal:
         if first == 0:

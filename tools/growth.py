@@ -21,11 +21,12 @@ import json
 import math
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,6 +56,7 @@ LIMIT = 1.1  # of the exponents
 FLAT = 0.6  # of memory in a part that streams: buffers fill up, what is held grows by 1
 STEP = 4  # from one size to the next
 SHORT = 2.0  # seconds: what takes less is done twice
+TRIES = 5  # at most, until a part is as it should be: of each size the least counts, for the rest is noise
 LEAST = {"seconds": 0.1, "megabytes": 16}  # smaller differences are noise
 
 
@@ -347,9 +349,18 @@ def once(name: str, n: int) -> dict:
         return {"seconds": seconds, "clock": clock, "megabytes": run.peak_memory() / 1e6}
 
 
+def end_with_parent() -> None:
+    """Of a process that measures, for one that is killed takes none with it."""
+    def wait():
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def measured(name: str, sizes: list[int]) -> list[dict]:
     """What each size takes, from the smallest on, in a process of their own."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, get_context("spawn"), end_with_parent) as pool:
         pool.submit(once, name, sizes[0]).result()  # to warm up
         found = []
         for n in sizes:
@@ -375,7 +386,7 @@ def grow(name: str) -> bool:
     sizes = [largest // STEP**2, largest // STEP, largest]
     print(f"| {name} | {largest:,} {one.unit} |", end="", flush=True)
     best = []
-    for _ in range(1 if full else 3):  # again, if it may have been noise
+    for _ in range(TRIES):
         try:
             found = measured(name, sizes)
         except Exception as error:  # whatever a part may fail with
