@@ -134,9 +134,16 @@ class Machine:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
-    def training(self):
-        """A context: a training step's products are as `choose` said; evaluation and use stay in float32."""
-        return bfloat16_products(self.chosen["matmul"] == "bfloat16")
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """A training step's products are as `choose` said; evaluation and use stay in full float32."""
+        before = torch.get_float32_matmul_precision()
+        if self.chosen["matmul"] == "bfloat16":
+            torch.set_float32_matmul_precision("medium")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
 
     def to(self, tensor: torch.Tensor) -> torch.Tensor:
         """To the device, on CUDA without waiting for the copy."""
@@ -234,18 +241,6 @@ WIDE = 256  # narrower models lose as much by turning numbers into bfloat16 as t
 def has_bfloat16_units() -> bool:
     """Does this CPU multiply bfloat16 numbers faster than float32 ones?"""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-@contextlib.contextmanager
-def bfloat16_products(wanted: bool) -> Iterator[None]:
-    """Inside `with`, if wanted, this CPU turns float32 numbers into bfloat16 to multiply matrices."""
-    before = torch.get_float32_matmul_precision()
-    if wanted:
-        torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def work_and_rest() -> tuple[float, float, float]:

@@ -32,7 +32,7 @@ from torch.overrides import TorchFunctionMode
 
 from finetune import Tuned, collate, predict, warn
 from lib.metrics import NUMBER_METRICS
-from lib.run import bfloat16_products, has_bfloat16_units, newest_run, pick_device, strict, write_text
+from lib.run import has_bfloat16_units, newest_run, pick_device, strict, write_text
 from lib.rows import Row
 from lib.text import kind_of
 from lib.tokenizer import Tokenizer
@@ -152,9 +152,9 @@ def of_a_row(tuned: Tuned, row: Row, target: str) -> Case:
         out = tuned(**inputs)[0].cpu().numpy()
         answer, places = task.explained(row, example, out, target)
         idx, segments = inputs["idx"], inputs["segments"]  # (1, T) each
-        score = partial(sum_of_outputs, tuned, places, segments)
         if places:
-            found.append((score(idx).item(), answer, idx, score))
+            value = out.flatten()[places].sum()
+            found.append((value, answer, idx, partial(sum_of_outputs, tuned, places, segments)))
     if not found:
         raise UserError(f"{row.where}: nothing of it is read, so nothing can be explained")
     _, answer, idx, score = max(found, key=lambda one: one[0])
@@ -207,6 +207,7 @@ def attributions(model: Transformer, score: Callable, idx: torch.Tensor, neutral
     forward, on_cpu = work(model, T), idx.device.type == "cpu"  # of one copy; its gradient takes twice as long
     budget = BUDGET if on_cpu else 50 * BUDGET
     hurried = bool(on_cpu and 3 * 4 * forward > budget and has_bfloat16_units())  # 4: the fewest points
+    in_bfloat16 = torch.autocast("cpu", torch.bfloat16, enabled=hurried)
     with torch.no_grad(), watched(model) as states:
         whole, nothing = score(torch.cat((idx, torch.full_like(idx, neutral)))).tolist()
     x, baseline = states[0].split(1)  # (1, T, C) each
@@ -218,7 +219,7 @@ def attributions(model: Transformer, score: Callable, idx: torch.Tensor, neutral
 
     def slope(x, n=0):  # its gradient, (B, T, C)
         x = x.detach().requires_grad_()
-        with bfloat16_products(hurried):
+        with in_bfloat16:
             return torch.autograd.grad(score_from(x, n).sum(), x)[0]
 
     def blends(shares):  # (n, T or 1) of the text, the rest neutral: (B, T, C), batch by batch
@@ -247,7 +248,7 @@ def attributions(model: Transformer, score: Callable, idx: torch.Tensor, neutral
     # Of a large model fewer copies, and of a long text neighbours are masked together: each has its share.
     copies = samples or min(1000, max(16, int(budget / forward)))
     runs = members if units is None else units.members(copies // 4)  # (R, T)
-    with bfloat16_products(hurried):
+    with in_bfloat16:
         fitted = lime(lambda there: torch.cat([score_from(part) for part in blends(there @ runs.double())]),
                       len(runs), copies, seed)
     found["LIME"] = members.double() @ (runs.double().T @ (fitted / runs.double().sum(1)))
@@ -255,7 +256,7 @@ def attributions(model: Transformer, score: Callable, idx: torch.Tensor, neutral
     if len(runs) < len(members):
         told += f", in which {math.ceil(len(members) / len(runs))} neighbours are masked together"
     if hurried:
-        told += "; products in bfloat16"
+        told += "; in bfloat16"
     return found, change, told
 
 
