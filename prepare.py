@@ -105,7 +105,9 @@ def prepare(dataset: str = "", *, root: str | Path = "data", **settings) -> Path
     s = complete(dataset, settings)
     folder = Path(root) / s.dataset
     if folder.is_symlink():  # to another disk, say
-        folder = folder.resolve()
+        folder = Path(os.path.realpath(folder))
+        if folder.is_symlink():
+            raise SettingError(f"--dataset={s.dataset}: {folder} is a link to itself: remove it")
     paths = [path for part in source_parts(s.source) for path in local_files(part)]
     for parent in {path.parent for path in paths}:
         if parent.resolve().is_relative_to(folder.resolve()):

@@ -97,3 +97,10 @@ def test_without_matplotlib_it_is_said_once(tmp_path, monkeypatch, capsys):
     pictures.can_draw.cache_clear()
     assert written == ["curves.json", "report.txt"]
     assert capsys.readouterr().out.count("matplotlib is not installed: pip install matplotlib") == 1
+
+
+def test_a_picture_that_cannot_be_written_ends_no_run(tmp_path, capsys):
+    (tmp_path / "loss.png").mkdir()
+    (tmp_path / "log.jsonl").write_text('{"iter": 1, "loss": 2.0}\n')
+    pictures.plot_losses(tmp_path / "log.jsonl", tmp_path / "loss.png")
+    assert "loss.png: not drawn (" in capsys.readouterr().out

@@ -339,6 +339,9 @@ def test_only_a_data_set_of_ours_is_replaced_and_only_its_files(tmp_path, monkey
     os.symlink(ours.resolve(), tmp_path / "data" / "link")
     (tmp_path / "data" / "empty").mkdir()
     make("link", source="data/mine/input.txt", overwrite=True)  # by another name
+    os.symlink("round", tmp_path / "data" / "round")
+    with pytest.raises(SettingError, match="round is a link to itself"):
+        make("round", source="a.txt")
     assert names_in(ours) == ["README", "meta.json", "notes", "test.bin", "train.bin", "val.bin"]
     assert (ours / "notes" / "of mine.txt").read_text() == "kept"
     assert (ours / "train.bin").read_bytes() != before["train.bin"]
