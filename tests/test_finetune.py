@@ -53,13 +53,15 @@ def label_rows(folder):
     return folder / "labels.jsonl"
 
 
-def pair_rows(folder):
-    """How much of the second text is the first."""
+def pair_rows(folder, called=None):
+    """How much of the second text is the first: a number, or the name of a class."""
     rng = np.random.default_rng(0)
     first = [[f"w{j}" for j in rng.integers(20, size=6)] for _ in range(100)]
     same = rng.integers(7, size=100)
     second = [row[:n] + ["z"] * (6 - n) for row, n in zip(first, same)]
-    return write_rows(folder / "pairs.csv", None, map(" ".join, first), map(" ".join, second), same / 2)
+    label = same / 2 if called is None else np.array(called)[(same > 3).astype(int)]
+    name = "pairs.csv" if called is None else "class_pairs.csv"
+    return write_rows(folder / name, None, map(" ".join, first), map(" ".join, second), label)
 
 
 def tag_rows(folder):
@@ -94,7 +96,7 @@ def paragraphs(folder):
 
 
 MORE = {"csv": "w1 fine,good\n", "jsonl": '\n{"text": "fine", "label": ["good"]}', "txt": "\n\nw1 fine",
-        "conll": "\n\nRome\tB-place\n"}
+        "conll": "\n\nRome\tB-place\n", "pairs": "w1 w2,w1 z,0.5\n", "class_pairs": "w1 w2,w1 z,other\n"}
 
 
 def and_one_more(data) -> Path:
@@ -106,13 +108,15 @@ def and_one_more(data) -> Path:
         found["data"].append({"title": "new", "paragraphs": [{"context": "n1 has 1.", "qas": [asked]}]})
         path.write_text(json.dumps(found), encoding="utf-8")
     else:
-        more = "w1 w2,w1 z,0.5\n" if Path(data).stem == "pairs" else MORE[path.suffix[1:]]
+        more = MORE.get(Path(data).stem) or MORE[path.suffix[1:]]
         path.write_text(Path(data).read_text(encoding="utf-8") + more, encoding="utf-8")
     return path
 
 
 CAUSAL = ("--causal=True", "--tied")
-PAIRS = ("--task=regress", "--pair_column=1", "--label_column=2")
+PAIRS = ("--pair_column=1", "--label_column=2")
+OF_PAIRS = ["text", "text_pair", "label", "prediction", "prob_other", "prob_same"]
+class_pairs = partial(pair_rows, called=("other", "same"))
 CASES = {  # kind -> its rows, its settings, columns of predictions.csv, the best of its metrics at least
     "classes": (class_rows, ("--class_weight=balanced", "--token_dropout=0.1", "--batch_size_end=32"),
                 ["text", "label", "prediction", "prob_bad", "prob_good"], ("accuracy", 0.6)),
@@ -120,10 +124,12 @@ CASES = {  # kind -> its rows, its settings, columns of predictions.csv, the bes
                ["text", "label", "prediction", "prob_bad", "prob_good"], ("accuracy", 0.6)),
     "labels": (label_rows, ("--multi_label",),
                ["text", "label", "prediction", "prob_bad", "prob_good", "prob_odd"], ("f1_macro", 0.6)),
-    "pairs together": (pair_rows, (*PAIRS, "--pair=together"),
+    "pairs together": (pair_rows, (*PAIRS, "--task=regress", "--pair=together"),
                        ["text", "text_pair", "label", "prediction"], ("spearman", -1)),
-    "pairs apart": (pair_rows, (*PAIRS, "--pair=apart"),
+    "pairs apart": (pair_rows, (*PAIRS, "--task=regress", "--pair=apart"),
                     ["text", "text_pair", "label", "prediction"], ("spearman", -1)),
+    "classes of pairs": (class_pairs, (*PAIRS, "--pair=together"), OF_PAIRS, ("accuracy", 0.0)),
+    "classes of pairs, apart": (class_pairs, (*PAIRS, "--pair=apart"), OF_PAIRS, ("accuracy", 0.0)),
     "tags": (tag_rows, ("--task=tag",), ["sentence", "text", "label", "prediction"], ("f1", 0.9)),
     "answers": (question_rows, ("--task=qa",), ["id", "question", "label", "prediction", "score"],
                 ("f1", 0.0)),
