@@ -41,7 +41,7 @@ from lib.pretrained import HeadError, read_as_trained, save, together
 from lib.rows import as_csv, described
 from lib.run import (USE, Machine, find_checkpoint, load_whole, model_of, newest_run, refuse_chars,
                      tokenizer_of)
-from lib.text import kind_of, read_text
+from lib.text import read_text
 from lib.tokenizer import Tokenizer
 from model import Sampling, Transformer
 
@@ -226,7 +226,6 @@ def compare(model: Transformer, tokenizer: Tokenizer, texts: list[str]) -> None:
         print(f"{cosine:7.4f}  {text}")
 
 
-TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".conll", ".conllu", ".bio", ".iob", ".ft")
 CHUNK = 1024  # rows of a table that are read, answered and printed before the next
 
 
@@ -385,8 +384,7 @@ def main(given: dict):
         print(f"{export}: model and tokenizer, as transformers' from_pretrained reads them")
         return
     file = start.removeprefix("FILE:") if start.startswith("FILE:") else ""
-    kinds = TABLES if tuned and tuned.task.writes else (*TABLES, ".txt")
-    is_table = bool(tuned) and kind_of(file) in kinds
+    is_table = bool(tuned and file) and tuned.task.holds_rows(file)
     answers = is_table or bool(tuned) and not tuned.task.writes
     encodes = not tuned and bool(body.published.get("encoder"))
     writes = body.config.causal and not encodes

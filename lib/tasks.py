@@ -25,9 +25,13 @@ from torch.nn import functional as F
 from config import SettingError, UserError
 from lib import intervals, metrics
 from lib.rows import (ANSWER_NAMES, CLASS_NAMES, CONLL_U, LM_NAMES, NUMBER_NAMES, TAG_NAMES, WORDS, Names,
-                      Row, each_with_answers, kind_of_words, label_key, of_names, open_conll, open_rows,
-                      read_lines, read_paragraphs, split_rows, tags_of_spans, tell, text_key, to_number)
+                      Row, each_with_answers, is_fasttext, kind_of_words, label_key, of_names, open_conll,
+                      open_rows, read_lines, read_paragraphs, split_rows, tags_of_spans, tell, text_key,
+                      to_number)
 from lib.text import encoding_of, kind_of
+
+
+TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".conll", ".conllu", ".bio", ".iob", ".ft")
 
 
 class Example(NamedTuple):
@@ -149,6 +153,16 @@ class Task:
         except UserError:
             return False
         return row.label is not None
+
+    def holds_rows(self, path: str) -> bool:
+        """Has a file in use rows, as the training file had them, or a .txt in its lines? Else it is one text.
+        Of a file with another name, the first line tells."""
+        kind = kind_of(path)
+        if self.writes or kind in (*TABLES, ".txt"):
+            return kind in TABLES or not self.writes
+        first = next(read_lines(path, False, encoding_of(path, Counter()))).text
+        header = {self.head["columns"].get(role) or "" for role in ("text", "label")}
+        return header <= set(re.split(r"[,;\t|]", first.replace('"', ""))) or is_fasttext(path, first)
 
     def to_answer(self, path: str, columns: dict, encoding: str = "",
                   bad: Callable | None = None) -> tuple[dict, Iterable[Row]]:
@@ -483,12 +497,22 @@ class Tag(Task):
         labels = {tag for row in rows for tag in row.label}
         return {"labels": sorted(labels), "words": s.words or kind_of_words(rows)}
 
+    def holds_rows(self, path):
+        if super().holds_rows(path):
+            return True
+        return not self.is_plain(path, self.head["columns"], encoding_of(path, Counter()))
+
     def is_plain(self, path, columns, encoding):
-        """A file of words with tags has as many columns in each line, as the training file had."""
+        """A file of words has one a line, in as many columns as the training file, most of them: comments have
+        others. Empty lines between sentences tell it from texts, or the tags."""
         if "unused" in columns and not (columns["text"].isdigit() or columns["text"] in CONLL_U):
             return True
-        cells = [row.text.split() for row in itertools.islice(read_lines(path, False, encoding), 100)]
-        return len(set(map(len, cells))) != 1 or len(cells[0]) == 1
+        text = "\n".join(row.text for row in itertools.islice(read_lines(path, False, encoding), 100)).strip()
+        cells = [line.split() for line in text.split("\n") if line.strip()]
+        cells_in = Counter(map(len, cells)) - Counter({1: len(cells)})
+        tagged = sum(one[-1] in self.number for one in cells if len(one) > 1)
+        in_columns = "\n\n" in text or 2 * tagged > len(cells)
+        return not in_columns or 10 * max(cells_in.values(), default=0) < 8 * len(cells)
 
     def ready(self, row):
         if row.words is None:

@@ -179,6 +179,9 @@ def in_use_as_in_training(model, data, out, rows, written, found, folder, monkey
     files = [(rows_alone, ("id", "sentence"), 32), (rows_alone, ("id", "sentence"), 1)]
     if Path(data).suffix != ".txt":
         files.append((data, (), 32))
+    for name in ("eng.txt", "eng.testb") if isinstance(task, tasks.Tag) else ():  # as CoNLL's are called
+        (folder / name).write_bytes(Path(data).read_bytes())
+        files.append((folder / name, (), 32))
     if not task.writes and not isinstance(task, tasks.Answer):  # a text a line
         texts = ["\t".join(filter(None, (row.text, row.pair))) for row in rows]
         (folder / "rows.txt").write_bytes(("\ufeff" + "\r\n".join(texts) + "\r\n").encode())

@@ -7,7 +7,7 @@ import torch
 
 import sample
 from config import SettingError, UserError
-from lib.tasks import Tag
+from lib.tasks import TASKS, Tag
 from lib.tokenizer import make_tokenizer
 from tests.helpers import run_here, says, script, tiny, write_rows
 
@@ -132,6 +132,24 @@ def test_rows_that_cannot_be_read_are_passed_over_as_in_training(tuned, tmp_path
         run_here(sample, *given)
     said = run_here(sample, *given, "--skip_bad_rows=True")
     assert "in.csv: 1 rows left out that cannot be read" in said and "\n2 rows" in said
+
+
+def test_a_file_is_one_of_rows_if_the_training_file_was_so(tuned, tmp_path):
+    task = sample.load(tuned / "out")[0].task  # columns label, review, who
+    tag = TASKS["tag"]({"labels": ["B-x", "O"], "columns": {"text": "0", "label": "1", "unused": []}}, None)
+    words = "a O\nRome B-x\n\nb O\n"
+    for one, name, content, expected in [
+            (task, "a.csv", "", True), (task, "a.txt", "fine\n", True), (task, "a.md", "fine, dull\n", False),
+            (task, "letter", "label, review\n", False), (task, "a.train", "__label__good fine\n", True),
+            (task, "a.dat", '"label";"review";"who"\ngood;fine;x\n', True),
+            (tag, "eng.testb", words, True), (tag, "a.bio", words, True), (tag, "a.md", "a O\nb c\nd\n", False)]:
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        assert one.holds_rows(str(tmp_path / name)) == expected, name
+    columns = {**tag.head["columns"], "id": None}
+    for text, rows in ((words, 2), ("# 7\n" + words, 2), ("-DOCSTART- O\n\n" + words, 2), ("a O\n", 1),
+                       ("Rome a b\nc d e\n", 2), ("Rome a\n\nc d e\n", 3), ("王在北京\n\n他在\n", 3)):
+        (tmp_path / "a.txt").write_text(text, encoding="utf-8")  # a word a line, or a text
+        assert len(list(tag.to_answer(str(tmp_path / "a.txt"), columns)[1])) == rows, text
 
 
 def test_a_fine_tuned_model_answers(tuned, tmp_path, monkeypatch):

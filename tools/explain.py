@@ -34,10 +34,10 @@ from finetune import Tuned, collate, predict, warn
 from lib.metrics import NUMBER_METRICS
 from lib.run import has_bfloat16_units, newest_run, pick_device, strict, write_text
 from lib.rows import Row
-from lib.text import kind_of
+from lib.tasks import Task
 from lib.tokenizer import Tokenizer
 from model import Transformer
-from sample import TABLES, load, read_prompt
+from sample import load, read_prompt
 
 # -----------------------------------------------------------------------------
 # Settings
@@ -247,7 +247,7 @@ def attributions(model: Transformer, score: Callable, idx: torch.Tensor, neutral
 
     # Of a large model fewer copies, and of a long text neighbours are masked together: each has its share.
     copies = samples or min(1000, max(16, int(budget / forward)))
-    runs = members if units is None else units.members(copies // 4)  # (R, T)
+    runs = members if units is None else units.members(max(1, copies // 4))  # (R, T)
     with in_bfloat16:
         fitted = lime(lambda there: torch.cat([score_from(part) for part in blends(there @ runs.double())]),
                       len(runs), copies, seed)
@@ -377,23 +377,23 @@ def main():
     origin = model_asked(globals())
     model, tokenizer = load(origin, pick_device(device), chars=chars)
     body = getattr(model, "body", model)
-    speaks = body is model or model.task.writes
-    file = start.removeprefix("FILE:") if start.startswith("FILE:") and not speaks else ""
-    is_table = kind_of(file) in TABLES
+    task = getattr(model, "task", None)
+    speaks = not task or task.writes
+    file = start.removeprefix("FILE:") if task and start.startswith("FILE:") else ""
+    is_table = bool(file) and task.holds_rows(file)
     text = "" if is_table else read_prompt(start)
-    if body is not model and start.startswith("FILE:"):
+    if file:
         text = text.removesuffix("\n")
     if row != 1 and not is_table:
         raise SettingError(f"row={row}: only a table has rows, which --start=FILE: gives to a task")
-    if pair and body is model:
-        raise SettingError(f"pair={pair}: a model without a task reads one text: leave it out")
-    if speaks and body is not model:
-        text = model.task.prompt(text, pair)
+    if pair and (is_table or not task):
+        what = f"{file} has its own" if is_table else "a model without a task reads one text"
+        raise SettingError(f"pair={pair}: {what}: leave it out")
     if is_table:
-        _, rows = model.task.to_answer(file, model.task.head["columns"])
-        one = next(itertools.islice(rows, row - 1, None), None)
-        if one is None:
-            raise SettingError(f"row={row}: {file} has not so many")
+        one = row_of(task, file)
+    if speaks and task:
+        text = task.prompt(one.text, one.pair) if is_table else task.prompt(text, pair)
+    if is_table and not speaks:
         case = of_a_row(model, one, target)
     elif not speaks:
         case = of_a_task(model, text, pair, target)
@@ -409,6 +409,16 @@ def main():
     data = json.dumps(found, ensure_ascii=False).replace("<", "\\u003c")  # no token ends the script
     write_text(page, template.replace("DATA", data))
     print(f"\n{page}: all of it, for a browser")
+
+
+def row_of(task: Task, file: str) -> Row:
+    """The one that was asked for, which is said."""
+    _, rows = task.to_answer(file, task.head["columns"])
+    one = next(itertools.islice(rows, row - 1, None), None)
+    if one is None:
+        raise SettingError(f"row={row}: {file} has not so many")
+    print(f"({one.where}: --row for another)")
+    return one
 
 
 def look_inside(model: Transformer, tokenizer, case: Case, speaks: bool) -> dict:
