@@ -269,7 +269,8 @@ def by_group(task, arrays: Sequence, groups: Sequence[str]) -> dict:
         known = {name: one[metric] for name, one in found.items() if not math.isnan(one[metric])}
         if len(known) < 2:
             continue
-        low, high = min(known, key=known.get), max(known, key=known.get)
+        low = min(known, key=known.get)
+        high = max((one for one in known if one != low), key=known.get)  # another one, if all are equal too
         n_low, n_high = found[low]["rows"], found[high]["rows"]
         if metric in task.shares:
             sure = newcombe(known[high], n_high, known[low], n_low)

@@ -12,7 +12,7 @@ import numpy as np
 
 from lib import intervals
 from lib.rows import Row, as_csv
-from lib.run import cannot_write, write_json, write_text
+from lib.run import cannot_write, in_digits, write_json, write_text
 from lib.tasks import Task
 
 
@@ -52,28 +52,29 @@ def write_results(folder: Path, task: Task, rows: list[Row], answers: list, foun
 def table(found: dict) -> str:
     """What metrics.json holds, for the terminal: each metric with its interval, or deviation over folds."""
     baselines = found.get("baselines", {})
-    width = max(map(len, baselines), default=0) + 2
+    width = max(8, *map(len, baselines)) + 2 if baselines else 0
     lines = [f"  {'':20} {'this model':>24}" + "".join(f"{name:>{width}}" for name in baselines)]
     for name in found:
         if f"{name}_ci95" in found:
             spread = interval(found[f"{name}_ci95"])
         elif f"{name}_std" in found:
-            spread = f"+- {found[f'{name}_std']:.4f}"
+            spread = f"+- {in_digits(found[f'{name}_std'])}"
         else:
             continue
-        others = "".join(f"{scores[name]:{width}.4f}" for scores in baselines.values())
-        lines.append(f"  {name:20} {found[name]:8.4f} {spread:16}{others}")
+        others = "".join(f"{in_digits(scores[name]):>{width}}" for scores in baselines.values())
+        lines.append(f"  {name:20} {in_digits(found[name]):>8} {spread:16}{others}")
     for name, gap in found.get("by_group", {}).get("gaps", {}).items():
         lowest = f"{gap['lowest'] or '(no group)'} ({gap['lowest_rows']:,} rows) lowest"
         highest = f"{gap['highest'] or '(no group)'} ({gap['highest_rows']:,}) highest"
-        lines.append(f"  {name}: {lowest}, {highest}, {gap['gap']:.4f} apart {interval(gap['gap_ci95'])}")
+        apart = f"{in_digits(gap['gap'])} apart {interval(gap['gap_ci95'])}"
+        lines.append(f"  {name}: {lowest}, {highest}, {apart}")
     lines += [f"  ({name}: {what})" for name, what in found.get("meaning", {}).items()]
     return "\n".join(lines)
 
 
 def interval(ends: list[float]) -> str:
     """Nothing if nothing can be said."""
-    return "" if math.isnan(ends[0]) else f"[{ends[0]:6.4f}, {ends[1]:6.4f}]"
+    return "" if math.isnan(ends[0]) else f"[{', '.join(map(in_digits, ends))}]"
 
 
 def beside_validation(found: dict, metric: str) -> str:
@@ -81,7 +82,8 @@ def beside_validation(found: dict, metric: str) -> str:
     said, true, (low, high) = found["validation"][metric], found[metric], found[f"{metric}_ci95"]
     where = "within" if low <= said <= high else "outside"
     where = "" if math.isnan(low) else f", {where} the test's interval"
-    return f"  {metric}: validation {said:.4f}, test {true:.4f}: apart by {abs(said - true):.4f}{where}"
+    said, true, apart = map(in_digits, (said, true, abs(said - true)))
+    return f"  {metric}: validation {said}, test {true}: apart by {apart}{where}"
 
 
 def summary_of_folds(folder: Path, tested: list[Tested], s: SimpleNamespace) -> str:

@@ -1025,8 +1025,13 @@ def step_line(row: dict, steps: int, speed: str, left: str) -> str:
             f"{speed}  {left} left")
 
 
-WORDS = {"train_loss": "train loss {:.4f}", "val_loss": "val loss {:.4f}", "val_bpb": "{:.4f} bits per byte"}
+WORDS = {"train_loss": "train loss {}", "val_loss": "val loss {}", "val_bpb": "{} bits per byte"}
+
+
+def in_digits(value: float) -> str:
+    """Four decimals; of a number that they would make 0, its first digits."""
+    return f"{value:.1e}" if 0 < abs(value) < 5e-5 else f"{value:.4f}"
 
 
 def in_words(metrics: dict[str, float]) -> str:
-    return ", ".join(WORDS.get(name, name + " {:.4f}").format(value) for name, value in metrics.items())
+    return ", ".join(WORDS.get(name, name + " {}").format(in_digits(one)) for name, one in metrics.items())

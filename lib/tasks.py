@@ -161,8 +161,9 @@ class Task:
         if self.writes or kind in (*TABLES, ".txt"):
             return kind in TABLES or not self.writes
         first = next(read_lines(path, False, encoding_of(path, Counter()))).text
-        header = {self.head["columns"].get(role) or "" for role in ("text", "label")}
-        return header <= set(re.split(r"[,;\t|]", first.replace('"', ""))) or is_fasttext(path, first)
+        columns, cells = self.head["columns"], re.split(r"[,;\t|]", first.replace('"', ""))
+        named = {columns.get(role) for role in ("text", "label")} - {None}
+        return bool(columns.get("header")) and named <= set(cells) or is_fasttext(path, first)
 
     def to_answer(self, path: str, columns: dict, encoding: str = "",
                   bad: Callable | None = None) -> tuple[dict, Iterable[Row]]:
@@ -285,11 +286,19 @@ class TextTask(Task):
         return found
 
     def encoded(self, texts: list[str]) -> list[list[int]]:
-        most = 100 * self.head["max_length"]  # characters: megabytes cost no more than what is read of them
-        space = " " if self.head.get("space") else ""
         if self.head.get("lower"):
             texts = [one.lower() for one in texts]
-        return [ids.tolist() for ids in self.tokenizer.encode_batch([space + one[:most] for one in texts])]
+        space = " " if self.head.get("space") else ""
+        texts = [space + self.beginning(one) if one else "" for one in texts]
+        return [ids.tolist() for ids in self.tokenizer.encode_batch(texts)]
+
+    def beginning(self, text: str) -> str:
+        """All that is read of a text: megabytes cost no more. Thousands of spaces may be no token at all."""
+        L = self.head["max_length"]
+        most = 100 * L  # characters
+        while most < len(text) and len(self.tokenizer.encode_batch([text[:most]], Counter())[0]) <= L:
+            most *= 4
+        return text[:most]
 
     def wrapped(self, a: list[int], b: list[int] | None = None) -> tuple[np.ndarray, np.ndarray | None]:
         """A text or two as a `sequence` of at most max_length; the longer one is cut first."""
@@ -683,6 +692,8 @@ class Answer(Task):
         score = np.where(allowed, first[:, None] + last, -1e9)  # (n, n)
         a, b = np.unravel_index(score.argmax(), score.shape)
         begin, end = example.spans[a][0], example.spans[b][1]
+        while unicodedata.combining(row.pair[end:end + 1] or "a"):  # which a normalizer joined to its letter
+            end += 1
         return float(score[a, b]), row.pair[begin:end].strip(), example.places[[a, b]].tolist()
 
     def answers(self, rows, examples, outputs):
@@ -917,4 +928,6 @@ def as_cell(value) -> str:
         return ""
     if isinstance(value, list):
         return "|".join(map(str, value))
-    return f"{value:.6f}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.6g}" if 0 < abs(value) < 1e-3 else f"{value:.6f}"  # labels may all be near 0
+    return str(value)

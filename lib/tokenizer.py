@@ -84,8 +84,9 @@ class Tokenizer:
             start = end
         return ids
 
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """Texts to arrays of ids, on all cores if there is enough to do (tiktoken releases Python's lock)."""
+    def encode_batch(self, texts: list[str], lost: Counter | None = None) -> list[np.ndarray]:
+        """Texts to arrays of ids, on all cores if there is enough to do (tiktoken releases Python's lock).
+        lost: as for encode_documents; None: what the next tell() tells."""
         def encoded(group: list[str]) -> list[np.ndarray]:
             return [np.array(self.encode(text), dtype=np.uint32) for text in group]
 

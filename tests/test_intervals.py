@@ -91,6 +91,8 @@ def test_gaps_are_told_with_the_rows_of_both_groups():
     assert found["groups"]["c"]["rows"] == 5 and np.isnan(found["groups"]["c"]["loss_ci95"]).all()
     gap = found["gaps"]["loss"]
     assert gap["gap_ci95"][0] < gap["gap"] < gap["gap_ci95"][1]
+    gap = found["gaps"]["matthews"]  # 0 in all: two groups are named nevertheless
+    assert (gap["gap"], gap["lowest"], gap["highest"]) == (0, "a", "b")
 
 
 def test_a_large_table_takes_fewer_draws_and_says_so(capsys, monkeypatch):

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lib import metrics
+from lib import metrics, report
 from lib.metrics import ANSWER_METRICS, CLASS_METRICS, LABEL_METRICS, NUMBER_METRICS, TAG_METRICS, compute
 from lib.rows import Row
-from lib.tasks import Classify
+from lib.run import in_words
+from lib.tasks import Classify, as_cell
 from tests.answers import CMRC, SQUAD
 from tests.helpers import synthetic
 
@@ -142,6 +143,16 @@ def test_a_model_is_perfect_by_f1_only_if_it_is():
     tags = "DET NOUN VERB X".split()
     found, called, there, right, n = metrics.tag_counts(words, tags, metrics.TagScheme(words + tags))
     assert found / called == found / there == right / n == 3 / 4  # F1 is the accuracy
+
+
+def test_numbers_near_0_are_no_0():
+    shown = [as_cell(x) for x in (0.0, 0.25, 0.0018, 0.00045678, -3.2e-9, math.nan)]
+    assert shown == ["0.000000", "0.250000", "0.001800", "0.00045678", "-3.2e-09", "nan"]
+    scores = {"loss": 4.12e-7, "accuracy": 0.5, "none": 0.0}
+    assert in_words(scores) == "loss 4.1e-07, accuracy 0.5000, none 0.0000"
+    found = {"loss": 4.12e-7, "loss_ci95": [1e-7, 0.02], "baselines": {"mean": {"loss": 6.4e-7}}}
+    line = report.table(found).splitlines()[1].split()
+    assert line == ["loss", "4.1e-07", "[1.0e-07,", "0.0200]", "6.4e-07"]
 
 
 def test_entity_f1_is_that_of_all_sentences_together():

@@ -606,6 +606,17 @@ def test_a_file_is_answered_by_the_columns_of_training(tuned, tmp_path, name, co
     assert told in said and said.count("read as GBK") == told.count("read as GBK")
 
 
+def test_a_header_that_the_training_file_had_not_is_followed_if_its_names_are_given(tmp_path):
+    path = write_rows(tmp_path / "a.csv", ("label", "text"), ["good"], ["w1 fine"])
+    settled = {"text": "1", "pair": None, "label": "0", "header": False, "unused": []}
+    for asked in (["text"], ["text", "label"]):
+        columns = {**settled, **{role: role for role in asked}, "asked": asked}
+        _, (row,) = TASKS["classify"].open(path, columns, False)
+        assert (row.text, row.label) == ("w1 fine", "good")
+    with pytest.raises(UserError, match="a header, it seems, .* or name its columns, --text_column"):
+        TASKS["classify"].open(path, settled, False)
+
+
 def test_a_file_without_the_column_is_refused_by_name(tuned, tmp_path):
     path = write_rows(tmp_path / "a.csv", ("text", "label"), ["w1 fine"], ["good"])
     with pytest.raises(UserError, match="no column 'review' for the text: it has text, label"):

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from config import SettingError, UserError
-from lib.tasks import LM, TASKS, Answer, Classify, Regress, Tag
+from lib.tasks import LM, TASKS, Answer, Classify, Example, Regress, Tag
 from lib.rows import Row
 from lib.tokenizer import make_tokenizer
 
@@ -96,6 +96,25 @@ def test_of_two_texts_the_longer_is_cut_first(apart):
     assert task.notes["longer than 64 tokens: cut there"] == (5 if apart else 4)
     with pytest.raises(UserError, match="^a.csv:7: two texts are wanted"):
         task.examples([Row("a.csv:7", "x")])
+
+
+def test_all_is_read_of_a_text_that_thousands_of_spaces_begin(monkeypatch):
+    """Which many tokenizers drop: a text must not be cut before they have."""
+    task, encode = Classify({**CLASSES, "pool": "mean", "space": True}, BYTES), BYTES.encode
+    monkeypatch.setattr(BYTES, "encode", lambda text: encode(" ".join(text.split())))
+    texts = ["fine", " " * 10**5 + "fine", "\n" * 7000 + "x" * 99, ""]
+    found = [example.parts[0][0].tolist() for example in task.inputs([Row("", text) for text in texts])]
+    assert found[0] == found[1] == [*b"fine", BYTES.eot] and found[2] == [*b"x" * 63, BYTES.eot]
+    assert found[3] == [BYTES.eot]  # as an export reads it: no space is put before nothing
+    assert task.notes == {"longer than 64 tokens: cut there": 1}
+
+
+def test_an_answer_has_the_accents_that_a_normalizer_joined_to_their_letters():
+    context = "at the cafe\u0301 he sat"
+    row, task = Row("", "where?", context, []), Answer(SPANS, None)
+    spans = np.array([(0, 2), (3, 6), (7, 10), (10, 11), (13, 15)])  # as NFKC makes e and its accent one
+    example = Example(0, [], None, np.arange(5), spans)
+    assert task.best_span(row, example, 9 * np.eye(5)[:, [2, 3]])[1] == "cafe\u0301"
 
 
 def test_predictions_are_told_as_the_file_has_them():
