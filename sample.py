@@ -81,6 +81,7 @@ OF_WRITING = ("num_samples", "max_new_tokens", "stop", "stream", "seed", "compil
               *(field.name for field in fields(Choice)))
 ONLY = [  # a setting, and what it is of use with; see check_used
     *((name, "", (WRITES,)) for name in OF_WRITING),
+    *((name, "temperature", ()) for name in ("top_k", "top_p", "min_p")),  # at 0 there is no choice
     *((name, "", (WRITES, FILLS, ANSWERS)) for name in ("start", "quantize")),
     *((name, "", (ANSWERS,)) for name in ("text_column", "pair_column", "label_column", "encoding",
                                           "skip_bad_rows")),
@@ -388,7 +389,9 @@ def main(given: dict):
     answers = is_table or bool(tuned) and not tuned.task.writes
     encodes = not tuned and bool(body.published.get("encoder"))
     writes = body.config.causal and not encodes
-    check_used(globals(), given, **{"": ANSWERS if answers else WRITES if writes else FILLS})
+    mode = ANSWERS if answers else WRITES if writes else FILLS
+    for line in check_used(globals(), given, **{"": mode, "temperature": how.temperature}):
+        print(line, file=sys.stderr)
     prompt = "" if is_table else read_prompt(start)
     if tuned and file:
         prompt = prompt.removesuffix("\n")  # which ends the file, and is not of the text

@@ -430,7 +430,8 @@ def check_used(script: dict, given: dict | None = None, **deciding) -> list[str]
         what = f"{name}={value}: of no use with {shown}, only with {with_what(other, values)}"
         if 0 < place_of(script, name) >= place_of(script, other):
             raise SettingError(f"{what}: leave it out")
-        script[name] = defaults[name]
+        if name in defaults:  # else it is a dataclass's
+            script[name] = defaults[name]
         told.append(f"({what})")
     return told
 

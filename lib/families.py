@@ -163,7 +163,8 @@ ROPE = ("rope_parameters", "rope_scaling", "rope_theta", "layer_types")
 # What tells nothing of what a model computes, is of training, which has settings here, or is read elsewhere
 ASIDE = re.compile(r"architectures|model_type|_.*|.*_version|.*dtype|.*_token_id|.*dropout.*|.*_pdrop|"
                    r"initializer_range|use_cache|output_.*|pretraining_tp|n_ctx|id2label|label2id|num_labels|"
-                   r"problem_type|tokenizer_class|sentence_transformers|sbert_ce_.*|max_(length|new_tokens)")
+                   r"problem_type|tokenizer_class|sentence_transformers|sbert_ce_.*|trained_as|"
+                   r"max_(length|new_tokens)")
 
 
 def unused(theirs: dict, family: Family | None = None) -> list[str]:

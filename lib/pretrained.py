@@ -22,6 +22,7 @@ from config import UserError
 from lib.families import (GPT2, TASKS, Family, body_prefix, canonical, class_of, from_hf_config, guessed,
                           pooler_name, their_names, to_hf_config, turned, unused)
 from lib.hub import ADAPTER_FILES, WEIGHT_FILES, base_of, folder_of, open_weights, read_json, say
+from lib.rows import WORDS
 from lib.run import write_text
 from model import Config, Transformer
 
@@ -90,7 +91,7 @@ def read_model(cls: type[Transformer], source: Source, dropout: float, block_siz
     model.published = published(source)
     if model.head is None and not of_task and (kind == family.lm or kind in TASKS):
         model.published["lacks"] = f"{linear if kind in TASKS else family.head['head']}.weight"
-    return model.eval(), head_of(source, of_task, model) if of_task else {}
+    return model.eval(), head_of(source, of_task, model) | trained_as(source) if of_task else {}
 
 
 def complete(source: Source, block_size: int | None, whole: bool) -> None:
@@ -326,6 +327,16 @@ def head_of(source: Source, weights: dict, model: Transformer) -> dict:
                    "sigmoid": named.endswith("Sigmoid") if told else None}
 
 
+TRAINED_AS = ("words", "max_answer", "no_answer", "paired", "max_length")
+
+
+def trained_as(source: Source) -> dict:
+    """What an export of ours says of a task's inputs and answers, which transformers has no names for."""
+    said, lengths = source.config.get("trained_as"), range(1, source.settings["block_size"] + 1)
+    known = zip(TRAINED_AS, ([*WORDS], lengths, (True, False), (True, False), lengths), strict=True)
+    return {name: said[name] for name, values in known if isinstance(said, dict) and said.get(name) in values}
+
+
 # -----------------------------------------------------------------------------
 # Out
 
@@ -436,6 +447,7 @@ def head_to_hf(model: Transformer, family: Family, head: dict) -> tuple[Transfor
         if bias.any():
             raise HeadError(f"task={task}: transformers' {family.name} has no bias in such a head")
         bias = None
+    more["trained_as"] = {name: head[name] for name in TRAINED_AS if head.get(name) is not None}
     more |= {"id2label": dict(enumerate(labels)), "label2id": {label: k for k, label in enumerate(labels)}}
     weights = {f"{name}.weight": weight} | ({} if bias is None else {f"{name}.bias": bias})
     return model, {name: value.detach().cpu().contiguous() for name, value in weights.items()}, more

@@ -16,6 +16,7 @@ import train
 from config import UserError
 from lib.hub import OWNERS
 from lib.run import load_body, save_checkpoint
+from lib.tasks import TASKS
 from lib.tokenizer import Tokenizer, make_tokenizer
 from model import Config, Transformer
 from test_model import MODERN, TINY
@@ -633,6 +634,30 @@ def test_taggers_and_answerers_are_exported(tmp_path):
         wanted = wanted.logits if task == "tag" else torch.stack((wanted.start_logits, wanted.end_logits), -1)
         torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
     assert their.config.id2label == {0: "LABEL_0", 1: "LABEL_1"}
+
+
+@pytest.mark.parametrize("task, more", [
+    ("classify", {"labels": ["a", "b"], "several": False, "pool": "first", "paired": True}),
+    ("tag", {"labels": ["B-x", "O"], "words": "spaces"}),
+    ("qa", {"labels": ["first", "last"], "paired": True, "no_answer": True, "max_answer": 2})])
+def test_an_export_that_is_read_back_says_the_same(task, more, tmp_path):
+    """What is cut where, which words are tagged, how long an answer is, and whether there is one."""
+    theirs("bert").save_pretrained(tmp_path / "in")
+    write_tokenizer(tmp_path / "in")
+    body, tokenizer = load_body(str(tmp_path / "in"))
+    finetune.fit_head(body, TASKS[task])
+    head = {"task": task, "max_length": 24, "pool": None, "paired": False, "apart": False, "columns": {}, **more}
+    model = finetune.Tuned(body, TASKS[task](head, tokenizer)).eval()
+    torch.nn.init.normal_(model.head.weight)
+    sample.write_pretrained(model, tokenizer, str(tmp_path / "out"))
+    again = sample.load(tmp_path / "out")[0]
+    texts = ["fine w1", "w3 " * 40 + "fine", "北京fine 好", "w1\nw2 fine"]
+    asked = texts if task == "tag" else [(text, other) for text in texts for other in texts]
+    asked += ["fine\nw1 w2"] if task == "classify" else []
+    for ours, back in zip(model.predict(asked), again.predict(asked), strict=True):
+        numbers = {name: value for name, value in ours.items() if isinstance(value, float)}
+        assert {name: back[name] for name in numbers} == pytest.approx(numbers, abs=1e-5)
+        assert back.get("prediction") == ours["prediction"]
 
 
 @slow

@@ -63,6 +63,16 @@ def test_what_cannot_be_is_one_line(home, error, given, words):
         run_here(sample, "--out_dir=out/whole", *given, cwd=home)
 
 
+def test_what_narrows_a_choice_is_of_no_use_without_one(home, tmp_path):
+    how = ["--out_dir=out/whole", "--device=cpu", "--max_new_tokens=3"]
+    with pytest.raises(SettingError) as error:
+        run_here(sample, *how, "--temperature=0", "--top_k=5", cwd=home)
+    says(error, "top_k=5", "temperature=0")
+    (tmp_path / "mine.py").write_text("top_k = 5\n", encoding="utf-8")  # a recipe yields
+    said = run_here(sample, *how, tmp_path / "mine.py", "--temperature=0", cwd=home)
+    assert "(top_k=5: of no use with temperature=0" in said
+
+
 def test_an_export_to_where_no_folder_can_be_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--export=.*file/here: "):
