@@ -567,7 +567,8 @@ def open_conll(path: str, columns: dict, labelled: bool = True, encoding: str = 
     rows, words, tags, passed = [], [], [], 0
     for n, cells in enumerate([*found, []], 1):
         begin, in_width = (cells or [""])[0], len(cells) == width
-        is_word = begin[:1] != "#" or in_width and (cells[-1] in known or re.match("[BIESLU]-", cells[-1]))
+        tagged = width == 1 or cells and (cells[-1] in known or re.match("[BIESLU]-", cells[-1]))
+        is_word = begin[:1] != "#" or in_width and tagged
         if begin == "-DOCSTART-" or not is_word or is_u and cells and not begin.isdigit():
             passed += 1
         elif cells:

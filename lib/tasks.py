@@ -512,16 +512,17 @@ class Tag(Task):
         return not self.is_plain(path, self.head["columns"], encoding_of(path, Counter()))
 
     def is_plain(self, path, columns, encoding):
-        """A file of words has one a line, in as many columns as the training file, most of them: comments have
-        others. Empty lines between sentences tell it from texts, or the tags."""
+        """A file of words has one a line, nearly all in as many columns: comments have others. Empty lines
+        between sentences tell it from texts, or the tags."""
         if "unused" in columns and not (columns["text"].isdigit() or columns["text"] in CONLL_U):
             return True
         text = "\n".join(row.text for row in itertools.islice(read_lines(path, False, encoding), 100)).strip()
         cells = [line.split() for line in text.split("\n") if line.strip()]
-        cells_in = Counter(map(len, cells)) - Counter({1: len(cells)})
+        word = re.compile(WORDS[self.head.get("words", "spaces")])
+        numbers = Counter(len(one) for one in cells if len(one) > 1 or word.fullmatch(one[0]))
         tagged = sum(one[-1] in self.number for one in cells if len(one) > 1)
         in_columns = "\n\n" in text or 2 * tagged > len(cells)
-        return not in_columns or 10 * max(cells_in.values(), default=0) < 8 * len(cells)
+        return not in_columns or 10 * max(numbers.values(), default=0) < 8 * len(cells)
 
     def ready(self, row):
         if row.words is None:

@@ -156,8 +156,11 @@ def test_a_file_is_one_of_rows_if_the_training_file_was_so(tuned, tmp_path):
         (tmp_path / name).write_text(content, encoding="utf-8")
         assert one.holds_rows(str(tmp_path / name)) == expected, name
     columns = {**tag.head["columns"], "id": None}
-    for text, rows in ((words, 2), ("# 7\n" + words, 2), ("-DOCSTART- O\n\n" + words, 2), ("a O\n", 1),
-                       ("Rome a b\nc d e\n", 2), ("Rome a\n\nc d e\n", 3), ("王在北京\n\n他在\n", 3)):
+    for text, rows, kind in ((words, 2, "spaces"), ("# 7\n" + words, 2, "spaces"), ("a O\n", 1, "spaces"),
+                             ("-DOCSTART- O\n\n" + words, 2, "spaces"), ("Rome\n#a\n\n#b\n", 2, "spaces"),
+                             ("Rome a b\nc d e\n", 2, "spaces"), ("Rome a\n\nc d e\n", 3, "spaces"),
+                             ("王在北京\n\n他在\n", 3, "characters"), ("王\n在\n\n他\n", 2, "characters")):
+        tag.head["words"] = kind
         (tmp_path / "a.txt").write_text(text, encoding="utf-8")  # a word a line, or a text
         assert len(list(tag.to_answer(str(tmp_path / "a.txt"), columns)[1])) == rows, text
 
