@@ -323,7 +323,11 @@ def new_model(train: list[Row], given: dict, origin: str, s: SimpleNamespace) ->
         body, its_tokenizer = new_body(train, space, given, s)
     else:
         how = {"chars": s.chars, "dropout": given.get("dropout", 0.1)}
-        body, its_tokenizer, its_head = load_whole(origin, whole=False, **how)
+        try:
+            body, its_tokenizer, its_head = load_whole(origin, whole=False, **how)
+        except UserError as error:
+            way_out = "" if Path(origin).exists() else "; --init_from=scratch needs none, and learns less"
+            raise UserError(f"{error}{way_out}") from None
         space = its_head.get("space", False)  # as it was fine-tuned before
     fit_head(body, task)
     encoder = body.published.get("encoder", {})  # what files of sentence-transformers say
@@ -655,7 +659,7 @@ def fine_tune(run: Run, rows: Splits, given: dict, s: SimpleNamespace) -> Option
         machine.say(f"finished after {state.step} steps: --epochs={s.epochs + 1} trains on")
 
     bad_steps = BadSteps(s.max_bad_steps, 1 if machine.looks_each_step() else s.log_interval, machine.main)
-    pace = Pace(state, steps)
+    pace, began = Pace(state, steps), state.step
     enough = False  # patience has run out
     model.train()
     while state.step < steps and not enough and not run.stopped():
@@ -675,14 +679,16 @@ def fine_tune(run: Run, rows: Splits, given: dict, s: SimpleNamespace) -> Option
         pruning.after(state)
         last = state.step == steps
 
-        if state.step % s.log_interval == 0 or last:
+        due = state.step % s.log_interval == 0 or last
+        if due or state.step == began + 1:  # the first step is shown at once
             seconds, left = pace.measure(state)
-            row = {"iter": state.step, "elapsed": run.elapsed(), "loss": state.mean_loss(),
-                   "lr": s.learning_rate * factor, "grad_norm": norm.item(),
-                   "batch_size": len(planned[state.step - 1]), "dt": seconds}
+            row = {"iter": state.step, "elapsed": run.elapsed(),
+                   "loss": state.mean_loss() if due else loss.item(), "lr": s.learning_rate * factor,
+                   "grad_norm": norm.item(), "batch_size": len(planned[state.step - 1]), "dt": seconds}
             if penalty:
                 row["penalty"] = penalty.item()
-            run.log(**row)
+            if due:
+                run.log(**row)
             machine.say(step_line(row, steps, f"{seconds * 1e3:6.0f} ms a step", left))
 
         if state.step % s.eval_interval == 0 or last if s.eval_interval else state.step in epoch_ends:
@@ -701,7 +707,8 @@ def fine_tune(run: Run, rows: Splits, given: dict, s: SimpleNamespace) -> Option
     if run.stopped(unless_late=finished):  # also in the last evaluation: more would come, a test or folds
         save(run, "ckpt.pt", state, model, model.body.state_dict(), optimizers)
         run.close()
-        machine.say(f"stopped after {state.step} steps, saved: --init_from=resume goes on")
+        machine.say(f"stopped after {state.step} steps{run.stop.reason()}, saved: "
+                    "--init_from=resume goes on")
         machine.barrier()
         sys.exit(run.stop.status())
     run.close()
@@ -885,6 +892,7 @@ def sized_for_small_data(given: dict) -> dict:
         left_out.add("causal")
     if not TASKS[task].of_texts:
         left_out.add("token_dropout")  # half of a text is enough for its class alone
+    left_out.update(name for name, _, tasks in known_to_tasks() if task not in tasks)
     for name, value in recipe(SMALL, globals(), Config).items():
         if name in left_out or place_of(globals(), name):
             continue

@@ -837,7 +837,8 @@ def main(given: dict):
         run.save("ckpt.pt", state, model, optimizers)
     run.close()
     if machine.main and interrupted:
-        print(f"stopped after {state.step} steps, saved: --init_from=resume goes on", flush=True)
+        print(f"stopped after {state.step} steps{run.stop.reason()}, saved: --init_from=resume goes on",
+              flush=True)
     elif machine.main:
         if enough:
             print(f"stopped after {state.step} steps: no better one in {patience} evaluations")

@@ -56,6 +56,9 @@ def folder_of(path: str | Path, weights: bool = True) -> Path:
     if Path(path).exists():
         return Path(path)
     name = Path(path).as_posix()
+    runs = sorted(file.parent.name for file in Path(path).parent.glob("*/settings.json"))
+    if runs:
+        raise FileNotFoundError(f"{name}: no such run; {Path(path).parent} has {', '.join(runs)[:200]}")
     try:
         from huggingface_hub import snapshot_download
     except ImportError:

@@ -6,6 +6,7 @@ matplotlib is optional: without it that is said once. Text in pictures is text: 
 import contextlib
 import functools
 import json
+import re
 import warnings
 from array import array
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 POINTS = 1000  # of a line, at most
+SERIFS = re.compile("Serif|Song|Ming|Mincho|Kai")
 
 
 @functools.cache
@@ -42,18 +44,27 @@ def style(text: str) -> Iterator[None]:
 
 @functools.cache
 def fonts_with(text: str) -> list[str]:
-    """Names of fonts here that together have the text's letters; which are missing is printed."""
-    from matplotlib.font_manager import fontManager, get_font
+    """Names of fonts here that together have the text's letters; which are missing is printed.
+
+    Also of fonts that matplotlib's list, which it makes once and keeps, is too old to have.
+    """
+    from matplotlib.font_manager import findSystemFonts, fontManager, get_font
     found, missing = ["DejaVu Sans"], {ord(letter) for letter in text if letter.isprintable()}
     missing -= {*get_font(fontManager.findfont("DejaVu Sans")).get_charmap()}
     letters = {}  # name of a font -> those that it has of the missing
+    listed = {font.fname for font in fontManager.ttflist}
+    for file in sorted({*findSystemFonts()} - listed) if missing else ():
+        with contextlib.suppress(Exception):  # a damaged file
+            fontManager.addfont(file)
     for font in fontManager.ttflist if missing else ():
         if "Last Resort" in font.name:  # it has all letters, as boxes
             continue
         with contextlib.suppress(OSError, RuntimeError):  # a damaged file
-            letters[font.name] = missing & {*get_font(font.fname).get_charmap()}
+            letters.setdefault(font.name, set()).update(missing & {*get_font(font.fname).get_charmap()})
     while missing:
-        best = max(letters, key=lambda name: len(letters[name] & missing), default="")
+        # of those that have as many, one in the manner of DejaVu Sans
+        best = max(letters, default="",
+                   key=lambda name: (len(letters[name] & missing), not SERIFS.search(name)))
         if not letters.get(best, set()) & missing:
             letters_lost = "".join(map(chr, sorted(missing)[:10]))
             print(f"(pictures: no font here has {letters_lost}: install one, such as Noto Sans CJK (apt "
@@ -179,9 +190,10 @@ def precision_recall(curves: dict):
 
 
 def trust(calibration: list):
-    axes = new_axes(title="Calibration", xlabel="Confidence, mean of a tenth", ylabel="Share that is right")
+    axes = new_axes(title="Calibration", xlabel="Probability of the answer, mean of each tenth",
+                    ylabel="Share of the answers that are right")
     confidence, right, _ = zip(*calibration)
-    axes.plot([0, 1], [0, 1], color="grey", ls="--", lw=1, label="perfect")
+    axes.plot([0, 1], [0, 1], color="grey", ls="--", lw=1, label="perfect; below: too sure")
     axes.plot(confidence, right, "o-", label="this model")
     legend(axes)
     return axes

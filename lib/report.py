@@ -36,7 +36,9 @@ def write_results(folder: Path, task: Task, rows: list[Row], answers: list, foun
     header, lines = task.table(rows, answers)
     for name, cells in (more or {}).items():
         header, lines = [*header, name], [[*line, cell] for line, cell in zip(lines, cells, strict=True)]
-    write_text(folder / "predictions.csv", as_csv([header, *lines]))
+    content = as_csv([header, *lines])
+    mark = "" if content.isascii() else "\ufeff"  # by which Excel knows UTF-8
+    write_text(folder / "predictions.csv", mark + content)
     write_json(folder / "metrics.json", found)
     try:
         written = task.report(folder, *arrays)

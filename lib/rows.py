@@ -83,7 +83,7 @@ CLASSES = """
     label labels gold_label sentiment airline_sentiment polarity stance emotion class category intent topic
     topics target coarse_label label_coarse class_index is_duplicate is_sarcastic quality entailment_label
     entailment_judgment stars star rating score review_score overall label_text tags _label_ v1 标签 標籤 类别
-    情感 情感倾向 分类 情绪 星级 评分 打分 得分 分数 标注""".split()
+    情感 情感倾向 分类 情绪 星级 评分 打分 得分 分数 标注 评级 评价""".split()
 NUMBERS = """
     score similarity_score relatedness_score similarity label rating stars overall points target
     domain1_score value 评分 星级 打分 得分 分数""".split()

@@ -929,7 +929,7 @@ class Stop:
     """
 
     def __init__(self, max_minutes: Optional[float] = None):
-        self.signal, self.asked = 0, math.inf
+        self.signal, self.asked, self.max_minutes = 0, math.inf, max_minutes
         self.deadline = STARTED + 60 * (max_minutes or math.inf)
         self.before = {}
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
@@ -957,6 +957,10 @@ class Stop:
                 return 0  # one that came in the meantime is for the next time: all do the same
             self.signal = int(got)
         return self.signal
+
+    def reason(self) -> str:
+        """A limit is kept with the settings, and stops the run that goes on too: it is named."""
+        return f" (max_minutes={self.max_minutes:g})" if self.signal == OUT_OF_TIME else ""
 
     def status(self) -> int:
         """The exit status of a process that was stopped."""

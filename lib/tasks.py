@@ -349,7 +349,7 @@ class Classify(TextTask):
     @classmethod
     def with_labels(cls, rows, s):
         if not s.multi_label:
-            return super().with_labels(rows, s)
+            return super().with_labels(list(map(without_list, rows)), s)
         found = [row for row in rows if row.label is not None]  # an empty one says that no label fits
         for row in found:
             row.label = labels_of(row, True)
@@ -363,6 +363,9 @@ class Classify(TextTask):
         if len(labels) < (1 if s.multi_label else 2):
             raise nothing_to_tell_apart(rows, f"the label {labels.pop()!r}" if labels else "no label")
         return {"labels": sorted(sorted(labels), key=to_number), "several": s.multi_label}  # numbers first
+
+    def ready(self, row):
+        return super().ready(row if self.several else without_list(row))
 
     def __init__(self, head, tokenizer):
         super().__init__(head, tokenizer)
@@ -813,6 +816,13 @@ TASKS = {"classify": Classify, "regress": Regress, "tag": Tag, "qa": Answer, "lm
 
 # -----------------------------------------------------------------------------
 # Labels
+
+def without_list(row: Row) -> Row:
+    """A list of one label, as doccano writes it, is that label; an empty one is none."""
+    if isinstance(row.label, list) and len(row.label) < 2 and all(isinstance(one, str) for one in row.label):
+        row.label = "".join(row.label).strip() or None
+    return row
+
 
 def labels_of(row: Row, several: bool) -> list[str]:
     if several:

@@ -293,3 +293,5 @@ def test_training_goes_on_without_a_console_and_writing_does_not(home, how):
 def test_scripts_end_with_2_on_a_bad_setting_and_1_on_what_is_missing(tmp_path):
     one_line(script("train.py", "--n_head=5", cwd=tmp_path), 2, "n_embd", "n_head=5")
     one_line(script("sample.py", cwd=tmp_path), 1, "no checkpoint")
+    recipe = str(ROOT / "config" / "small.py")
+    one_line(script("sample.py", recipe, cwd=tmp_path), 2, "small.py: a recipe", "--out_dir=out/small")

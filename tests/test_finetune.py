@@ -1,9 +1,11 @@
 """Fine-tuning: each task, what is promised of a run, and the body that it stands on."""
+import codecs
 import csv
 import json
 import math
 import re
 import shutil
+import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +20,7 @@ import sample
 import train
 from config import SettingError, UserError
 from lib import intervals, report, tasks
-from lib.rows import Row
+from lib.rows import CLASS_NAMES, Row, open_rows
 from lib.run import load_body
 from lib.tokenizer import make_tokenizer
 from model import Config, Transformer
@@ -28,7 +30,7 @@ from tests.helpers import (QUICK, ROOT, Half, checkpoint, log_of, posix, run_her
 
 
 def read_csv(path):
-    with open(path, encoding="utf-8", newline="") as f:
+    with open(path, encoding="utf-8-sig", newline="") as f:
         return list(csv.DictReader(f))
 
 
@@ -371,7 +373,8 @@ def test_a_run_goes_on_with_other_epochs_and_batches_which_it_says(tmp_path):
 def test_a_run_stops_in_time_and_is_gone_on_with_as_it_was_begun(tmp_path):
     args = (f"--data={class_rows(tmp_path, 60)}", "--epochs=2", *QUICK)
     cut = tmp_path / "cut"
-    run_here(finetune, f"--out_dir={cut}", *args, "--max_minutes=1e-6")
+    said = run_here(finetune, f"--out_dir={cut}", *args, "--max_minutes=1e-6")
+    assert "(max_minutes=1e-06), saved: --init_from=resume" in said
     assert checkpoint(cut)["state"]["step"] == 0
     for changed in ("folds=5", "lora_rank=2", "multi_label=True", "n_embd=64", "seed=1", "tokenizer=bytes",
                     "vocab_size=400"):
@@ -674,6 +677,47 @@ def test_from_scratch_without_a_size_the_recipe_for_small_data_is_taken(tmp_path
     assert saved["settings"]["epochs"] == 1 and saved["settings"]["optimizer"] == "muon"
     given = finetune.sized_for_small_data({"n_embd": 32})
     assert given == {"n_embd": 32}
+    assert "\niter 1/" in said and [row["iter"] for row in log_of(out) if "loss" in row] == [1]
+
+
+def test_of_the_recipe_for_small_data_a_task_takes_what_it_knows(monkeypatch, capsys):
+    for task, left_out in ("tag", ["pool=", "token_dropout="]), ("regress", ["label_smoothing="]):
+        for name in finetune.__annotations__:  # are set by it
+            monkeypatch.setattr(finetune, name, getattr(finetune, name))
+        monkeypatch.setattr(finetune, "task", task)
+        finetune.sized_for_small_data({})
+        said = capsys.readouterr().out
+        assert "n_layer=1" in said and not any(name in said for name in left_out)
+
+
+def test_a_body_that_cannot_be_had_is_not_the_only_way(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UserError) as error:
+        run_here(finetune, f"--out_dir={tmp_path / 'out'}", f"--data={class_rows(tmp_path, 60)}",
+                 "--init_from=owner/body")
+    says(error, "owner/body", "pip install huggingface_hub; --init_from=scratch needs none")
+
+
+def test_predictions_with_more_than_ascii_open_in_a_spreadsheet(tmp_path):
+    head = {"labels": ["\u597d", "\u5dee"], "max_length": 8, "paired": False, "apart": False}
+    rows = [Row("", f"text {i}", label=label) for i, label in enumerate(head["labels"] * 5)]
+    answers, s = [np.array([0.5, 0.5])] * 10, SimpleNamespace(group_column="")
+    report.write_results(tmp_path, tasks.Classify(head, None), rows, answers, {}, s)
+    assert (tmp_path / "predictions.csv").read_bytes().startswith(codecs.BOM_UTF8 + b"text,label,")
+    again, _ = open_rows(str(tmp_path / "predictions.csv"), {"text": "", "label": ""}, CLASS_NAMES)
+    assert again["text"] == "text" and again["label"] == "label"
+
+
+def test_a_list_of_one_label_is_that_label(tmp_path):
+    cells = ["a"], ["b"], [], ["a", "b"]
+    rows = [Row(f"x:{n}", "text", label=list(label)) for n, label in enumerate(cells)]
+    s = SimpleNamespace(multi_label=False)
+    assert [row.label for row in tasks.Classify.with_labels(rows[:3], s)] == ["a", "b"]
+    task = tasks.Classify({"labels": ["a", "b"], "max_length": 8, "paired": False, "apart": False}, None)
+    assert task.ready(Row("", "text", label=["b"])).label == "b"
+    with pytest.raises(UserError) as error:
+        tasks.Classify.learn(tasks.Classify.with_labels(rows, s), s)
+    says(error, "x:3: a list of labels", "--multi_label")
 
 
 def test_a_recipe_yields_to_a_flag_that_makes_its_settings_useless(tmp_path):

@@ -56,12 +56,24 @@ def test_letters_that_no_font_has_are_named_with_a_font_to_install(capsys, monke
     from matplotlib.font_manager import fontManager
     shipped = [font for font in fontManager.ttflist if "DejaVu" in font.name or "Last Resort" in font.name]
     monkeypatch.setattr(fontManager, "ttflist", shipped)
+    monkeypatch.setattr("matplotlib.font_manager.findSystemFonts", lambda: [])
     pictures.fonts_with.cache_clear()
     for _ in range(2):
         assert pictures.fonts_with("caf\u00e9") == pictures.fonts_with("\u597d\u8bc4 a") == ["DejaVu Sans"]
     pictures.fonts_with.cache_clear()
     said = capsys.readouterr().out
     assert said.count("no font here has \u597d\u8bc4: install one, such as Noto Sans CJK") == 1
+
+
+def test_a_font_that_came_after_matplotlib_listed_them_is_found(monkeypatch, capsys):
+    from matplotlib.font_manager import fontManager
+    with_serifs = next(font.fname for font in fontManager.ttflist if "STIXGeneral.ttf" in font.fname)
+    monkeypatch.setattr(fontManager, "ttflist", [one for one in fontManager.ttflist if "DejaVu" in one.name])
+    monkeypatch.setattr("matplotlib.font_manager.findSystemFonts", lambda: [with_serifs, "no-such.ttf"])
+    pictures.fonts_with.cache_clear()
+    assert pictures.fonts_with("a\u1d81") == ["DejaVu Sans", "STIXGeneral"]
+    pictures.fonts_with.cache_clear()
+    assert not capsys.readouterr().out
 
 
 def test_losses_have_a_title_a_unit_and_a_smoothed_line(tmp_path, drawn):

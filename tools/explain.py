@@ -472,10 +472,10 @@ def print_short(found: dict) -> None:
     tokens, methods = found["tokens"], found["methods"]
     wide = max(map(len, tokens))
     said = {row["at"]: row for row in found["said"]}
-    print(f"{found['title']}\n\n{'token':>{wide}}     bits   rank  " + "  ".join(methods))
+    print(f"{found['title']}\n\n{'token':>{wide}}  {'   bits   rank  ' * bool(said)}" + "  ".join(methods))
     for i, token in enumerate(tokens):
         row = said.get(i, {})
-        cells = [f"{row['bits']:7.2f} {row['rank'] or '':>6}" if "bits" in row else " " * 14]
+        cells = [f"{row['bits']:7.2f} {row['rank'] or '':>6}" if "bits" in row else " " * 14] if said else []
         cells += [f"{values[i]:{len(method)}.3f}" for method, values in methods.items()]
         print(f"{token:>{wide}}", *cells, sep="  ")
     print(f"\nexplained: {found['token']!r}, {found['summary']}\n\nrank agreement (Spearman)")

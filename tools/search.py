@@ -337,8 +337,9 @@ def plot(rows: list[dict], spaces: dict[str, Space], metric: str, picture: Path)
     if not can_draw():
         return
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(3 * len(spaces) + 1, 3), layout="constrained")
+    figure = Figure(figsize=(3 * len(spaces) + 1, 3.3), layout="constrained")
     rows = [row for row in rows if row["value"] is not None]
+    figure.suptitle(f"{metric} of {len(rows)} trials")
     for n, (name, space) in enumerate(spaces.items(), start=1):
         places = [row["settings"][name] for row in rows]
         axes = figure.add_subplot(1, len(spaces), n, xlabel=name, ylabel=metric)
