@@ -77,13 +77,14 @@ class Choice(Sampling):
 
 
 WRITES, FILLS, ANSWERS = "a model that writes", "a masked model", "a fine-tuned model's answers"
+ROWS = "a file of rows"  # which it answers one by one
 OF_WRITING = ("num_samples", "max_new_tokens", "stop", "stream", "seed", "compile",
               *(field.name for field in fields(Choice)))
 ONLY = [  # a setting, and what it is of use with; see check_used
     *((name, "", (WRITES,)) for name in OF_WRITING),
     *((name, "temperature", ()) for name in ("top_k", "top_p", "min_p")),  # at 0 there is no choice
-    *((name, "", (WRITES, FILLS, ANSWERS)) for name in ("start", "quantize")),
-    *((name, "", (ANSWERS,)) for name in ("text_column", "pair_column", "label_column", "encoding",
+    *((name, "", (WRITES, FILLS, ANSWERS, ROWS)) for name in ("start", "quantize")),
+    *((name, "", (ROWS,)) for name in ("text_column", "pair_column", "label_column", "encoding",
                                           "skip_bad_rows")),
 ]
 
@@ -389,7 +390,7 @@ def main(given: dict):
     answers = is_table or bool(tuned) and not tuned.task.writes
     encodes = not tuned and bool(body.published.get("encoder"))
     writes = body.config.causal and not encodes
-    mode = ANSWERS if answers else WRITES if writes else FILLS
+    mode = ROWS if is_table else ANSWERS if answers else WRITES if writes else FILLS
     for line in check_used(globals(), given, **{"": mode, "temperature": how.temperature}):
         print(line, file=sys.stderr)
     prompt = "" if is_table else read_prompt(start)

@@ -439,12 +439,14 @@ def make_rows(path: str, found: Iterable[tuple[int, dict]], names: list[str], co
         except ValueError as error:
             refuse(f"{path}:{line}: {name!r} {error}", bad)
             continue
+        group, unit = ((cells[role] or "").strip() for role in ("group", "split"))
+        group, unit = ("" if one.lower() in MISSING else one for one in (group, unit))
         label = cells["label"]
         if isinstance(label, str) and "label" not in usual.optional:  # those are texts to be written
             label = sys.intern(label.strip())  # the same few, a million times
             label = None if label.lower() in MISSING or label in undecided else label
-        yield Row(f"{path}:{line}", cells["text"], cells["pair"], label, cells["group"] or "",
-                  cells["id"] or str(line), unit=cells["split"] or "", start=cells["start"])
+        yield Row(f"{path}:{line}", cells["text"], cells["pair"], label, group, cells["id"] or str(line),
+                  unit=unit, start=cells["start"])
 
 
 def those_with_one(record: dict, names: list[str]) -> list[str] | None:

@@ -313,9 +313,9 @@ class TextTask(Task):
     def explained(self, row, example, out, target):
         if self.head["apart"]:
             raise UserError("--out_dir: a model that reads two texts apart is not explained")
-        if target and not (self.classes and target in self.number):
+        k = self.number.get(self.spelling.get(label_key(target))) if target else int(out.argmax())
+        if k is None or target and not self.classes:
             raise SettingError(f"--target={target}: must be a class, one of {', '.join(self.labels)}")
-        k = self.number[target] if target else int(out.argmax())
         return self.labels[k], [k]
 
     def targets(self, rows: list[Row]) -> np.ndarray:

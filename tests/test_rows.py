@@ -563,10 +563,13 @@ def test_rows_of_a_user_stay_on_one_side_of_splits_and_folds(tmp_path):
 
 
 def test_groups_of_0_and_false_have_names(tmp_path):
-    rows = [{"text": "a", "label": "x", "g": group} for group in (0, False, "", None, 1.5)]
+    names = (0, False, "", None, 1.5, "nan", " F ", "F")  # a CSV's NaN is text
+    rows = [{"text": "a", "label": "x", "g": group} for group in names]
     (tmp_path / "a.jsonl").write_text(lines_of(*rows), encoding="utf-8")
     _, rows = opened("classify", tmp_path / "a.jsonl", group="g")
-    assert [row.group for row in rows] == ["0", "false", "", "", "1.5"]
+    assert [row.group for row in rows] == ["0", "false", "", "", "1.5", "", "F", "F"]
+    _, rows = opened("classify", tmp_path / "a.jsonl", split="g")
+    assert [row.unit for row in rows] == ["0", "false", "", "", "1.5", "", "F", "F"]
 
 
 def test_bad_rows_are_counted_and_windows_line_ends_divide_texts(tmp_path):

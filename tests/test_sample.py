@@ -99,6 +99,8 @@ def test_what_a_classifier_has_no_use_for_is_refused_and_what_it_cuts_is_said(tu
     for given in ("--stream=False", "--top_k=5", "--num_samples=3", "--seed=1"):
         with pytest.raises(SettingError, match=f"{given[2:]}: of no use with a fine-tuned model's answers, "):
             run_here(sample, out, "--start=w3 fine", given)
+    with pytest.raises(SettingError, match="text_column=review: of no use with .*, only with a file of rows"):
+        run_here(sample, out, "--start=w3 fine", "--text_column=review")
     assert "(1 text longer than 64 tokens: cut there)" in run_here(sample, out, "--start=" + "w3 fine " * 60)
     assert "(1 text empty)" in run_here(sample, out, "--start= ")
 

@@ -156,6 +156,8 @@ def test_what_is_explained_is_the_likeliest_class_or_the_one_asked_for():
     assert CLASSIFY.explained(None, None, out, "c") == ("c", [2])
     with pytest.raises(SettingError, match="--target=d: must be a class, one of a, b, c"):
         CLASSIFY.explained(None, None, out, "d")
+    stars = Classify({**PLAIN, "labels": ["1.0", "2.0", "true"]}, None)
+    assert [stars.explained(None, None, out, one)[0] for one in ("2", "True")] == ["2.0", "true"]
     with pytest.raises(UserError, match="explain"):
         Classify({**CLASSES, "apart": True}, None).explained(None, None, out, "")
 
