@@ -133,7 +133,8 @@ def calibration_bins(confidence, right) -> list[tuple]:
 def calibration_error(y, probs):
     """Expected calibration error (Naeini et al. 2015) of the predicted classes."""
     bins = calibration_bins(probs.max(1), probs.argmax(1) == y)
-    return sum(n * abs(confidence - right) for confidence, right, n in bins) / len(y)
+    error = sum(n * abs(confidence - right) for confidence, right, n in bins) / len(y)
+    return round(error, 12)  # a sum of many shares is not the share to its last digits
 
 
 AREAS = {area: partial(over_classes, area) for area in ("roc_auc", "average_precision")}

@@ -181,7 +181,10 @@ def precision_recall(curves: dict):
     axes = new_axes(title="Precision and recall, and average precision", xlabel="Recall", ylabel="Precision")
     for name, one in curves.items():
         label = f" {name} (AP = {one['average_precision']:.2f})"
-        line, = axes.step(one["true_positive_rate"], one["precision"], label=label)
+        recall, precision = np.array(one["true_positive_rate"]), np.array(one["precision"])
+        first = np.argmax(recall > 0)  # before it nothing is found, whose precision says nothing
+        line, = axes.step(np.append(0, recall[first:]), precision[[first, *range(first, len(recall))]],
+                          label=label)
         axes.axhline(one["share"], color=line.get_color(), ls="--", lw=1)
     axes.plot([], [], color="grey", ls="--", lw=1, label="by chance: the share of the class")
     axes.set_ylim(-0.01, 1.01)

@@ -516,6 +516,15 @@ def text_blocks(path: str, encoding: str) -> Iterator[str]:
     return blocks(path, encoding or encoding_of(path), labelled=True)
 
 
+def has_texts(path: str, encoding: str) -> bool:
+    """Has a .tsv texts in its cells? A word has no spaces: it is a table then, and no CoNLL."""
+    if kind_of(path) != ".tsv":
+        return False
+    text = blocks(path, encoding or encoding_of(path, Counter()), labelled=True)
+    filled = [line.strip() for line in itertools.islice(lines(text, ""), 100) if line.strip()]
+    return 2 * sum("\t" in line and " " in line for line in filled) >= len(filled)  # its header has none
+
+
 def read_paragraphs(path: str, encoding: str = "") -> list[Row]:
     """Texts with an empty line between them."""
     text = "".join(line.rstrip("\r\n") + "\n" for line in lines(text_blocks(path, encoding), ""))

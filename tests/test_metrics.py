@@ -54,6 +54,8 @@ def test_class_metrics_equal_scikit_learn(seed):
 def test_calibration_error_is_how_far_confidence_is_from_accuracy_in_each_bin():
     y, probs = np.array([0, 0, 1, 1]), np.array([[0.62, 0.38], [0.68, 0.32], [0.62, 0.38], [0.05, 0.95]])
     assert metrics.calibration_error(y, probs) == close((3 * abs(2 / 3 - 0.64) + 0.05) / 4)
+    y = np.arange(300) % 10 > 0  # and the majority's share is right to the last digit
+    assert metrics.calibration_error(y.astype(int), np.tile([0.1, 0.9], (300, 1))) == 0
 
 
 def test_number_metrics_equal_scipy():

@@ -41,6 +41,13 @@ def test_pictures_of_classes_have_chance_and_shares_and_no_lines_through_them(tm
     assert any(np.allclose(line, 1 / 3) for line in lines) and len(texts(drawn["precision_recall.png"])) == 4
 
 
+def test_a_precision_is_drawn_from_where_something_is_found():
+    first_is_wrong = {"true_positive_rate": [0, 0, 0.5, 1], "precision": [1, 0, 0.5, 2 / 3], "share": 0.5,
+                      "average_precision": 0.58}
+    line = pictures.precision_recall({"a": first_is_wrong}).lines[0]
+    assert line.get_xdata().tolist() == [0, 0.5, 1] and line.get_ydata().tolist() == [0.5, 0.5, 2 / 3]
+
+
 def test_curves_are_of_twenty_classes_and_a_thousand_points(tmp_path, drawn, capsys):
     rng = np.random.default_rng(0)
     y, probs = rng.integers(30, size=3000), rng.random((3000, 30))

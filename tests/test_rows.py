@@ -620,6 +620,19 @@ def test_a_header_that_the_training_file_had_not_is_followed_if_its_names_are_gi
         TASKS["classify"].open(path, settled, False)
 
 
+def test_a_table_of_texts_is_not_read_as_words_with_tags(tmp_path):
+    """By a model that was trained on CoNLL, whose columns are numbers."""
+    path = tmp_path / "a.tsv"
+    path.write_text("id\treview\nr1\tgood old Paris\n", encoding="utf-8")
+    settled = {"text": "0", "pair": None, "label": "1", "header": False, "unused": []}
+    with pytest.raises(UserError, match="a header, it seems, .* or name its columns, --text_column"):
+        TASKS["tag"].open(str(path), settled, False)
+    _, (row,) = TASKS["tag"].open(str(path), {**settled, "text": "review", "asked": ["text"]}, False)
+    assert (row.text, row.id) == ("good old Paris", "r1")
+    path.write_text("good\tB\nold\tI\n\nParis\tB\n", encoding="utf-8")
+    assert [row.words for row in TASKS["tag"].open(str(path), settled)[1]] == [["good", "old"], ["Paris"]]
+
+
 def test_a_file_without_the_column_is_refused_by_name(tuned, tmp_path):
     path = write_rows(tmp_path / "a.csv", ("text", "label"), ["w1 fine"], ["good"])
     with pytest.raises(UserError, match="no column 'review' for the text: it has text, label"):
