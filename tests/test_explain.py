@@ -335,6 +335,9 @@ def test_what_a_task_predicts_is_what_is_explained(kind, tmp_path):
         write_rows(tmp_path / "rows.csv", ("label", "n", "text"), "12", "34", ("other, text", text))
         of_row, _ = page_about(tmp_path, f"--start=FILE:{tmp_path / 'rows.csv'}", "--row=2")
         assert of_row["tokens"] == page["tokens"] and of_row["methods"] == page["methods"]
+        (tmp_path / "rows.txt").write_text(f"other\n{text}\n", encoding="utf-8")  # a text a line
+        of_row, said = page_about(tmp_path, f"--start=FILE:{tmp_path / 'rows.txt'}", "--row=2", "--samples=1")
+        assert of_row["tokens"] == page["tokens"] and "rows.txt:2: --row for another" in said
         refused(tmp_path, [f"--start=FILE:{tmp_path / 'rows.csv'}", "--row=3"], 2, "row=3", "rows.csv")
         refused(tmp_path, ["--start=abc", "--row=2"], 2, "row=2")
     if kind != "classify":
@@ -363,3 +366,20 @@ def test_the_tag_of_a_word_is_explained():
         explain.of_a_task(tuned, "one two three four", "", "five")
     long = " ".join(f"w{n}" for n in range(60))
     assert explain.of_a_task(tuned, long, "", "w55").answer.startswith("w55: ")
+
+
+def test_what_a_tuned_writer_is_given_as_a_table_is_a_prompt_of_a_row(tmp_path, monkeypatch, capsys):
+    """With what training puts around it, not the file itself."""
+    tokenizer = make_tokenizer("bytes", [], 0)
+    body = tiny("gpt2", vocab_size=tokenizer.vocab_size, block_size=64)
+    head = {"task": "lm", "labels": [], "instruct": True, "max_length": 64, "pool": None, "paired": None,
+            "apart": False, "columns": {"text": "ask", "pair": "", "label": "say"}}
+    save(tmp_path, body, tokenizer, head={**head, "weights": {}})
+    (tmp_path / "rows.jsonl").write_text('{"ask": "a", "say": "b"}\n{"ask": "c", "say": "d"}\n', encoding="utf-8")
+    settings = {"out_dir": str(tmp_path), "start": f"FILE:{tmp_path / 'rows.jsonl'}", "row": 2, "samples": 1}
+    for name, value in settings.items():
+        monkeypatch.setattr(explain, name, value)
+    explain.main()
+    page = (tmp_path / "explain.html").read_text(encoding="utf-8").split("const D = ")[1].split("\n")[0]
+    said = "".join(json.loads(page)["tokens"]).replace("\u21b5", "\n")
+    assert said == "### Instruction:\nc\n\n### Response:\n" and ":2: --row" in capsys.readouterr().out
