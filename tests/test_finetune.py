@@ -590,7 +590,7 @@ NOTHING = json.dumps([{"text": f"t{i}", "label": [None]} for i in range(30)])
     ("a.csv", GOOD, ["--folds=70"], ["60 examples are too few"]),
     ("a.csv", "text,label\na,x\nb,y\n", [], ["too few"]),
     ("a.csv", GOOD, ["--task=regress"], ["a.csv:2", "'x'", "number"]),
-    ("a.json", '[{"text": "a", "label": ["x"]}]', ["--data_val=b.csv", "--data_test=b.csv"],
+    ("a.json", '[{"text": "a", "label": ["x", "y"]}]', ["--data_val=b.csv", "--data_test=b.csv"],
      ["a.json:1", "--multi_label"]),
     ("a.json", NOTHING, ["--multi_label"], ["a.json", "no label"]),
     ("a.json", '[{"tokens": ["a", "b"], "tags": []}]', ["--task=tag"], ["a.json:1", "list of words"]),
