@@ -108,7 +108,7 @@ patience: Optional[at_least(1)] = None  # stop after this many evaluations witho
 max_minutes: Optional[above(0.0)] = None  # stop this process then; the run is saved and can be resumed
 max_bad_steps: at_least(1) = 20  # this many in a row with a loss or gradient that is not finite end the run
 eval_interval: Optional[at_least(1)] = None  # steps between evaluations; None: after each epoch
-log_interval: at_least(1) = 50  # steps from one log line to the next
+log_interval: Optional[at_least(1)] = None  # steps from one log line to the next; None: 20 lines or more
 # system
 device: str = "auto"  # auto: cuda, else mps, else cpu
 dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; auto: what is fast
@@ -658,7 +658,8 @@ def fine_tune(run: Run, rows: Splits, given: dict, s: SimpleNamespace) -> Option
     if run.resumed and state.step >= steps:
         machine.say(f"finished after {state.step} steps: --epochs={s.epochs + 1} trains on")
 
-    bad_steps = BadSteps(s.max_bad_steps, 1 if machine.looks_each_step() else s.log_interval, machine.main)
+    interval = s.log_interval or min(50, max(1, steps // 20))
+    bad_steps = BadSteps(s.max_bad_steps, 1 if machine.looks_each_step() else interval, machine.main)
     pace, began = Pace(state, steps), state.step
     enough = False  # patience has run out
     model.train()
@@ -679,7 +680,7 @@ def fine_tune(run: Run, rows: Splits, given: dict, s: SimpleNamespace) -> Option
         pruning.after(state)
         last = state.step == steps
 
-        due = state.step % s.log_interval == 0 or last
+        due = state.step % interval == 0 or last
         if due or state.step == began + 1:  # the first step is shown at once
             seconds, left = pace.measure(state)
             row = {"iter": state.step, "elapsed": run.elapsed(),
@@ -883,25 +884,29 @@ def sized_for_small_data(given: dict) -> dict:
     """The body's settings; if they have no size, all that is not given is as in the recipe for small data.
 
     GPT-2's size, the default of Config, and a pretrained body's rate would learn nothing from a few thousand
-    rows, for hours.
+    rows, for hours. So what a recipe says for its pretrained body yields too, if --init_from=scratch follows.
     """
     if init_from != "scratch" or {"n_layer", "n_head", "n_embd"} & set(given):
         return given
-    left_out, fields, shown = {"out_dir", "task"}, {}, []
+    left_out, fields, shown, kept_from = {"out_dir", "task"}, {}, [], 1
+    if any(one not in ("scratch", "resume", "auto") for one in globals().get("ORIGINS", ())):
+        kept_from = place_of(globals(), "init_from")
     if TASKS[task].writes:
         left_out.add("causal")
     if not TASKS[task].of_texts:
         left_out.add("token_dropout")  # half of a text is enough for its class alone
     left_out.update(name for name, _, tasks in known_to_tasks() if task not in tasks)
     for name, value in recipe(SMALL, globals(), Config).items():
-        if name in left_out or place_of(globals(), name):
+        if name in left_out or place_of(globals(), name) >= kept_from:
             continue
+        if name == "block_size":
+            value = max(value, max_length or 0)
         shown.append(f"{name}={value}")
         (globals() if name in __annotations__ else fields)[name] = value
     if main_process():
         print(f"(from scratch, and no size is given: as {SMALL.parent.name}/{SMALL.name} has it: "
               f"{', '.join(shown)})")
-    return {**fields, **given}
+    return {**given, **fields}
 
 
 def main(given: dict):

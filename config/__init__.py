@@ -292,6 +292,7 @@ def configure(script: dict, fields: type | None, argv: list[str], stored: Callab
     script["DEFAULTS"] = {name: setting.default for name, setting in own.items()}
     settings, given, origins = {**fields_of(fields), **own}, {}, [script.get("init_from")]
     script["PLACES"] = places = {}
+    script["ORIGINS"] = origins
     words = [arg for arg in argv if arg not in ("-h", "--help")]
     for number, arg in enumerate(words, start=1):
         flag = arg.startswith("-")

@@ -680,6 +680,20 @@ def test_from_scratch_without_a_size_the_recipe_for_small_data_is_taken(tmp_path
     assert "\niter 1/" in said and [row["iter"] for row in log_of(out) if "loss" in row] == [1]
 
 
+def test_a_recipe_for_a_pretrained_body_serves_from_scratch(tmp_path):
+    """Its rates yield, what is given with --init_from=scratch does not, and the body reads its max_length."""
+    recipe, data = ROOT / "config/finetune_bert_zh.py", class_rows(tmp_path, 60)
+    args = [str(recipe), f"--data={data}", "--init_from=scratch", "--weight_decay=0.2", "--device=cpu"]
+    assert "learning_rate=0.0005, " in run_here(finetune, *args, f"--out_dir={tmp_path / 'out'}")
+    saved = checkpoint(tmp_path / "out")
+    assert saved["model_args"]["block_size"] == saved["settings"]["max_length"] == 256
+    assert saved["settings"]["optimizer"] == "muon" and saved["settings"]["weight_decay"] == 0.2
+    own = tmp_path / "own.py"
+    own.write_text("learning_rate = 1e-3\nepochs = 1", encoding="utf-8")
+    run_here(finetune, str(own), f"--out_dir={tmp_path / 'own'}", *args[1:])
+    assert checkpoint(tmp_path / "own")["settings"]["learning_rate"] == 1e-3
+
+
 def test_of_the_recipe_for_small_data_a_task_takes_what_it_knows(monkeypatch, capsys):
     for task, left_out in ("tag", ["pool=", "token_dropout="]), ("regress", ["label_smoothing="]):
         for name in finetune.__annotations__:  # are set by it
