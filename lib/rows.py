@@ -84,6 +84,7 @@ CLASSES = """
     topics target coarse_label label_coarse class_index is_duplicate is_sarcastic quality entailment_label
     entailment_judgment stars star rating score review_score overall label_text tags _label_ v1 标签 標籤 类别
     情感 情感倾向 分类 情绪 星级 评分 打分 得分 分数 标注 评级 评价""".split()
+RATINGS = {*"stars star rating review_score overall 星级 评分 打分 得分 评级".split()}
 NUMBERS = """
     score similarity_score relatedness_score similarity label rating stars overall points target
     domain1_score value 评分 星级 打分 得分 分数""".split()
@@ -516,7 +517,7 @@ def text_blocks(path: str, encoding: str) -> Iterator[str]:
     return blocks(path, encoding or encoding_of(path), labelled=True)
 
 
-def has_texts(path: str, encoding: str) -> bool:
+def texts_in_cells(path: str, encoding: str) -> bool:
     """Has a .tsv texts in its cells? A word has no spaces: it is a table then, and no CoNLL."""
     if kind_of(path) != ".tsv":
         return False

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from config import UserError
-from lib.rows import Row, described, python_packages, text_key
+from lib.rows import RATINGS, Row, described, plain, python_packages, text_key
 from lib.tasks import TASKS, one_spelling, respell
 
 
@@ -76,6 +76,9 @@ def read_files(s: SimpleNamespace, say) -> list[list[Row] | None]:
                 say(f"          {path}: {count:,} rows left out {what}")
         if not rows:
             raise UserError(f"{path}: holds no examples")
+        if s.task == "classify" and name == "data" and plain(str(columns["label"])) in RATINGS:
+            if not s.multi_label and len({row.label for row in rows}) > 2:
+                say("          ratings are learned as classes: --task=regress learns how far apart they are")
         if task.classes:
             spelling = spelling or one_spelling(rows, say)
             respell(rows, spelling)

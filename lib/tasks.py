@@ -25,9 +25,9 @@ from torch.nn import functional as F
 from config import SettingError, UserError
 from lib import intervals, metrics
 from lib.rows import (ANSWER_NAMES, CLASS_NAMES, CONLL_U, LM_NAMES, NUMBER_NAMES, TAG_NAMES, WORDS, Names,
-                      Row, each_with_answers, has_texts, is_fasttext, kind_of_words, label_key, of_names,
-                      open_conll, open_rows, read_lines, read_paragraphs, split_rows, tags_of_spans, tell,
-                      text_key, to_number)
+                      Row, each_with_answers, is_fasttext, kind_of_words, label_key, of_names, open_conll,
+                      open_rows, read_lines, read_paragraphs, split_rows, tags_of_spans, tell, text_key,
+                      texts_in_cells, to_number)
 from lib.text import encoding_of, kind_of
 
 
@@ -496,7 +496,7 @@ class Tag(Task):
 
     @classmethod
     def open(cls, path, columns, labelled=True, encoding="", bad=None):
-        if kind_of(path) not in (".jsonl", ".json", ".csv") and not has_texts(path, encoding):
+        if kind_of(path) not in (".jsonl", ".json", ".csv") and not texts_in_cells(path, encoding):
             return open_conll(path, columns, labelled, encoding)
         columns, rows = super().open(path, columns, labelled, encoding, bad)
         return columns, each_with_words(path, rows)

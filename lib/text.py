@@ -231,6 +231,8 @@ def records(path: str | Path, text: Iterable[str], names: Collection[str] | bool
                 value = {"text": value[0], **value[1]}
             else:
                 value = {str(i): cell for i, cell in enumerate(value)}
+        elif isinstance(value, str):
+            value = {"text": value}
         if isinstance(value, dict):
             yield line, value
         else:
@@ -578,6 +580,7 @@ def file_documents(file: Path, title: str, encoding: str, errors: str, text_key:
         if kind == ".json" and first.lstrip().startswith("["):
             first += "".join(text)
         text, texts = itertools.chain([first], text), has_texts(first, text_key)
+        texts |= named and text_key == "text" and re.match(r'\s*\[\s*"', first) is not None
         if kind == ".json" and not texts:
             if named and text_key:
                 raise UserError(f"{file}: no objects with a text under {text_key!r}: it begins "

@@ -475,6 +475,13 @@ def test_labels_that_are_one_are_said_to_be_and_missing_ones_left_out(tmp_path):
     assert [row.label for row in test] == ["1"]
 
 
+def test_ratings_as_classes_are_said_to_be_amounts(tmp_path):
+    cases = ("Stars", "classify", True), ("Stars", "regress", False), ("topic", "classify", False)
+    for name, task, told in cases:
+        path = write_rows(tmp_path / "a.csv", ("text", name), [f"w{i}" for i in range(60)], [*range(1, 6)] * 12)
+        assert ("--task=regress" in splits_of(path, task=task)[1]) is told
+
+
 @pytest.mark.parametrize("task, rows, said", [
     ("classify", [{"label": "a,b"}, {"label": "b"}], ["'a,b'", "write |"]),
     ("classify", [{"label": [0, 1, 0]}, {"label": [1, 0, 0]}], ["0 or 1 for each label", "names"]),

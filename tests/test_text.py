@@ -44,6 +44,15 @@ def texts_of(path, **settings):
     return [text for _, text in documents(str(path), **settings)]
 
 
+def test_a_list_of_texts_is_a_document_each(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(["one\ntext", "two"]), encoding="utf-8")
+    assert [text for _, text in documents(str(path))] == ["one\ntext", "two"]
+    found = {}
+    whole, = [text for _, text in documents(str(tmp_path), found=found)]  # of a folder, it may be code
+    assert whole.startswith("[") and "json_as_text" in found
+
+
 def write_pages(folder, suffix: str):
     """PAGES in one file of this kind, each with what is special in it at its end. Returns both."""
     kind, _, packed = suffix.partition(".")
