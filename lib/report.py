@@ -36,9 +36,7 @@ def write_results(folder: Path, task: Task, rows: list[Row], answers: list, foun
     header, lines = task.table(rows, answers)
     for name, cells in (more or {}).items():
         header, lines = [*header, name], [[*line, cell] for line, cell in zip(lines, cells, strict=True)]
-    content = as_csv([header, *lines])
-    mark = "" if content.isascii() else "\ufeff"  # by which Excel knows UTF-8
-    write_text(folder / "predictions.csv", mark + content)
+    write_text(folder / "predictions.csv", as_csv([header, *lines]))
     write_json(folder / "metrics.json", found)
     try:
         written = task.report(folder, *arrays)
