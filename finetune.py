@@ -626,6 +626,8 @@ def fine_tune(run: Run, rows: Splits, given: dict, s: SimpleNamespace) -> Option
 
     # Examples, and when each comes. Those of the test rows too: a wrong label there is found now.
     examples, val_examples, test_examples = map(task.examples, rows)
+    every = -(-len(rows.train) // len(rows.val))  # as many to train on are evaluated too
+    part = [one._replace(row=one.row // every) for one in examples if one.row % every == 0]
     examples = [example for example in examples if task.teaches(example, rows.train[example.row])]
     if not examples:
         raise UserError(f"{rows.train[0].where}: nothing to learn in the training data: no answer is in its "
@@ -694,10 +696,16 @@ def fine_tune(run: Run, rows: Splits, given: dict, s: SimpleNamespace) -> Option
 
         if state.step % s.eval_interval == 0 or last if s.eval_interval else state.step in epoch_ends:
             scores = evaluate(model, rows.val, val_examples, 2 * s.batch_size, machine)
+            on_train = {}
+            if "loss" in scores:
+                found = evaluate(model, rows.train[::every], part, 2 * s.batch_size, machine)
+                on_train["train_loss"] = found["loss"]
             noted = {**scores, "epoch": 1 + int(np.searchsorted(epoch_ends, state.step))}
             best = pruning.is_done(state) and state.is_best(goal_of(task, scores), noted)
-            run.log(iter=state.step, elapsed=run.elapsed(), **{f"val_{k}": v for k, v in scores.items()})
-            machine.say(f"iter {state.step}: " + in_words(scores) + (", best so far" if best else ""))
+            logged = {**on_train, **{f"val_{name}": value for name, value in scores.items()}}
+            run.log(iter=state.step, elapsed=run.elapsed(), **logged)
+            said = in_words({**on_train, **scores})
+            machine.say(f"iter {state.step}: {said}{', best so far' if best else ''}")
             if best:
                 save_best(run, state, model, s)
             save(run, "ckpt.pt", state, model, model.body.state_dict(), optimizers)

@@ -45,7 +45,7 @@ from lib.tokenizer import (Characters, Tokenizer, encode_stream, examples_of, ma
 # Settings
 dataset: str = ""  # name of the folder under data/, or a built-in: python, shakespeare, shakespeare_char
 source: str = ""  # file, folder, glob, URL, hf:NAME or built-in; several with commas; empty: the built-in's
-encoding: str = "utf-8"  # of the text files; empty: UTF-8, or UTF-16 or GBK if it is that, each its own
+encoding: str = ""  # of the text files; empty: UTF-8, or UTF-16 or GBK if it is that, each its own
 errors: Literal["strict", "replace", "ignore"] = "strict"  # what to do with bytes that are not in it
 text_key: str = "text"  # of a .jsonl or an hf: data set; of a .csv or .tsv the column, by name or number
 split_on: str | None = ""  # what divides a text file, "\n\n" for blank lines; empty: lines of <|endoftext|>
@@ -160,6 +160,8 @@ def is_there(folder: Path, s: SimpleNamespace, files: dict) -> bool:
         return False
     meta = read_meta(folder)
     then = {**NEW, **meta["settings"]}
+    if then["encoding"] == "utf-8":  # once the default
+        then["encoding"] = s.encoding
     changed = [name for name, value in of_the_data(s).items() if then.get(name) != value]
     if changed:
         raise SettingError(f"{folder}: is there already, made with other settings ({', '.join(changed)}): "
@@ -318,8 +320,8 @@ NOTES = {  # of the report, in words
     "data_sets": "passed over: data sets made by prepare.py",
     "unreadable": "passed over: folders that may not be read",
     "empty_or_binary": "passed over: empty, or not text",
-    "other_encodings": "passed over: in another encoding (--encoding= takes each in its own)",
-    "recognised": "files recognised, by --encoding=",
+    "other_encodings": "passed over: in another encoding (--encoding=NAME, if all are in that)",
+    "recognised": "files not in UTF-8 (--encoding=NAME, if that is wrong)",
     "bad_rows": "rows passed over",
     "json_as_text": ".json files read as plain text",
     "records_as_text": "files of JSON records read as plain text, braces and all: name them .jsonl",

@@ -93,12 +93,12 @@ def save(axes, path: Path) -> str:
 # -----------------------------------------------------------------------------
 # Losses
 
-LINES = {"loss": ("C0", "training, smoothed"), "train_loss": ("C2", "training, fixed windows"),
+LINES = {"loss": ("C0", "training, smoothed"), "train_loss": ("C2", "training, a fixed part, evaluated"),
          "val_loss": ("C1", "validation")}
 
 
 def plot_losses(log: Path, picture: Path, unit: str = "nats a token", scale: float = 1.0) -> None:
-    """The losses in log.jsonl. scale: what makes a validation loss one of the training loss's unit."""
+    """The losses in log.jsonl. scale: what makes an evaluation's loss one of the training steps' unit."""
     if not can_draw():
         return
     steps, losses = read_losses(log)
@@ -113,7 +113,7 @@ def plot_losses(log: Path, picture: Path, unit: str = "nats a token", scale: flo
             if key == "loss":
                 axes.plot(x[at], y[at], color=color, alpha=0.25, lw=0.8)
                 y = smoothed(y)
-            elif key == "val_loss":
+            else:
                 y = y * scale
             marked = key != "loss" or len(x) < 3
             axes.plot(x[at], y[at], "o-" if marked else "-", ms=3, lw=1.3, color=color, label=label)

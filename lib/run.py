@@ -1029,7 +1029,8 @@ def step_line(row: dict, steps: int, speed: str, left: str) -> str:
             f"{speed}  {left} left")
 
 
-WORDS = {"train_loss": "train loss {}", "val_loss": "val loss {}", "val_bpb": "{} bits per byte"}
+WORDS = {"train_loss": "train loss {}", "val_loss": "val loss {}", "loss": "val loss {}",
+         "val_bpb": "{} bits per byte"}
 
 
 def in_digits(value: float) -> str:

@@ -78,22 +78,25 @@ NO_TEXT = {b"PK\3\4": "a zip or Excel file", b"\xd0\xcf\x11\xe0": "an Excel file
            b"GIF8": "a picture", b"\x1f\x8b": "a gzip file", b"BZh": "a bzip2 file",
            b"\xfd7zXZ": "an xz file", b"\x28\xb5\x2f\xfd": "a zstd file", b"7z\xbc\xaf": "a 7z file"}
 UTF_16 = codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE
+UTF_32 = codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE
 
 
 def encoding_of(path: str | Path, found: dict | None = None) -> str:
-    """UTF-8, or UTF-16 or GBK if that is what it begins with, which is said, or counted in found."""
+    """UTF-8, or UTF-16, UTF-32 or GBK if that is what it begins with, which is said, or counted in found."""
     data, name = b"", ""
     with contextlib.suppress(*UNREADABLE):  # blocks() will tell
         with UNPACK.get(Path(path).suffix.lower(), open)(path, "rb") as f:
             data = f.read(BLOCK)
-    if data.startswith(UTF_16):
+    if data.startswith(UTF_32):  # two of their bytes are the mark of UTF-16, too
+        name = "utf-32"
+    elif data.startswith(UTF_16):
         name = "utf-16"
     elif found is None and data[1:2000:2].count(0) > 0.3 * len(data[:2000]):  # else it may be a binary file
         name = "utf-16-le"
     elif not decodes(data, "utf-8") and is_gbk(data):
         name = "gb18030"
     if name:
-        said = f"{path}: read as {'GBK' if name == 'gb18030' else 'UTF-16'}"
+        said = f"{path}: read as {'GBK' if name == 'gb18030' else name[:6].upper()}"
         if found is None:
             print(said, file=sys.stderr)
         else:
@@ -464,14 +467,14 @@ def parse_json(path: str | Path, texts: Iterable[tuple[int, str]],
 # -----------------------------------------------------------------------------
 # Documents
 
-def documents(source: str, encoding: str = "utf-8", errors: str = "strict", text_key: str = "text",
+def documents(source: str, encoding: str = "", errors: str = "strict", text_key: str = "text",
               split_on: str | None = "", skip_bad_rows: bool = False, found: dict | None = None,
               downloads: str | Path = "data/downloads") -> Iterator[tuple[str, str]]:
     """(name, text) of each document. An empty name goes on with the document before: a large file in blocks.
 
     encoding: "": UTF-8, or UTF-16 or GBK, as each file is. split_on: what is between the documents of a text
-    file; "": lines of <|endoftext|>. found: counts what is
-    passed over, as in note(). Raises UserError, with a name, for what cannot be read.
+    file; "": lines of <|endoftext|>. found: counts what is passed over, as in note(). Raises UserError, with a
+    name, for what cannot be read.
     """
     found = {} if found is None else found
     read = functools.partial(file_documents, encoding=encoding, errors=errors, text_key=text_key,

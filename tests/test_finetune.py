@@ -753,3 +753,18 @@ def test_dropout_by_bytes_drops_its_share_and_keeps_the_mean():
         assert torch.equal(x.grad, kept)
         x.grad = None
     assert torch.equal(finetune.ByteDropout(0.5).eval()(x), x)
+
+
+def test_the_training_loss_is_of_the_same_thing_as_the_one_of_validation(tmp_path):
+    """Of rows that were trained on, as many as there are to validate, without dropout and smoothing."""
+    texts, labels = synthetic(200)
+    for name, part in (("a", slice(120)), ("b", slice(120, 160)), ("c", slice(160, 200))):
+        write_rows(tmp_path / f"{name}.csv", ("text", "label"), texts[part], labels[part])
+    files = [f"--data{name}={tmp_path / file}.csv" for name, file in (("", "a"), ("_val", "b"), ("_test", "c"))]
+    tune(tmp_path / "out", *files, "--epochs=3", "--dropout=0.5", "--label_smoothing=0.3", *QUICK)
+    best = max((row for row in log_of(tmp_path / "out") if "val_loss" in row),
+               key=lambda row: (row["val_accuracy"], -row["val_loss"]))
+    model, _ = sample.load(tmp_path / "out")
+    shown = texts[:120:3], labels[:120:3]
+    nats = [-math.log(said[f"prob_{label}"]) for said, label in zip(model.predict(shown[0]), shown[1])]
+    assert best["train_loss"] == pytest.approx(np.mean(nats), abs=1e-5)
