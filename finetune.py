@@ -716,8 +716,7 @@ def fine_tune(run: Run, rows: Splits, given: dict, s: SimpleNamespace) -> Option
     if run.stopped(unless_late=finished):  # also in the last evaluation: more would come, a test or folds
         save(run, "ckpt.pt", state, model, model.body.state_dict(), optimizers)
         run.close()
-        machine.say(f"stopped after {state.step} steps{run.stop.reason()}, saved: "
-                    "--init_from=resume goes on")
+        run.say_stopped(state.step)
         machine.barrier()
         sys.exit(run.stop.status())
     run.close()

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, Optional
 
 # before torch: Ctrl-C is silent from here on
-from config import (SettingError, UserError, above, at_least, defaults_of, launch, out_of_memory,
+from config import (SettingError, UserError, above, at_least, check_used, defaults_of, launch, out_of_memory,
                     place_of, values_of)
 
 import numpy as np
@@ -694,10 +694,25 @@ def fit(model: Optional[Transformer], tokenizer: Optional[dict], given: dict, da
     return model or Transformer(config), data
 
 
-def masking(rate: float, tokenizer: Tokenizer) -> Callable:
-    return partial(masked_tokens, rate=rate, token=tokenizer.mask, vocab_size=tokenizer.vocab_size)
+def masking(config: Config, rate: float, tokenizer: Tokenizer) -> tuple[Optional[Callable], Optional[int]]:
+    """What masks windows, and how many tokens of each. None for a causal model, which guesses the next ones."""
+    if config.causal:
+        return None, None
+    mask = partial(masked_tokens, rate=rate, token=tokenizer.mask, vocab_size=tokenizer.vocab_size)
+    return mask, count_masked(config.block_size, rate)
 
 
+ONLY = [  # a setting, and what it is of use with; see check_used
+    ("mask_rate", "causal", (False,)),
+    ("teacher_share", "teacher", ()),
+    ("teacher_temperature", "teacher", ()),
+    ("muon_lr", "optimizer", tuple(BLOCKS_ONLY)),
+    ("momentum", "optimizer", ("lars", "sgd")),
+    ("decay_fraction", "schedule", ("wsd",)),
+    ("pos_offset", "pos", ("learned",)),
+    ("rope_theta", "pos", ("rope",)),
+    ("rope_scaling", "pos", ("rope",)),
+]
 FIXED = ("optimizer", "sparsity", "seed")  # and the model: a resumed run cannot change them
 COMPARED_ON = ("dataset", "eval_iters", "mask_rate")  # with another, validation losses do not compare
 
@@ -737,11 +752,12 @@ def main(given: dict):
     run = Run(machine, out_dir, init_from, overwrite or eval_only, max_minutes)
     model, data = fit(*open_model(run, given, chars), given, dataset, machine, run.init_from)
     config, tokenizer = model.config, data.tokenizer
+    for line in check_used(globals(), given, **asdict(config)):
+        machine.say(line)
     settings = {**values_of(globals()), **asdict(config), "init_from": run.init_from}
     run.same(settings, FIXED, () if eval_only else COMPARED_ON)
     machine.choose(matmul, config.n_embd, run.machine_then)
-    mask = None if config.causal else masking(mask_rate, tokenizer)
-    counted = None if config.causal else count_masked(config.block_size, mask_rate)
+    mask, counted = masking(config, mask_rate, tokenizer)
     windows = Windows(data.train, config.block_size, seed, mask)
 
     # Say what will happen.
@@ -772,8 +788,7 @@ def main(given: dict):
               compiled=is_compiled, published=model.published)
     machine.say(f"training  {max_iters:,} steps of {step_windows * config.block_size:,} tokens, "
                 f"{max_iters * step_windows / windows.n:.1f} epochs, into {run.folder}\n")
-    if wandb_log:
-        run.start_wandb(wandb_project, wandb_run_name)
+    run.start_wandb(wandb_log, wandb_project, wandb_run_name)
 
     enough = patience is not None and state.since_best >= patience  # it has run out
     if run.resumed and (enough or state.step >= max_iters):
@@ -836,9 +851,8 @@ def main(given: dict):
     if interrupted:
         run.save("ckpt.pt", state, model, optimizers)
     run.close()
-    if machine.main and interrupted:
-        print(f"stopped after {state.step} steps{run.stop.reason()}, saved: --init_from=resume goes on",
-              flush=True)
+    if interrupted:
+        run.say_stopped(state.step)
     elif machine.main:
         if enough:
             print(f"stopped after {state.step} steps: no better one in {patience} evaluations")

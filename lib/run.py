@@ -852,9 +852,9 @@ class Run:
         if self.watcher:
             self.watcher.log(row, step=row["iter"])
 
-    def start_wandb(self, project: str, name: str) -> None:
+    def start_wandb(self, wanted: bool, project: str, name: str) -> None:
         """Log to Weights & Biases too, if it is installed."""
-        if not self.machine.main:
+        if not wanted or not self.machine.main:
             return
         try:
             import wandb
@@ -892,6 +892,11 @@ class Run:
         """Was any process asked to stop, or is the time over? unless_late: then the time does not matter."""
         signal = self.stop.agreed()
         return bool(signal) and not (unless_late and signal == OUT_OF_TIME)
+
+    def say_stopped(self, step: int) -> None:
+        """A limit is kept with the settings, and stops the run that goes on too: it is named."""
+        limit = f" (max_minutes={self.stop.max_minutes:g})" if self.stop.signal == OUT_OF_TIME else ""
+        self.machine.say(f"stopped after {step} steps{limit}, saved: --init_from=resume goes on")
 
     def close(self) -> None:
         """The end of the run, but not of the process."""
@@ -957,10 +962,6 @@ class Stop:
                 return 0  # one that came in the meantime is for the next time: all do the same
             self.signal = int(got)
         return self.signal
-
-    def reason(self) -> str:
-        """A limit is kept with the settings, and stops the run that goes on too: it is named."""
-        return f" (max_minutes={self.max_minutes:g})" if self.signal == OUT_OF_TIME else ""
 
     def status(self) -> int:
         """The exit status of a process that was stopped."""

@@ -291,6 +291,20 @@ train.launch(train.main, vars(train), train.Config, train.stored_settings)
     assert is_same_run(home, "not_killed", "over")
 
 
+@pytest.mark.parametrize("flag, needed", [
+    ("--momentum=0.3", "--optimizer=sgd"), ("--teacher_share=0.9", "--teacher=out/whole"),
+    ("--mask_rate=0.9", "--causal=False"), ("--decay_fraction=0.1", "--schedule=wsd"),
+    ("--pos_offset=2", "--pos=learned"), ("--muon_lr=0.1", "")])
+def test_what_has_no_use_is_refused_by_name(home, flag, needed, tmp_path):
+    """And is taken with what it is for."""
+    unneeded = [] if needed else ["--optimizer=adamw"]
+    with pytest.raises(SettingError, match=f"{flag[2:]}: of no use with .*: leave it out"):
+        run_here(train, *TOY, flag, *unneeded, f"--out_dir={tmp_path / 'a'}", cwd=home)
+    assert not (tmp_path / "a").exists()
+    needs = [needed] if needed else []
+    run_here(train, *TOY, flag, *needs, "--max_iters=1", f"--out_dir={tmp_path / 'b'}", cwd=home)
+
+
 # -----------------------------------------------------------------------------
 # Ends
 
