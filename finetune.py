@@ -34,11 +34,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lib.hub import is_published
 from lib.optim import Pruning
 from lib.report import Tested, beside_validation, summary_of_folds, table, write_results
 from lib.rows import IN_WORDS, WORDS, Row, text_key
 from lib.run import (BadSteps, Machine, Pace, Run, State, find_checkpoint, in_words,
-                     load_body, load_whole, main_process, model_of, refuse_to_replace, step_line,
+                     load_body, load_whole, main_process, merged, model_of, refuse_to_replace, step_line,
                      stored_settings, to_device, tokenizer_of, write_json)
 from lib.splits import BUILT_IN, Splits, known_columns, read_splits
 from lib.tasks import TASKS, Example, Task, Vectors
@@ -100,7 +101,7 @@ sparsity: at_least(0.0, below=1.0) = 0.0  # share of the blocks' weights, the sm
 label_smoothing: at_least(0.0, below=1.0) = 0.0  # share of each target that is spread over all classes
 class_weight: Literal["none", "balanced"] = "none"  # balanced: rare classes count as much as frequent ones
 token_dropout: at_least(0.0, below=1.0) = 0.0  # share of the tokens masked in training; for small data
-teacher: str = ""  # folder of a fine-tuned classifier, whose probabilities are learned too; empty: none
+teacher: str = ""  # a fine-tuned classifier, or a Hugging Face one: its probabilities are learned too
 teacher_share: at_least(0.0, at_most=1.0) = 0.5  # weight of the teacher in the loss
 teacher_temperature: above(0.0) = 2.0  # above 1: more is learned from what the teacher finds unlikely
 # when to stop, evaluate and log
@@ -142,18 +143,6 @@ def add_lora(body: Transformer, rank: int, alpha: float) -> None:
         for name, child in list(module.named_children()):
             if child in matrices:
                 setattr(module, name, LoRA(child, rank, alpha))
-
-
-@torch.no_grad()
-def merged(weights: dict[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
-    """A body's weights with the additions of LoRA, if there are any, added in: those of a body without it."""
-    found = {name: weight for name, weight in weights.items() if ".lora_" not in name}
-    for name in weights:
-        layer, _, kind = name.rpartition(".")
-        if kind == "lora_b":
-            product = scale * weights[name] @ weights[f"{layer}.lora_a"]
-            found[f"{layer}.weight"] = found[f"{layer}.weight"] + product
-    return found
 
 
 def sum_of(body: Transformer) -> str:
@@ -399,13 +388,14 @@ def batches(lengths: np.ndarray, s: SimpleNamespace, epoch: int, done: Sequence 
     order, found, i = rng.permutation(len(lengths)), [], 0
     order = order[~np.isin(order, np.concatenate([[], *done]))]
     while i < len(order):
-        progress = (epoch + i / len(order)) / s.epochs  # from 0 to 1
-        size = s.gradient_accumulation_steps * sizes[int(progress * len(sizes))]
-        near = order[i:i + 50 * size]  # sorted by length within these, then the batches are shuffled
+        k = (epoch * len(order) + i) * len(sizes) // (s.epochs * len(order))  # which of the sizes it is time for
+        size = s.gradient_accumulation_steps * sizes[k]
+        most = -(-(k + 1) * s.epochs * len(order) // len(sizes)) - epoch * len(order) - i  # until the next one
+        near = order[i:i + min(50 * size, -(-most // size) * size)]  # sorted by length within these
+        i += len(near)
         near = near[np.argsort(lengths[near], kind="stable")]
         parts = [near[j:j + size] for j in range(0, len(near), size)]
         found += [parts[j] for j in rng.permutation(len(parts))]
-        i += 50 * size
     return found
 
 
@@ -560,14 +550,25 @@ def distil(out, taught, temperature):
 
 def teacher_probs(folder: str, task: Task, rows: list[Row], machine: Machine) -> torch.Tensor:
     """What a fine-tuned classifier says about each row, in the order of this task's labels: (N, K)."""
-    model = tuned_of(find_checkpoint(folder, ("best.pt", "lora.pt"))[1]).to(machine.device)
+    if is_published(folder):
+        body, tokenizer, head = load_whole(folder)
+        if not head:
+            raise SettingError(f"teacher={folder}: has no head for classes: wanted a classifier")
+        model = with_head(body, tokenizer, head, head.pop("weights"))
+    else:
+        model = tuned_of(find_checkpoint(folder, ("best.pt", "lora.pt"))[1])
     other = model.task
+    if "teacher" not in TASKS[other.head["task"]].knows:
+        raise SettingError(f"teacher={folder}: was trained with task={other.head['task']}: wanted a classifier")
     if not all("teacher" in one.knows for one in (task, other)):
         raise SettingError(f"teacher={folder}: teaches one label a row: leave out --multi_label in both")
     if sorted(other.labels) != sorted(task.labels):
         raise SettingError(f"teacher={folder}: knows the labels {', '.join(other.labels[:10])}, the data has "
                            f"{', '.join(task.labels[:10])}")
-    probs = np.stack(predict(model, rows))
+    try:
+        probs = np.stack(predict(model.to(machine.device), rows))
+    except UserError as error:  # of one text, and the rows have two, or the other way round
+        raise UserError(f"teacher={folder}: {error}") from None
     order = [other.number[label] for label in task.labels]
     return torch.from_numpy(probs[:, order]).float().to(machine.device)
 

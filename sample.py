@@ -38,10 +38,9 @@ import torch
 
 from finetune import Tuned, predict, tuned_of, vectors, warn, with_head
 from lib.pretrained import HeadError, read_as_trained, save, together
-from lib.rows import as_csv, described
+from lib.rows import as_csv, described, text_blocks
 from lib.run import (USE, Machine, find_checkpoint, load_whole, model_of, newest_run, refuse_chars,
                      tokenizer_of)
-from lib.text import read_text
 from lib.tokenizer import Tokenizer
 from model import Sampling, Transformer
 
@@ -78,14 +77,15 @@ class Choice(Sampling):
 
 WRITES, FILLS, ANSWERS = "a model that writes", "a masked model", "a fine-tuned model's answers"
 ROWS = "a file of rows"  # which it answers one by one
+A_FILE = "FILE:..."  # as a start
 OF_WRITING = ("num_samples", "max_new_tokens", "stop", "stream", "seed", "compile",
               *(field.name for field in fields(Choice)))
 ONLY = [  # a setting, and what it is of use with; see check_used
     *((name, "", (WRITES,)) for name in OF_WRITING),
     *((name, "temperature", ()) for name in ("top_k", "top_p", "min_p")),  # at 0 there is no choice
     *((name, "", (WRITES, FILLS, ANSWERS, ROWS)) for name in ("start", "quantize")),
-    *((name, "", (ROWS,)) for name in ("text_column", "pair_column", "label_column", "encoding",
-                                          "skip_bad_rows")),
+    *((name, "", (ROWS,)) for name in ("text_column", "pair_column", "label_column", "skip_bad_rows")),
+    ("encoding", "start", (A_FILE,)),
 ]
 
 
@@ -118,14 +118,17 @@ def load(folder: str | Path, device: str | torch.device = "cpu",
     return model.eval(), tokenizer_of(checkpoint, chars)
 
 
-def read_prompt(start: str) -> str:
+def read_prompt(start: str, encoding: str = "") -> str:
     """`start` itself, or the content of the file that FILE:path names, read as training reads one."""
     if not start.startswith("FILE:"):
         return start
     try:
-        return read_text(start.removeprefix("FILE:")).replace("\r\n", "\n")
+        text = "".join(text_blocks(start.removeprefix("FILE:"), encoding))
+    except SettingError:
+        raise  # it names the encoding
     except UserError as error:
         raise UserError(f"--start=FILE:{error}") from None
+    return text.replace("\r\n", "\n")
 
 
 # -----------------------------------------------------------------------------
@@ -163,7 +166,7 @@ def write(model: Transformer, tokenizer: Tokenizer, prompt: str, how: Sampling,
     tokenizer.tell(warn)
     block_size = model.config.block_size
     if len(ids) > block_size:
-        print(f"(the model reads {block_size} tokens: the last {block_size // 2} of the prompt's {len(ids)})")
+        warn(f"the model reads {block_size} tokens: the last {block_size // 2} of the prompt's {len(ids)}")
     device = model.wte.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     rows = 1 if stream else num_samples  # texts in a batch
@@ -374,8 +377,9 @@ def main(given: dict):
     stops = [stop.replace("\\n", "\n")] if isinstance(stop, str) else stop
     if not all(isinstance(one, str) for one in stops):
         raise SettingError(f"stop={stop}: wanted texts: --stop=\"['1', 'def ']\"")
+    came = A_FILE if start.startswith("FILE:") else "a text"
     if export:
-        check_used(globals(), given, **{"": "--export"})
+        check_used(globals(), given, **{"": "--export", "start": came})
     machine = Machine(device, "float32" if export and dtype == "auto" else dtype, seed)
     origin = model_asked(globals())
     model, tokenizer = load(origin, machine.device, machine.dtype, chars)
@@ -391,9 +395,9 @@ def main(given: dict):
     encodes = not tuned and bool(body.published.get("encoder"))
     writes = body.config.causal and not encodes
     mode = ROWS if is_table else ANSWERS if answers else WRITES if writes else FILLS
-    for line in check_used(globals(), given, **{"": mode, "temperature": how.temperature}):
+    for line in check_used(globals(), given, **{"": mode, "temperature": how.temperature, "start": came}):
         print(line, file=sys.stderr)
-    prompt = "" if is_table else read_prompt(start)
+    prompt = "" if is_table else read_prompt(start, encoding)
     if tuned and file:
         prompt = prompt.removesuffix("\n")  # which ends the file, and is not of the text
     if answers:

@@ -551,11 +551,24 @@ def newest_run(folder: Path) -> Path:
     return folder if folder in changed or not changed else max(changed, key=changed.get)
 
 
+@torch.no_grad()
+def merged(weights: dict[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
+    """A body's weights with the additions of LoRA, if there are any, added in: those of a body without it."""
+    found = {name: weight for name, weight in weights.items() if ".lora_" not in name}
+    for name in weights:
+        layer, _, kind = name.rpartition(".")
+        if kind == "lora_b":
+            product = scale * weights[name] @ weights[f"{layer}.lora_a"]
+            found[f"{layer}.weight"] = found[f"{layer}.weight"] + product
+    return found
+
+
 def model_of(checkpoint: dict, **changes) -> Transformer:
     """changes: of its settings; a shorter block_size cuts learned positions. Raises UserError."""
     try:
         model = Transformer(Config(**{**checkpoint["model_args"], **changes}))
-        weights = dict(checkpoint["model"])
+        settings = checkpoint.get("settings", {})
+        weights = merged(checkpoint["model"], settings.get("lora_alpha", 0) / (settings.get("lora_rank") or 1))
         if "positions.wpe.weight" in weights:
             rows = model.config.pos_offset + model.config.block_size
             if rows > len(weights["positions.wpe.weight"]):

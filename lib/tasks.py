@@ -806,6 +806,10 @@ class LM(Task):
     def arrays(self, rows, answers):
         return (np.stack(answers),)
 
+    def given(self, row):
+        pair = {"text_pair": row.pair} if self.head["columns"].get("pair") is not None else {}
+        return {"text": row.text, **pair, "label": row.label}
+
     def said(self, answer):
         nats, _, n = answer.tolist()
         return {"loss": nats / max(1, n), "tokens": int(n)}

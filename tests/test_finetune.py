@@ -20,7 +20,7 @@ import train
 from config import SettingError, UserError
 from lib import intervals, report, tasks
 from lib.rows import CLASS_NAMES, Row, open_rows
-from lib.run import load_body
+from lib.run import Machine, load_body
 from lib.tokenizer import make_tokenizer
 from model import Config, Transformer
 from tools import explain
@@ -272,6 +272,10 @@ def test_a_model_learns_to_follow_instructions(tmp_path, monkeypatch):
     assert metrics["accuracy"] > 0.9 and metrics["perplexity"] == pytest.approx(math.exp(metrics["loss"]))
     said = run_here(sample, f"--out_dir={tmp_path / 'out'}", "--start=say no", "--temperature=0")
     assert "### Response:\nno\n" in said
+    header = (tmp_path / "out/predictions.csv").read_text(encoding="utf-8").splitlines()[0]
+    assert header == "text,text_pair,label,loss,tokens"  # the input too, without which rows are alike
+    with pytest.raises(SettingError, match="teacher=.*was trained with task=lm: wanted a classifier"):
+        finetune.teacher_probs(str(tmp_path / "out"), None, [], None)
     asked = {"out_dir": str(tmp_path / "out"), "start": "say no", "samples": 10, "device": "cpu"}
     for name, value in asked.items():
         monkeypatch.setattr(explain, name, value)
@@ -335,6 +339,12 @@ def test_batches_have_each_example_once_and_grow():
         sizes += [len(batch) for batch in found]
     assert sizes[0] == 4 and max(sizes) == 16 and 0 < sizes.index(8) < sizes.index(16)
     assert all(map(np.array_equal, found, finetune.batches(lengths, s, 2)))
+    for rows, epochs in ((60, 2), (300, 1), (1000, 3)):  # few rows or epochs: each size has its share all the same
+        s = SimpleNamespace(**{**vars(s), "epochs": epochs})
+        planned, _ = finetune.plan(lengths[np.arange(rows) % 700], s)
+        sizes = np.array(list(map(len, planned)))
+        for size in (4, 8, 16):
+            assert abs(sizes[sizes == size].sum() / (rows * epochs) - 1 / 3) < 0.15, (rows, epochs, size)
 
 
 def test_a_plan_that_changes_on_the_way_takes_each_example_once_an_epoch():
@@ -542,6 +552,10 @@ def test_what_is_frozen_stays_and_lora_merges_exactly(tuned, tmp_path):
                         for name in ("lora", "alone"))
     for one, other in zip(merged, unmerged):
         assert one["prob_bad"] == pytest.approx(other["prob_bad"], abs=1e-5)
+    shutil.copy(tmp_path / "lora/ckpt.pt", tmp_path / "last.pt")  # the additions are apart in it
+    texts = synthetic(40, seed=1)[0]
+    for one, other in zip(merged, sample.load(tmp_path / "last.pt")[0].predict(texts), strict=True):
+        assert one["prob_bad"] == pytest.approx(other["prob_bad"], abs=1e-5)
     (tmp_path / "lora/ckpt.pt").unlink()  # killed, it goes on
     resume(tmp_path / "lora")
     assert same(after, checkpoint(tmp_path / "lora", "best.pt")["model"])
@@ -559,6 +573,10 @@ def test_a_student_agrees_with_its_teacher(tuned, tmp_path):
         run_here(finetune, f"--out_dir={tmp_path / 'out'}", *args, "--multi_label")
     with pytest.raises(SettingError, match="teacher=.*knows the labels bad, good, the data has x, y"):
         tune(tmp_path / "n", *args, "--label_column=who")
+    task, machine, out = sample.load(tuned / "out")[0].task, Machine("cpu"), str(tuned / "out")
+    with pytest.raises(UserError) as error:
+        finetune.teacher_probs(out, task, [Row("data.csv:2", "one", "two")], machine)
+    says(error, f"teacher={out}: data.csv:2: one text")
 
 
 @slow

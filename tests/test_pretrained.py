@@ -13,9 +13,10 @@ import torch
 import finetune
 import sample
 import train
-from config import UserError
+from config import SettingError, UserError
 from lib.hub import OWNERS
-from lib.run import load_body, save_checkpoint
+from lib.rows import Row
+from lib.run import Machine, load_body, save_checkpoint
 from lib.tasks import TASKS
 from lib.tokenizer import Tokenizer, make_tokenizer
 from model import Config, Transformer
@@ -410,6 +411,19 @@ def test_sample_and_explain_use_a_published_head_and_finetune_goes_on_with_its_b
     assert "pooling   first, of 96 tokens at most" in said
     done = script("tools/explain.py", "--out_dir=in", "--start=abc de", "--samples=20", cwd=tmp_path)
     assert done.returncode == 0 and "explained: " in done.stdout, done.stderr
+
+
+def test_a_published_classifier_teaches(tmp_path):
+    their, tokenizer = published_head(tmp_path / "in", "bert", "ForSequenceClassification")
+    model, _ = sample.load(tmp_path / "in")
+    taught = finetune.teacher_probs(str(tmp_path / "in"), model.task, [Row("", "abc de")], Machine("cpu"))
+    with torch.no_grad():
+        wanted = their(**tokenizer("abc de", return_tensors="pt")).logits.softmax(-1)
+    torch.testing.assert_close(taught, wanted, rtol=1e-5, atol=1e-5)
+    theirs("bert").save_pretrained(tmp_path / "body")
+    write_tokenizer(tmp_path / "body", causal=False)
+    with pytest.raises(SettingError, match="teacher=.*body: has no head for classes"):
+        finetune.teacher_probs(str(tmp_path / "body"), model.task, [], Machine("cpu"))
 
 
 # -----------------------------------------------------------------------------

@@ -94,6 +94,21 @@ def test_a_prompt_is_read_as_training_reads_a_file(tmp_path):
     assert sample.read_prompt(f"FILE:{tmp_path / 'prompt.txt'}") == "a fine\nfilm\n"
 
 
+def test_a_prompt_may_be_in_any_encoding(home, tmp_path):
+    (tmp_path / "prompt.txt").write_bytes("café".encode("latin-1"))
+    how = ["--out_dir=out/whole", "--max_new_tokens=1"]
+    start = f"--start=FILE:{tmp_path / 'prompt.txt'}"
+    with pytest.raises(UserError, match="--encoding=cp1252 or latin-1"):
+        run_here(sample, *how, start, cwd=home)
+    assert run_here(sample, *how, start, "--encoding=latin-1", cwd=home).startswith("café")
+    for given, word in (([start, "--encoding=foo"], "encoding=foo: no encoding"),
+                        (["--start=é", "--encoding=latin-1"], "only with start=FILE:..."),
+                        (["--export=there", "--encoding=latin-1"], "only with start=FILE:...")):
+        with pytest.raises(SettingError) as error:
+            run_here(sample, *how[:1], *given, cwd=home)
+        says(error, word)
+
+
 def test_what_a_classifier_has_no_use_for_is_refused_and_what_it_cuts_is_said(tuned):
     out = f"--out_dir={tuned / 'out'}"
     for given in ("--stream=False", "--top_k=5", "--num_samples=3", "--seed=1"):

@@ -163,6 +163,12 @@ def test_the_validation_data_chooses_and_the_test_is_told_once(stub, tmp_path, a
     assert done.stdout.count("on the test") == bool(told) and done.stdout.splitlines()[-1].endswith(told)
 
 
+def test_another_goal_is_another_winner_of_the_same_trials(stub, tmp_path):
+    for goal, n in (("max", 6), ("min", 4)):
+        assert stub("n=6,4", "x=1e-3", "--method=grid", "--metric=speed", f"--goal={goal}").returncode == 0
+        assert f"n = {n}\n" in read_text(tmp_path / "out/search/best.py")
+
+
 def test_a_trial_with_folds_is_as_good_as_they_are_on_average(stub, tmp_path):
     done = stub("n=6,4", "x=1e-3", "--folds=3", "--method=grid")
     assert done.returncode == 0, done.stderr

@@ -370,6 +370,22 @@ def read_rows(log: Path, search: dict) -> list[dict]:
     return rows
 
 
+def keep_best(rows: list[dict], best, folder: Path, search: dict) -> None:
+    """The winner so far as best.py; the checkpoints of the others go."""
+    if not rows:
+        return
+    first, *rest = ranked(rows, best)
+    for row in rest:
+        for file in (folder / str(row["trial"])).rglob("*.pt"):
+            file.unlink()  # a disk fills quickly
+    if first["state"] == "done":
+        winner = folder / "best.py"
+        settings = {**search["shared"], **first["settings"], "out_dir": (folder / "best").as_posix()}
+        lines = [f"{key} = {value!r}\n" for key, value in settings.items()]
+        write_text(winner, f"# python {search['script']} {winner.as_posix()}\n# {search['metric']} "
+                           f"{first['value']:.6g}, trial {first['trial']} of {len(rows)}\n{''.join(lines)}")
+
+
 def test_of(folder: Path, metric: str) -> str:
     """What a trial's metrics.json, if it has one, says of its test."""
     name = metric.removeprefix("val_")
@@ -395,6 +411,7 @@ def main(words: list[str]):
     folder.mkdir(parents=True, exist_ok=True)
     lock = locked(folder / "run.lock")
     rows = read_rows(log, search) if log.exists() else []
+    keep_best(rows, best, folder, search)  # which is another if --goal is
 
     if method == "grid":
         points = len({json.dumps(point) for point in grid(spaces)})
@@ -416,15 +433,7 @@ def main(words: list[str]):
         rows.append({"trial": number, "settings": point, **row})
         write_text(log, "".join(json.dumps(line) + "\n" for line in (search, *rows)))
         print(f"  {row['state']}: {name} {short(row['value'])}  {row['note']}", flush=True)
-        first, *rest = ranked(rows, best)
-        for row in rest:
-            for file in (folder / str(row["trial"])).rglob("*.pt"):
-                file.unlink()  # a disk fills quickly
-        if first["state"] == "done":
-            settings = {**shared, **first["settings"], "out_dir": (folder / "best").as_posix()}
-            lines = [f"{key} = {value!r}\n" for key, value in settings.items()]
-            write_text(winner, f"# python {script} {winner.as_posix()}\n# {name} {first['value']:.6g}, "
-                               f"trial {first['trial']} of {number}\n{''.join(lines)}")
+        keep_best(rows, best, folder, search)
         plot(rows, spaces, name, folder / "search.png")
     print(table(ranked(rows, best), name))
     lock.close()
