@@ -213,7 +213,8 @@ class Tuned(nn.Module):
 
     def forward(self, idx, pad_mask, segments=None, places=None, parts=1):
         """places: (n,), of B * T, those tokens whose outputs are wanted: (n, n_out). parts: sequences in each
-        example, whose outputs go side by side; in idx, the first parts of all examples come first."""
+        example, as many in all; idx is (parts * B, T), the first parts first, and the outputs of an example
+        go side by side."""
         real = torch.ones_like(idx, dtype=torch.bool) if pad_mask is None else pad_mask
         x = self.body.hidden(idx, pad_mask, segments)  # (B, T, C)
         if places is not None:

@@ -135,7 +135,7 @@ ACTIVATIONS = {  # what it is -> the function, and whether its output gates a se
 }
 
 
-QK_NORMS = {  # what norms a query or key, of head_dim numbers, before it is rotated, and after
+QK_NORMS = {  # the norm of a query or key before rope, and the one after it, each over head_dim numbers
     None: lambda c: (nn.Identity(), nn.Identity()),
     "before": lambda c: (nn.RMSNorm(c.head_dim, eps=c.norm_eps), nn.Identity()),
     "after": lambda c: (nn.Identity(), nn.RMSNorm(c.head_dim, c.norm_eps, elementwise_affine=False)),
@@ -195,7 +195,7 @@ class Positions(nn.Module):
 
     def bias(self, query, key):
         """What is added to the scores of queries in slots (T, 1) for keys in slots (S,): (T, S) or (H, T, S),
-        -inf for a key that is not seen; or None. By query - key alone: padding shifts the slots."""
+        -inf for a key that is not seen; or None. Of query - key only, since padding shifts both."""
 
 
 class Learned(Positions):
@@ -495,7 +495,7 @@ def draw(logits, how: Sampling, idx, pad_mask=None, generator=None):
     V = logits.size(-1)
     best, ids = logits.topk(min(how.top_k or V, V))  # (B, k), likeliest first
     probs = F.softmax(best / how.temperature, -1)
-    if how.top_p is not None:  # each takes what the one before has left
+    if how.top_p is not None:  # from here on probs need not add up to 1
         before = probs.cumsum(-1) - probs  # what the likelier ones have already
         probs = probs.masked_fill(before >= how.top_p, 0.0)
     if how.min_p is not None:

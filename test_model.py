@@ -36,7 +36,7 @@ class Near(Learned):
 
     def bias(self, query, key):
         distance = query - key
-        slopes = torch.tensor([0.1, 0.2, 0.4, 0.8]).view(4, 1, 1)
+        slopes = 0.1 * 2.0 ** torch.arange(4, device=query.device).view(4, 1, 1)
         return torch.where(distance > 4, -math.inf, -slopes * distance.abs())
 
 
@@ -663,7 +663,8 @@ def test_a_masked_model_is_trained_and_teaches(home):
             "--eval_iters=0", "--dropout=0"]
     said = run_here(train, *args, "--out_dir=out/masked", cwd=home)
     rows = [row for row in log_of(home / "out/masked") if "val_loss" in row]
-    assert set(rows[0]) == {"iter", "elapsed", "train_loss", "val_loss", "val_accuracy", "mean_loss"}
+    assert set(rows[0]) == {"iter", "elapsed", "train_loss", "val_loss", "mean_loss",
+                            *(f"val_{name}" for name in train.METRICS)}
     assert rows[1]["val_loss"] < rows[0]["val_loss"] and 0 < rows[1]["val_accuracy"] < 1
     assert re.search(r"\[.*\|.*\]", said, re.DOTALL)  # guesses, and the truth where they are wrong
     run_here(train, *args, "--out_dir=out/student", "--teacher=out/masked", "--n_layer=1", "--remat",

@@ -84,7 +84,7 @@ sparsity: at_least(0.0, below=1.0) = 0.0  # share of the blocks' weights, the sm
 decay_lr: bool = True  # False: constant, without a warmup
 schedule: Literal[tuple(SCHEDULES)] = "cosine"  # shape of its decay; wsd: constant, then linear
 warmup_iters: at_least(0) = 2000  # steps of linear increase at the start
-lr_decay_iters: Optional[at_least(0)] = None  # step where min_lr is reached; None: max_iters
+lr_decay_iters: Optional[at_least(0)] = None  # step at which the decay ends; None: max_iters
 min_lr: at_least(0.0) = 6e-5  # lowest, of learning_rate; the others fall by the same factor
 decay_fraction: above(0.0, at_most=1.0) = 0.6  # share of the steps that wsd decays over
 # when to stop before max_iters
@@ -395,7 +395,7 @@ OPTIMIZERS = {  # name -> what makes one; groups: of parameters, each with its l
     "lars": lambda groups, betas, momentum: Momentum(groups, momentum=momentum, trust=0.001),
     "sgd": lambda groups, betas, momentum: Momentum(groups, momentum=momentum),
 }
-BLOCKS_ONLY = {"muon": "adamw"}  # optimizer of the blocks' matrices alone -> that of all else
+BLOCKS_ONLY = {"muon": "adamw"}  # an optimizer for the blocks' matrices only -> the one for the rest
 
 
 def make_optimizers(model: nn.Module, optimizer: str, learning_rate: float, muon_lr: float,
@@ -448,7 +448,7 @@ class Moment(NamedTuple):
     """What a schedule may depend on, after the warmup."""
     step: int
     warmup: int  # steps
-    end: int  # the step that the floor is reached at
+    end: int  # the step at which the decay ends
     floor: float  # the lowest learning rate, as a share of the highest
     fraction: float  # of all steps, those in which wsd falls
 
@@ -695,7 +695,7 @@ def fit(model: Optional[Transformer], tokenizer: Optional[dict], given: dict, da
 
 
 def masking(config: Config, rate: float, tokenizer: Tokenizer) -> tuple[Optional[Callable], Optional[int]]:
-    """What masks windows, and how many tokens of each. None for a causal model, which guesses the next ones."""
+    """What masks windows, and how many tokens of each; None for a causal model, which guesses the next."""
     if config.causal:
         return None, None
     mask = partial(masked_tokens, rate=rate, token=tokenizer.mask, vocab_size=tokenizer.vocab_size)

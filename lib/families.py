@@ -22,7 +22,7 @@ class Family(NamedTuple):
     fixed: dict  # our settings that all its models share; the rest are Config's defaults
     fields: dict  # our setting -> its name in config.json
     defaults: dict  # what config.json may leave out
-    only: dict  # what we follow at this value alone
+    only: dict  # what is refused unless it has this value
     names: dict  # our layer of the body -> theirs; those of a block without its number
     head: dict  # our layer or parameter of the head -> theirs
     tasks: dict  # the ends of other classes' names -> their head, one linear layer
@@ -38,7 +38,7 @@ class Family(NamedTuple):
 ACTS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu": "gelu", "relu": "relu",
         "relu2": "relu2"}  # theirs -> ours
 
-TASKS = {"ForSequenceClassification": "classify", "ForTokenClassification": "tag",
+CLASS_ENDS = {"ForSequenceClassification": "classify", "ForTokenClassification": "tag",
          "ForQuestionAnswering": "qa"}  # how a class's name ends -> the task of ours
 
 FIELDS = dict(vocab_size="vocab_size", block_size="max_position_embeddings", n_layer="num_hidden_layers",
@@ -295,7 +295,7 @@ def their_names(model: torch.nn.Module, family: Family, prefix: str, kind: str) 
 
 
 def pooler_name(family: Family, prefix: str, kind: str) -> str | None:
-    of_classifier = family.pooler[1] if TASKS.get(kind) == "classify" else None
+    of_classifier = family.pooler[1] if CLASS_ENDS.get(kind) == "classify" else None
     return of_classifier or prefix + family.names.get("pooler", "(none)")
 
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from config import UserError
-from lib.families import (GPT2, TASKS, Family, body_prefix, canonical, class_of, from_hf_config, guessed,
+from lib.families import (CLASS_ENDS, GPT2, Family, body_prefix, canonical, class_of, from_hf_config, guessed,
                           pooler_name, their_names, to_hf_config, turned, unused)
 from lib.hub import ADAPTER_FILES, WEIGHT_FILES, base_of, folder_of, open_weights, read_json, say
 from lib.rows import WORDS
@@ -64,7 +64,7 @@ def read_model(cls: type[Transformer], source: Source, dropout: float, block_siz
         model = cls(Config(**source.settings | {"dropout": dropout}))
     missing, state, of_task = their_names(model, family, "", kind), {}, {}
     unused = set()
-    linear, heads = family.tasks.get(TASKS.get(kind), "?"), tuple(family.head.values())
+    linear, heads = family.tasks.get(CLASS_ENDS.get(kind), "?"), tuple(family.head.values())
     ours_alone = {name.split(".")[0] for name in missing if not name.startswith(heads)}
     for name in list(weights):
         where, read = f"{path}: {name}", weights.pop(name)  # so that a file's memory is freed after it
@@ -89,8 +89,8 @@ def read_model(cls: type[Transformer], source: Source, dropout: float, block_siz
     model.load_state_dict(state, assign=True, strict=False)  # each was checked above
     model.tie()
     model.published = published(source)
-    if model.head is None and not of_task and (kind == family.lm or kind in TASKS):
-        model.published["lacks"] = f"{linear if kind in TASKS else family.head['head']}.weight"
+    if model.head is None and not of_task and (kind == family.lm or kind in CLASS_ENDS):
+        model.published["lacks"] = f"{linear if kind in CLASS_ENDS else family.head['head']}.weight"
     return model.eval(), head_of(source, of_task, model) | trained_as(source) if of_task else {}
 
 
@@ -102,12 +102,13 @@ def complete(source: Source, block_size: int | None, whole: bool) -> None:
             raise ValueError(f"block_size={block_size}: the model was made for {settings['block_size']}")
         settings["block_size"] = block_size
     speaks = any(name.startswith(tuple(family.head.values())) for name in weights)
-    if kind in TASKS or not speaks and (family.fixed.get("head") == "mlm" or not settings.get("tied", True)):
+    needs_head = family.fixed.get("head") == "mlm" or not settings.get("tied", True)
+    if kind in CLASS_ENDS or needs_head and not speaks:
         settings["head"] = "none"  # else it is the embedding
         pooler = pooler_name(family, "", kind) + ".weight"
         if whole and pooler in weights:
             settings["pooler"] = family.pooler[0]
-        elif whole and TASKS.get(kind) == "classify" and family.fixed.get("head") == "mlm":
+        elif whole and CLASS_ENDS.get(kind) == "classify" and family.fixed.get("head") == "mlm":
             raise ValueError(f"{source.path}: has no weight {pooler}, which a classifier of its class needs")
     layers = {name.split(".")[family.blocks.count(".") + 1] for name in weights
               if name.startswith(family.blocks + ".")}
@@ -296,7 +297,7 @@ def encoder_of(folder: Path) -> dict:
 
 def head_of(source: Source, weights: dict, model: Transformer) -> dict:
     """The head of a class of theirs, as a checkpoint of ours keeps a task's. Raises ValueError."""
-    config, task, rows = source.config, TASKS[source.kind], len(weights.get("weight", ()))
+    config, task, rows = source.config, CLASS_ENDS[source.kind], len(weights.get("weight", ()))
     if not rows or weights["weight"].shape[1:] != (model.config.n_embd,):
         raise ValueError(f"{source.path}: its head has no weights of the right shape")
     called = config.get("id2label") or {}
@@ -362,7 +363,8 @@ def save(model: Transformer, folder: str | Path, extra: dict, head: dict | None 
     kind = family.lm if model.head is not None else "Model"
     of_task = {}
     if head:
-        kind = next(end for end, task in TASKS.items() if task == head["task"].replace("regress", "classify"))
+        wanted = head["task"].replace("regress", "classify")
+        kind = next((end for end, task in CLASS_ENDS.items() if task == wanted), "")  # see head_to_hf
         model, of_task, more = head_to_hf(model, family, head)
         theirs |= more
     theirs["architectures"] = [family.name + kind]

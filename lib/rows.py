@@ -243,8 +243,8 @@ def has_header(path: str, first: list[dict], columns: dict, usual: Names) -> boo
                            for key, cell in first[0].items())
     if "unused" in columns and header is False and seems:
         if not columns.get("asked"):
-            raise UserError(f"{path}:1: {shown(first[0].values())}: a header, it seems, and the training file "
-                            "had none: take it out, or name its columns, --text_column=NAME and so on")
+            raise UserError(f"{path}:1: {shown(first[0].values())}: a header, it seems, and the training "
+                            "file had none: take it out, or name its columns, --text_column=NAME and so on")
         header = None
     return seems if header is None else header
 

@@ -61,7 +61,7 @@ class Task:
     metrics = {}  # name -> function of the arrays
     totals = None  # or of their sums over all rows: a named tuple of them
     metric = "accuracy"  # of these, the one that tells the best epoch
-    unit = ("nats a target", 1.0)  # of the training loss, and what makes a validation loss one of it
+    unit = ("nats a target", 1.0)  # of the training loss, and the factor from an evaluation's loss to it
     shares = frozenset()  # of these, those that say of each row whether it is right
     lower_is_better = False  # by that metric
     of_texts = False  # the outputs are of whole sequences, each pooled to a vector
@@ -199,6 +199,7 @@ class Task:
         return F.cross_entropy(out, target, weight, label_smoothing=smoothing, reduction="sum")
 
     def count(self, target, weight) -> torch.Tensor:
+        """All numbers of the targets, unless a task says otherwise."""
         return torch.full((), float(target.numel()), device=target.device)
 
     def summary(self, out, target) -> torch.Tensor:

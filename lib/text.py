@@ -473,8 +473,8 @@ def documents(source: str, encoding: str = "", errors: str = "strict", text_key:
     """(name, text) of each document. An empty name goes on with the document before: a large file in blocks.
 
     encoding: "": UTF-8, or UTF-16 or GBK, as each file is. split_on: what is between the documents of a text
-    file; "": lines of <|endoftext|>. found: counts what is passed over, as in note(). Raises UserError, with a
-    name, for what cannot be read.
+    file; "": lines of <|endoftext|>. found: counts what is passed over, as in note(). Raises UserError, with
+    a name, for what cannot be read.
     """
     found = {} if found is None else found
     read = functools.partial(file_documents, encoding=encoding, errors=errors, text_key=text_key,

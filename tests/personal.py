@@ -7,14 +7,17 @@ import numpy as np
 TEXTS = {
     "PHONE": ["Call {} before noon.", "My number is {}, thanks", "Rufen Sie {} an.", "Tel. {}",
      "Appelez le {}.",
-              "Téléphone : {}", "请拨打{}联系我们", "电话：{}。", "お問い合わせは{}まで", "電話{}です", "कृपया {} पर कॉल करें",
+              "Téléphone : {}", "请拨打{}联系我们", "电话：{}。", "お問い合わせは{}まで", "電話{}です",
+              "कृपया {} पर कॉल करें",
               "मेरा नंबर {} है"],
-    "EMAIL": ["Write to {}.", "<{}>", "Schreiben Sie an {}, bitte", "mailto:{}", "Écrivez à {} !", "联系{}谢谢",
-              "邮箱：{}", "メールは{}までお願いします", "{} पर लिखें", "author = \"{}\"", "From: A <{}>", "a; {}; b"],
+    "EMAIL": ["Write to {}.", "<{}>", "Schreiben Sie an {}, bitte", "mailto:{}", "Écrivez à {} !",
+              "联系{}谢谢", "邮箱：{}", "メールは{}までお願いします", "{} पर लिखें",
+              "author = \"{}\"", "From: A <{}>", "a; {}; b"],
     "IP": ["from {} port 22", "服务器{}的地址", "Server {} antwortet nicht", "le serveur {}, par exemple",
            "サーバー{}です", "सर्वर {} बंद है", "http://{}/index.html", "[12/May/2024] {} - GET", "({})",
            "host={}"],
-    "KEY": ["token = \"{}\"", "export KEY={}", "密钥{}不要外传", "Authorization: Bearer {}", "clé : {}.", "キー{}を"],
+    "KEY": ["token = \"{}\"", "export KEY={}", "密钥{}不要外传", "Authorization: Bearer {}", "clé : {}.",
+            "キー{}を"],
 }
 NAMES = ["jo.e", "anna_k", "m.schmidt", "li-wei", "r2d2", "o'neil", "first+tag", "info", "jürgen"]
 HOSTS = ["x.org", "example.com", "mail.uni-bonn.de", "b-c.co.uk", "qq.com", "sub.corp.io", "free.fr",

@@ -197,7 +197,8 @@ def test_a_large_model_is_asked_less_unless_more_is_asked_for(monkeypatch):
     assert "LIME by 200 copies" in explain.attributions(model, score, idx, 0, 200, units=units)[2]
 
 
-@pytest.mark.parametrize("budget, units, hurried", [(1e3, True, True), (1e3, False, False), (3e11, True, False)])
+@pytest.mark.parametrize("budget, units, hurried", [
+    (1e3, True, True), (1e3, False, False), (3e11, True, False)])
 def test_a_large_model_is_run_in_bfloat16_where_that_is_faster(budget, units, hurried, monkeypatch):
     monkeypatch.setattr(explain, "BUDGET", budget)
     monkeypatch.setattr(explain, "has_bfloat16_units", lambda: units)
@@ -375,7 +376,8 @@ def test_what_a_tuned_writer_is_given_as_a_table_is_a_prompt_of_a_row(tmp_path, 
     head = {"task": "lm", "labels": [], "instruct": True, "max_length": 64, "pool": None, "paired": None,
             "apart": False, "columns": {"text": "ask", "pair": "", "label": "say"}}
     save(tmp_path, body, tokenizer, head={**head, "weights": {}})
-    (tmp_path / "rows.jsonl").write_text('{"ask": "a", "say": "b"}\n{"ask": "c", "say": "d"}\n', encoding="utf-8")
+    rows = '{"ask": "a", "say": "b"}\n{"ask": "c", "say": "d"}\n'
+    (tmp_path / "rows.jsonl").write_text(rows, encoding="utf-8")
     settings = {"out_dir": str(tmp_path), "start": f"FILE:{tmp_path / 'rows.jsonl'}", "row": 2, "samples": 1}
     for name, value in settings.items():
         monkeypatch.setattr(explain, name, value)

@@ -778,7 +778,7 @@ def test_the_training_loss_is_of_the_same_thing_as_the_one_of_validation(tmp_pat
     texts, labels = synthetic(200)
     for name, part in (("a", slice(120)), ("b", slice(120, 160)), ("c", slice(160, 200))):
         write_rows(tmp_path / f"{name}.csv", ("text", "label"), texts[part], labels[part])
-    files = [f"--data{name}={tmp_path / file}.csv" for name, file in (("", "a"), ("_val", "b"), ("_test", "c"))]
+    files = [f"--data{end}={tmp_path / name}.csv" for end, name in (("", "a"), ("_val", "b"), ("_test", "c"))]
     tune(tmp_path / "out", *files, "--epochs=3", "--dropout=0.5", "--label_smoothing=0.3", *QUICK)
     best = max((row for row in log_of(tmp_path / "out") if "val_loss" in row),
                key=lambda row: (row["val_accuracy"], -row["val_loss"]))

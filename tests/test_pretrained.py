@@ -660,7 +660,8 @@ def test_an_export_that_is_read_back_says_the_same(task, more, tmp_path):
     write_tokenizer(tmp_path / "in")
     body, tokenizer = load_body(str(tmp_path / "in"))
     finetune.fit_head(body, TASKS[task])
-    head = {"task": task, "max_length": 24, "pool": None, "paired": False, "apart": False, "columns": {}, **more}
+    head = {"task": task, "max_length": 24, "pool": None, "paired": False, "apart": False, "columns": {},
+            **more}
     model = finetune.Tuned(body, TASKS[task](head, tokenizer)).eval()
     torch.nn.init.normal_(model.head.weight)
     sample.write_pretrained(model, tokenizer, str(tmp_path / "out"))

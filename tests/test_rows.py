@@ -111,7 +111,8 @@ CONLL = "-DOCSTART- -X- -X- O\n\nEU NNP B-NP B-ORG\nrejects VBZ B-VP O\n\nPeter 
 EWT = ("# sent_id = 1\n# text = The don't\n1\tThe\tthe\tDET\tDT\t_\t2\tdet\t_\t_\n"
        "2-3\tdon't\t_\t_\t_\t_\t_\t_\t_\t_\n2\tdo\tdo\tAUX\tVBP\t_\t0\troot\t_\t_\n"
        "3\tn't\tnot\tPART\tRB\t_\t2\tadvmod\t_\t_\n3.1\tx\t_\t_\t_\t_\t_\t_\t_\t_\n")
-CLUENER = {"text": "浙商银行叶老桂", "label": {"name": {"叶老桂": [[4, 6]]}, "company": {"浙商银行": [[0, 3]]}}}
+CLUENER = {"text": "浙商银行叶老桂", "label": {"name": {"叶老桂": [[4, 6]]},
+                                      "company": {"浙商银行": [[0, 3]]}}}
 ORG, PER = ["B-company", *["I-company"] * 3], ["B-name", "I-name", "I-name"]
 SQUAD = {"id": "1", "question": "q", "answers": [{"text": "b", "answer_start": 2}]}
 TOXIC = "id,comment_text,toxic,threat\n1,Explain,0,0\n2,bad,1,1\n"
@@ -141,7 +142,8 @@ def squad(asked: dict) -> str:
     ("classify", "train.ft.txt", "__label__2 Stuning even: for\n__label__1 Beware\n",
      "text: text, label: __label__",
      ["2", "1"]),
-    ("classify", "chn.tsv", "label\ttext_a\n1\t选择珠江花园\n0\t笔记本\n", "text: text_a, label: label", ["1", "0"]),
+    ("classify", "chn.tsv", "label\ttext_a\n1\t选择珠江花园\n0\t笔记本\n",
+     "text: text_a, label: label", ["1", "0"]),
     ("classify", "waimai_10k.csv", "label,review\n1,很快，好吃\n", "text: review, label: label", ["1"]),
     ("classify", "tweet_eval.jsonl", lines_of({"text": "QT", "label": 2}), "text: text, label: label", ["2"]),
     ("classify", "emotions.txt", "i didnt feel;sadness\ni can go;sadness\nim grabbing;anger\nok;anger\n",
@@ -222,8 +224,10 @@ def squad(asked: dict) -> str:
      "text: prompt, label: completion; not used: score", ["b"]),
     ("lm", "firefly.jsonl", lines_of({"kind": "NLI", "input": "a", "target": "b"}),
      "text: input, label: target; not used: kind", ["b"]),
-    ("lm", "zh.jsonl", lines_of({"指令": "a", "输入": "b", "输出": "c"}), "text: 指令, pair: 输入, label: 输出", ["c"]),
-    ("regress", "zh.csv", "用户编号,评论,星级\n7,很好,4.5\n", "text: 评论, label: 星级; not used: 用户编号", ["4.5"]),
+    ("lm", "zh.jsonl", lines_of({"指令": "a", "输入": "b", "输出": "c"}),
+     "text: 指令, pair: 输入, label: 输出", ["c"]),
+    ("regress", "zh.csv", "用户编号,评论,星级\n7,很好,4.5\n",
+     "text: 评论, label: 星级; not used: 用户编号", ["4.5"]),
     ("classify", "zh.csv", "評論,標籤\n服務不錯,好\n", "text: 評論, label: 標籤", ["好"]),
     ("classify", "zh.csv", "编号,评价,星级\n7,很好,4\n", "text: 评价, label: 星级; not used: 编号", ["4"]),
     ("lm", "wiki.jsonl", lines_of({"url": "u", "title": "t", "text": "long"}),
@@ -478,7 +482,8 @@ def test_labels_that_are_one_are_said_to_be_and_missing_ones_left_out(tmp_path):
 def test_ratings_as_classes_are_said_to_be_amounts(tmp_path):
     cases = ("Stars", "classify", True), ("Stars", "regress", False), ("topic", "classify", False)
     for name, task, told in cases:
-        path = write_rows(tmp_path / "a.csv", ("text", name), [f"w{i}" for i in range(60)], [*range(1, 6)] * 12)
+        texts = [f"w{i}" for i in range(60)]
+        path = write_rows(tmp_path / "a.csv", ("text", name), texts, [*range(1, 6)] * 12)
         assert ("--task=regress" in splits_of(path, task=task)[1]) is told
 
 
@@ -523,7 +528,8 @@ def test_joined_labels_are_warned_of(tmp_path):
         path = write_rows(tmp_path / f"{name}.csv", ("text", "label"), [f"t {i}" for i in range(60)],
                           ["x", "y", label] * 20)
         assert said in splits_of(path)[1]
-    path = write_rows(tmp_path / "d.csv", ("text", "label"), [f"t {i}" for i in range(60)], ["x", "x，y"] * 30)
+    texts = [f"t {i}" for i in range(60)]
+    path = write_rows(tmp_path / "d.csv", ("text", "label"), texts, ["x", "x，y"] * 30)
     with pytest.raises(UserError, match="as 'x，y' may be meant to be: write . between them"):
         splits_of(path, multi_label=True)
 

@@ -170,7 +170,8 @@ def test_a_file_is_one_of_rows_if_the_training_file_was_so(tuned, tmp_path):
             (task, "a.csv", "", True), (task, "a.txt", "fine\n", True), (task, "a.md", "fine, dull\n", False),
             (task, "letter", "label, review\n", False), (task, "a.train", "__label__good fine\n", True),
             (task, "a.dat", '"label";"review";"who"\ngood;fine;x\n', True),
-            (tag, "eng.testb", words, True), (tag, "a.bio", words, True), (tag, "a.md", "a O\nb c\nd\n", False)]:
+            (tag, "eng.testb", words, True), (tag, "a.bio", words, True),
+            (tag, "a.md", "a O\nb c\nd\n", False)]:
         (tmp_path / name).write_text(content, encoding="utf-8")
         assert one.holds_rows(str(tmp_path / name)) == expected, name
     columns = {**tag.head["columns"], "id": None}

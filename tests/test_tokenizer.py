@@ -238,8 +238,8 @@ def test_openai_tokenizers_keep_ids_and_patterns(name, tmp_path, monkeypatch, ca
         assert one.mask == ours.mask == one.vocab_size - 1 and ours.mask >= known.n_vocab
 
 
-LANGUAGES = ("the quick brown Fox, 12 (it's) ", "ein schöner Tag für Äpfel ", "привет мир ё ", "你好，世界。中文 ",
-             "日本語です ", "한국어 ", "हिन्दी में ", "שלום ", "🙂👩‍👧 ",
+LANGUAGES = ("the quick brown Fox, 12 (it's) ", "ein schöner Tag für Äpfel ", "привет мир ё ",
+             "你好，世界。中文 ", "日本語です ", "한국어 ", "हिन्दी में ", "שלום ", "🙂👩‍👧 ",
              "é\u0301 \u212b ﬁ ½ ", "\n\n  x\ty\r\n", "\u2581 ")
 RIGHT = {"llama": LANGUAGES[:-1], "llama-metaspace": LANGUAGES[:-1], "gpt2-prefix": LANGUAGES,
          "qwen": LANGUAGES[:9], "holes": LANGUAGES, "bert-cased": (), "unigram": ("thequick",)}
@@ -275,12 +275,13 @@ def test_lost_characters_are_counted(tmp_path):
         "no unknown token": ({"model": {"type": "BPE", "merges": [],
                                         "vocab": {c: i for i, c in enumerate(latin)}}},
                              "ab 中文 中", {"中": 2, "文": 1}),
-        "unigram": ({"model": unigram(latin), "pre_tokenizer": METASPACE, "decoder": METASPACE}, "ab 中文 ，c",
-                    {"中": 1, "文": 1, "，": 1}),
+        "unigram": ({"model": unigram(latin), "pre_tokenizer": METASPACE, "decoder": METASPACE},
+                    "ab 中文 ，c", {"中": 1, "文": 1, "，": 1}),
         "some bytes": ({"model": {"type": "BPE", "merges": [], "vocab": {
             sign: i for i, sign in byte_symbols().items() if i < 200}},
             "pre_tokenizer": BYTE_LEVEL, "decoder": BYTE_LEVEL}, "ab é中 中", {"中": 2}),
-        "all bytes": ({"model": bytes_vocab(), "pre_tokenizer": BYTE_LEVEL, "decoder": BYTE_LEVEL}, "é中", {}),
+        "all bytes": ({"model": bytes_vocab(), "pre_tokenizer": BYTE_LEVEL, "decoder": BYTE_LEVEL},
+                      "é中", {}),
         "byte fallback": (HUB["llama"](), "é龘", {}),
         "bytes that the model does not fall back to": (
             {**HUB["llama"](), "model": {**llama(), "byte_fallback": False}}, "x龘", {"龘": 1}),

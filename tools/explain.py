@@ -204,7 +204,7 @@ def attributions(model: Transformer, score: Callable, idx: torch.Tensor, neutral
     """
     T = idx.size(1)
     members = torch.eye(T) if units is None else units.members()
-    forward, on_cpu = work(model, T), idx.device.type == "cpu"  # of one copy; its gradient takes twice as long
+    forward, on_cpu = work(model, T), idx.device.type == "cpu"  # of one copy; its gradient is twice as much
     budget = BUDGET if on_cpu else 50 * BUDGET
     hurried = bool(on_cpu and 3 * 4 * forward > budget and has_bfloat16_units())  # 4: the fewest points
     in_bfloat16 = torch.autocast("cpu", torch.bfloat16, enabled=hurried)
