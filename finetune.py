@@ -389,9 +389,9 @@ def batches(lengths: np.ndarray, s: SimpleNamespace, epoch: int, done: Sequence 
     order, found, i = rng.permutation(len(lengths)), [], 0
     order = order[~np.isin(order, np.concatenate([[], *done]))]
     while i < len(order):
-        k = (epoch * len(order) + i) * len(sizes) // (s.epochs * len(order))  # which of the sizes it is time for
+        k = (epoch * len(order) + i) * len(sizes) // (s.epochs * len(order))  # whose time it is
         size = s.gradient_accumulation_steps * sizes[k]
-        most = -(-(k + 1) * s.epochs * len(order) // len(sizes)) - epoch * len(order) - i  # until the next one
+        most = -(-(k + 1) * s.epochs * len(order) // len(sizes)) - epoch * len(order) - i  # until the next
         near = order[i:i + min(50 * size, -(-most // size) * size)]  # sorted by length within these
         i += len(near)
         near = near[np.argsort(lengths[near], kind="stable")]
@@ -560,7 +560,7 @@ def teacher_probs(folder: str, task: Task, rows: list[Row], machine: Machine) ->
         model = tuned_of(find_checkpoint(folder, ("best.pt", "lora.pt"))[1])
     other = model.task
     if "teacher" not in TASKS[other.head["task"]].knows:
-        raise SettingError(f"teacher={folder}: was trained with task={other.head['task']}: wanted a classifier")
+        raise SettingError(f"teacher={folder}: its task is {other.head['task']}: wanted a classifier")
     if not all("teacher" in one.knows for one in (task, other)):
         raise SettingError(f"teacher={folder}: teaches one label a row: leave out --multi_label in both")
     if sorted(other.labels) != sorted(task.labels):

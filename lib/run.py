@@ -567,8 +567,8 @@ def model_of(checkpoint: dict, **changes) -> Transformer:
     """changes: of its settings; a shorter block_size cuts learned positions. Raises UserError."""
     try:
         model = Transformer(Config(**{**checkpoint["model_args"], **changes}))
-        settings = checkpoint.get("settings", {})
-        weights = merged(checkpoint["model"], settings.get("lora_alpha", 0) / (settings.get("lora_rank") or 1))
+        its = checkpoint.get("settings", {})
+        weights = merged(checkpoint["model"], its.get("lora_alpha", 0) / (its.get("lora_rank") or 1))
         if "positions.wpe.weight" in weights:
             rows = model.config.pos_offset + model.config.block_size
             if rows > len(weights["positions.wpe.weight"]):

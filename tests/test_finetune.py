@@ -339,7 +339,7 @@ def test_batches_have_each_example_once_and_grow():
         sizes += [len(batch) for batch in found]
     assert sizes[0] == 4 and max(sizes) == 16 and 0 < sizes.index(8) < sizes.index(16)
     assert all(map(np.array_equal, found, finetune.batches(lengths, s, 2)))
-    for rows, epochs in ((60, 2), (300, 1), (1000, 3)):  # few rows or epochs: each size has its share all the same
+    for rows, epochs in ((60, 2), (300, 1), (1000, 3)):  # of few rows or epochs each size has its share too
         s = SimpleNamespace(**{**vars(s), "epochs": epochs})
         planned, _ = finetune.plan(lengths[np.arange(rows) % 700], s)
         sizes = np.array(list(map(len, planned)))

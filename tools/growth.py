@@ -15,7 +15,6 @@ The parts, with their largest sizes, and what they may hold in memory:
 from __future__ import annotations
 
 import contextlib
-import io
 import itertools
 import json
 import math
@@ -344,8 +343,9 @@ def once(name: str, n: int) -> dict:
         with contextlib.suppress(OSError):  # Linux can forget the peak of making the data
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         before, began = os.times(), time.perf_counter()
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            work()
+        with open(os.devnull, "w", encoding="utf-8") as nothing:
+            with contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
+                work()
         clock = time.perf_counter() - began
         seconds = sum(os.times()[:4]) - sum(before[:4])  # of processes that it started, too
         return {"seconds": seconds, "clock": clock, "megabytes": run.peak_memory() / 1e6}
@@ -374,11 +374,15 @@ def measured(name: str, sizes: list[int]) -> list[dict]:
 
 
 def exponent(sizes: list[int], values: list[float], least: float) -> float:
-    """Of three sizes: 1 if the difference between two values is as that between their n log n."""
+    """Of three sizes: 1 if the difference between two values is as that between their n log n. If the second
+    has less than the first, no such law holds, and the values themselves are taken."""
     work = [n * math.log(n) for n in sizes]
-    first, second = (max(b - a, least) for a, b in itertools.pairwise(values))
-    wanted = (work[2] - work[1]) / (work[1] - work[0])
-    return math.log(second / first) / math.log(wanted) if second > least else 0.0
+    first, second = (b - a for a, b in itertools.pairwise(values))
+    if second <= least:
+        return 0.0
+    if first < 0:
+        return math.log(values[2] / values[0]) / math.log(work[2] / work[1])
+    return math.log(second / max(first, least)) / math.log((work[2] - work[1]) / (work[1] - work[0]))
 
 
 def grow(name: str) -> bool:
