@@ -274,7 +274,7 @@ def test_a_model_learns_to_follow_instructions(tmp_path, monkeypatch):
     assert "### Response:\nno\n" in said
     header = (tmp_path / "out/predictions.csv").read_text(encoding="utf-8").splitlines()[0]
     assert header == "text,text_pair,label,loss,tokens"  # the input too, without which rows are alike
-    with pytest.raises(SettingError, match="teacher=.*was trained with task=lm: wanted a classifier"):
+    with pytest.raises(SettingError, match="teacher=.*its task is lm: wanted a classifier"):
         finetune.teacher_probs(str(tmp_path / "out"), None, [], None)
     asked = {"out_dir": str(tmp_path / "out"), "start": "say no", "samples": 10, "device": "cpu"}
     for name, value in asked.items():
