@@ -40,7 +40,7 @@ from lib.report import Tested, beside_validation, summary_of_folds, table, write
 from lib.rows import IN_WORDS, WORDS, Row, text_key
 from lib.run import (BadSteps, Machine, Pace, Run, State, find_checkpoint, in_words,
                      load_body, load_whole, main_process, merged, model_of, refuse_to_replace, step_line,
-                     stored_settings, to_device, tokenizer_of, write_json)
+                     stored_settings, sum_of, to_device, tokenizer_of, write_json)
 from lib.splits import BUILT_IN, Splits, known_columns, read_splits
 from lib.tasks import TASKS, Example, Task, Vectors
 from lib.tokenizer import Tokenizer, make_tokenizer
@@ -143,16 +143,6 @@ def add_lora(body: Transformer, rank: int, alpha: float) -> None:
         for name, child in list(module.named_children()):
             if child in matrices:
                 setattr(module, name, LoRA(child, rank, alpha))
-
-
-def sum_of(body: Transformer) -> str:
-    """Tells a body from others, and from itself when it has been trained on: of its weights without LoRA."""
-    found = hashlib.sha256()
-    for name, weight in sorted(body.state_dict().items()):
-        if ".lora_" not in name:
-            found.update(name.encode())
-            found.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return found.hexdigest()
 
 
 class ByteDropout(nn.Dropout):
@@ -549,8 +539,9 @@ def distil(out, taught, temperature):
     return F.cross_entropy(out / temperature, soft, reduction="none") * temperature ** 2
 
 
-def teacher_probs(folder: str, task: Task, rows: list[Row], machine: Machine) -> torch.Tensor:
-    """What a fine-tuned classifier says about each row, in the order of this task's labels: (N, K)."""
+def teacher_probs(folder: str, task: Task, rows: list[Row], machine: Machine) -> tuple[torch.Tensor, str]:
+    """What a fine-tuned classifier says about each row, in the order of this task's labels: (N, K); and the
+    sum of its weights."""
     if is_published(folder):
         body, tokenizer, head = load_whole(folder)
         if not head:
@@ -571,7 +562,7 @@ def teacher_probs(folder: str, task: Task, rows: list[Row], machine: Machine) ->
     except UserError as error:  # of one text, and the rows have two, or the other way round
         raise UserError(f"teacher={folder}: {error}") from None
     order = [other.number[label] for label in task.labels]
-    return torch.from_numpy(probs[:, order]).float().to(machine.device)
+    return torch.from_numpy(probs[:, order]).float().to(machine.device), sum_of(model)
 
 
 # -----------------------------------------------------------------------------
@@ -645,7 +636,10 @@ def fine_tune(run: Run, rows: Splits, given: dict, s: SimpleNamespace) -> Option
     run.check_data({"data": data})
 
     # The objective, on its device, data-parallel; the optimizers; and where we are.
-    taught = teacher_probs(s.teacher, task, rows.train, machine) if s.teacher else None
+    taught, teacher_sum = None, ""
+    if s.teacher:
+        taught, teacher_sum = teacher_probs(s.teacher, task, rows.train, machine)
+        run.same_teacher(s.teacher, teacher_sum)
     weight = task.class_weight(rows.train).to(machine.device) if s.class_weight == "balanced" else None
     if machine.rank:
         torch.manual_seed(s.seed + machine.rank)  # dropout differs between processes
@@ -658,7 +652,7 @@ def fine_tune(run: Run, rows: Splits, given: dict, s: SimpleNamespace) -> Option
     machine.say(f"training  {s.epochs} epochs, {steps:,} steps, into {run.folder}\n")
     run.begin(settings_kept(run, model.body.config, given, s), defaults_of(globals()),
               model_args=asdict(model.body.config), tokenizer=task.tokenizer.to_dict(),
-              data={"data": data, "plans": plans}, published=model.body.published)
+              data={"data": data, "plans": plans}, published=model.body.published, teacher_sum=teacher_sum)
     if run.resumed and state.step >= steps:
         machine.say(f"finished after {state.step} steps: --epochs={s.epochs + 1} trains on")
 

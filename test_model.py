@@ -670,6 +670,10 @@ def test_a_masked_model_is_trained_and_teaches(home):
     run_here(train, *args, "--out_dir=out/student", "--teacher=out/masked", "--n_layer=1", "--remat",
              "--label_smoothing=0.1", cwd=home)
     assert "teacher" not in "".join(checkpoint(home / "out/student")["model"])
+    run_here(train, *args, "--out_dir=out/masked", "--overwrite", "--seed=2", "--max_iters=1", cwd=home)
+    said = run_here(train, "--out_dir=out/student", "--init_from=resume", "--max_iters=31", cwd=home)
+    assert "teacher=out/masked: has other weights now than the run has learned from" in said
+    assert "of no use" not in said  # the model's fields that stand in the checkpoint
 
 
 def test_other_weights_start_a_new_run(home, monkeypatch):

@@ -38,7 +38,7 @@ import prepare
 from lib.hub import full_id, is_published
 from lib.optim import AdamW, Momentum, Muon, Pruning
 from lib.run import (BadSteps, Machine, Pace, Run, State, beside, check_sums, clock, fitting, in_words,
-                     load_body, main_process, model_of, step_line, stored_settings)
+                     load_body, main_process, model_of, step_line, stored_settings, sum_of)
 from lib.tokenizer import Tokenizer, same_tokenizer
 from model import Config, TokenEmbedding, Transformer, block_matrices, tell_compile_failed
 
@@ -768,6 +768,8 @@ def main(given: dict):
     if remat:
         recompute_blocks(model)
     guide = load_teacher(teacher, config, tokenizer.to_dict()) if teacher else None
+    teacher_sum = sum_of(guide) if guide else ""
+    run.same_teacher(teacher, teacher_sum)
     torch.manual_seed(seed + machine.rank)  # dropout differs between processes
     objective, is_compiled = ready(
         Objective(model, counted, label_smoothing, guide, teacher_share, teacher_temperature), machine,
@@ -785,7 +787,7 @@ def main(given: dict):
         machine.say(f"iter {state.step}: {in_words(metrics)}")
         return
     run.begin(settings, defaults_of(globals()), model_args=asdict(config), tokenizer=tokenizer.to_dict(),
-              compiled=is_compiled, published=model.published)
+              compiled=is_compiled, published=model.published, teacher_sum=teacher_sum)
     machine.say(f"training  {max_iters:,} steps of {step_windows * config.block_size:,} tokens, "
                 f"{max_iters * step_windows / windows.n:.1f} epochs, into {run.folder}\n")
     run.start_wandb(wandb_log, wandb_project, wandb_run_name)

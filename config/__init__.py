@@ -433,7 +433,8 @@ def check_used(script: dict, given: dict | None = None, **deciding) -> list[str]
             raise SettingError(f"{what}: leave it out")
         if name in defaults:  # else it is a dataclass's
             script[name] = defaults[name]
-        told.append(f"({what})")
+        if place_of(script, name):  # else a run that goes on has it
+            told.append(f"({what})")
     return told
 
 

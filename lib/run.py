@@ -563,6 +563,16 @@ def merged(weights: dict[str, torch.Tensor], scale: float) -> dict[str, torch.Te
     return found
 
 
+def sum_of(body: torch.nn.Module) -> str:
+    """Tells a body from others, and from itself when it has been trained on: of its weights without LoRA."""
+    found = hashlib.sha256()
+    for name, weight in sorted(body.state_dict().items()):
+        if ".lora_" not in name:
+            found.update(name.encode())
+            found.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
 def model_of(checkpoint: dict, **changes) -> Transformer:
     """changes: of its settings; a shorter block_size cuts learned positions. Raises UserError."""
     try:
@@ -781,6 +791,13 @@ class Run:
             if self.resumed and self.checkpoint["data"].get(name) != value:
                 raise UserError(f"{self.folder}: was begun with other {name}: give the same data, seed and "
                                 "settings, or --overwrite")
+
+    def same_teacher(self, path: str, total: str) -> None:
+        """Warns if a run that goes on learns from other weights than before. total: sum_of the teacher."""
+        if self.resumed and self.checkpoint["settings"].get("teacher") == path and (
+                self.checkpoint.get("teacher_sum", total) != total):
+            self.machine.say(f"warning: teacher={path}: has other weights now than the run has learned from: "
+                             "put those back, or know that it is another teacher from here on")
 
     def begin(self, settings: dict, defaults: dict, **made_of) -> None:
         """From here on files are written. made_of: what each checkpoint holds besides: model_args, tokenizer.

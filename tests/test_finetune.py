@@ -20,7 +20,7 @@ import train
 from config import SettingError, UserError
 from lib import intervals, report, tasks
 from lib.rows import CLASS_NAMES, Row, open_rows
-from lib.run import Machine, load_body
+from lib.run import Machine, load_body, save_checkpoint
 from lib.tokenizer import make_tokenizer
 from model import Config, Transformer
 from tools import explain
@@ -569,6 +569,10 @@ def test_a_student_agrees_with_its_teacher(tuned, tmp_path):
     assert out.grad[0, 1] < -0.5
     args = (f"--data={tuned / 'data.csv'}", *QUICK, f"--teacher={tuned / 'out'}", "--teacher_share=1")
     assert tune(tmp_path / "student", *args)["accuracy"] > 0.8
+    assert "warning" not in resume(tmp_path / "student")
+    saved = checkpoint(tmp_path / "student")
+    save_checkpoint(tmp_path / "student/ckpt.pt", {**saved, "teacher_sum": "of others"})
+    assert "has other weights now than the run has learned from" in resume(tmp_path / "student")
     with pytest.raises(SettingError, match="teacher=.*leave out --multi_label"):  # no distribution to learn
         run_here(finetune, f"--out_dir={tmp_path / 'out'}", *args, "--multi_label")
     with pytest.raises(SettingError, match="teacher=.*knows the labels bad, good, the data has x, y"):

@@ -416,7 +416,7 @@ def test_sample_and_explain_use_a_published_head_and_finetune_goes_on_with_its_b
 def test_a_published_classifier_teaches(tmp_path):
     their, tokenizer = published_head(tmp_path / "in", "bert", "ForSequenceClassification")
     model, _ = sample.load(tmp_path / "in")
-    taught = finetune.teacher_probs(str(tmp_path / "in"), model.task, [Row("", "abc de")], Machine("cpu"))
+    taught, _ = finetune.teacher_probs(str(tmp_path / "in"), model.task, [Row("", "abc de")], Machine("cpu"))
     with torch.no_grad():
         wanted = their(**tokenizer("abc de", return_tensors="pt")).logits.softmax(-1)
     torch.testing.assert_close(taught, wanted, rtol=1e-5, atol=1e-5)
