@@ -318,7 +318,7 @@ PARTS = {
     "grid": Part(grid, "trials", 64_000, 10**6, "the trials"),
     "bayes": Part(partial(grid, method="bayes"), "trials", 8_000, 40_000, "the trials"),
     "prepare": Part(prepares(one_text), "bytes of one text", 64 * 10**6, 10**9, ""),
-    "prepare_line": Part(prepares(one_line), "bytes in a JSON line", 32 * 10**6, 3 * 10**8, "a line"),
+    "prepare_line": Part(prepares(one_line), "bytes in a JSON line", 96 * 10**6, 3 * 10**8, "a line"),
     "prepare_rows": Part(prepares(jsonl(labelled)), "documents", 64_000, 10**6, "some numbers of each"),
     "prepare_files": Part(prepares(files(texts)), "files", 8_000, 10**5, "some numbers of each"),
     "near_copies": Part(prepares(jsonl(near_copies), near_duplicates=0.6),
