@@ -487,7 +487,10 @@ def no_file(path: str) -> SettingError:
     if f"config/{stem}.py" in GONE:
         return SettingError(f"{path}: is gone: {GONE[f'config/{stem}.py']}")
     recipes = [recipe.stem for recipe in Path(__file__).parent.glob("[!_]*.py")]
-    like = "".join(f"config/{one}.py, or " for one in near(stem, recipes))
+    home = Path(__file__).parent
+    if home.parent == Path.cwd():
+        home = Path("config")
+    like = "".join(f"{home.as_posix()}/{one}.py, or " for one in near(stem, recipes))
     return SettingError(f"{path}: no such config file; did you mean {like}--key=value?")
 
 
