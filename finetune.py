@@ -926,8 +926,7 @@ def main(given: dict):
     # Say what was chosen; read the rows.
     machine = Machine(device, dtype, seed)
     vars(s).update(settle(globals(), machine))
-    for line in yielded:
-        machine.say(line)
+    machine.say(*yielded)
     unused = [name for name, value in given.items() if name != "dropout" and value != earlier.get(name)]
     if unused and origin not in ("scratch", None):
         # a recipe that says how a new body is made serves for a pretrained one too

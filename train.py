@@ -752,8 +752,7 @@ def main(given: dict):
     run = Run(machine, out_dir, init_from, overwrite or eval_only, max_minutes)
     model, data = fit(*open_model(run, given, chars), given, dataset, machine, run.init_from)
     config, tokenizer = model.config, data.tokenizer
-    for line in check_used(globals(), given, **asdict(config)):
-        machine.say(line)
+    machine.say(*check_used(globals(), given, **asdict(config)))
     settings = {**values_of(globals()), **asdict(config), "init_from": run.init_from}
     run.same(settings, FIXED, () if eval_only else COMPARED_ON)
     machine.choose(matmul, config.n_embd, run.machine_then)
@@ -768,8 +767,7 @@ def main(given: dict):
     if remat:
         recompute_blocks(model)
     guide = load_teacher(teacher, config, tokenizer.to_dict()) if teacher else None
-    teacher_sum = sum_of(guide) if guide else ""
-    run.same_teacher(teacher, teacher_sum)
+    teacher_sum = run.same_teacher(teacher, sum_of(guide) if guide else "")
     torch.manual_seed(seed + machine.rank)  # dropout differs between processes
     objective, is_compiled = ready(
         Objective(model, counted, label_smoothing, guide, teacher_share, teacher_temperature), machine,

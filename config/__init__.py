@@ -288,9 +288,10 @@ def configure(script: dict, fields: type | None, argv: list[str], stored: Callab
     is given: a run remembers its settings. See begins_from. Raises SettingError for whatever is wrong with
     one.
     """
-    own = settings_of(script)
+    own, its = settings_of(script), fields_of(fields)
     script["DEFAULTS"] = {name: setting.default for name, setting in own.items()}
-    settings, given, origins = {**fields_of(fields), **own}, {}, [script.get("init_from")]
+    script["FIELDS"] = {name: setting.default for name, setting in its.items()}
+    settings, given, origins = {**its, **own}, {}, [script.get("init_from")]
     script["PLACES"] = places = {}
     script["ORIGINS"] = origins
     words = [arg for arg in argv if arg not in ("-h", "--help")]
@@ -422,10 +423,12 @@ def check_used(script: dict, given: dict | None = None, **deciding) -> list[str]
     deciding: values that the script's globals do not have; under the name "", of none of the settings.
     """
     given, defaults, told = given or {}, defaults_of(script), []
+    usual = {**script.get("FIELDS", {}), **defaults}
     for name, other, values in script["ONLY"]:
         value = given.get(name, script.get(name))
         decides = deciding.get(other, script.get(other))
-        if value == defaults.get(name) or (decides in values if values else decides):
+        unused = value is not None and value != usual.get(name)
+        if not unused or (decides in values if values else decides):
             continue
         shown = f"{other}={decides}" if other else decides
         what = f"{name}={value}: of no use with {shown}, only with {with_what(other, values)}"

@@ -117,10 +117,10 @@ class Machine:
             name += ", products in bfloat16"
         return f"{self.device}, {name}, {threads}, {processes}"
 
-    def say(self, text: str) -> None:
+    def say(self, *lines: str) -> None:
         """Print, in the first process only."""
-        if self.main:
-            print(text, flush=True)
+        if self.main and lines:
+            print(*lines, sep="\n", flush=True)
 
     def agree(self, what: str, content: bytes) -> None:
         """Raises UserError in a process whose content differs from the first one's."""
@@ -792,12 +792,14 @@ class Run:
                 raise UserError(f"{self.folder}: was begun with other {name}: give the same data, seed and "
                                 "settings, or --overwrite")
 
-    def same_teacher(self, path: str, total: str) -> None:
-        """Warns if a run that goes on learns from other weights than before. total: sum_of the teacher."""
+    def same_teacher(self, path: str, total: str) -> str:
+        """Warns if a run that goes on learns from other weights than before. total: sum_of the teacher, which
+        is returned; "" without one."""
         if self.resumed and self.checkpoint["settings"].get("teacher") == path and (
                 self.checkpoint.get("teacher_sum", total) != total):
             self.machine.say(f"warning: teacher={path}: has other weights now than the run has learned from: "
                              "put those back, or know that it is another teacher from here on")
+        return total
 
     def begin(self, settings: dict, defaults: dict, **made_of) -> None:
         """From here on files are written. made_of: what each checkpoint holds besides: model_args, tokenizer.

@@ -494,7 +494,7 @@ def test_the_best_epoch_is_tested_and_the_test_set_read_once(tmp_path, monkeypat
     monkeypatch.setattr(finetune, "predict", counted)
     monkeypatch.setitem(train.SCHEDULES, "ruin", lambda moment: 1.0 if moment.step < 10 else 40.0)
     metrics = tune(out, f"--data={data}", "--epochs=12", "--patience=2", *QUICK, "--schedule=ruin")
-    assert len(asked) == metrics["best_epoch"] + 2 + 1  # two in vain, and the test
+    assert len(asked) == 2 * (metrics["best_epoch"] + 2) + 1  # two in vain; of rows to train on too; the test
     rows = read_csv(out / "predictions.csv")
     held_out = [row["text"] for row in rows]
     assert asked[-1] == held_out and not any(set(held_out) & set(texts) for texts in asked[:-1])

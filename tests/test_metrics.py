@@ -151,7 +151,7 @@ def test_numbers_near_0_are_no_0():
     shown = [as_cell(x) for x in (0.0, 0.25, 0.0018, 0.00045678, -3.2e-9, math.nan)]
     assert shown == ["0.000000", "0.250000", "0.001800", "0.00045678", "-3.2e-09", "nan"]
     scores = {"loss": 4.12e-7, "accuracy": 0.5, "none": 0.0}
-    assert in_words(scores) == "loss 4.1e-07, accuracy 0.5000, none 0.0000"
+    assert in_words(scores) == "val loss 4.1e-07, accuracy 0.5000, none 0.0000"
     found = {"loss": 4.12e-7, "loss_ci95": [1e-7, 0.02], "baselines": {"mean": {"loss": 6.4e-7}}}
     line = report.table(found).splitlines()[1].split()
     assert line == ["loss", "4.1e-07", "[1.0e-07,", "0.0200]", "6.4e-07"]

@@ -70,7 +70,7 @@ def test_a_run_does_max_iters_updates_and_leaves_what_it_promised(home):
     assert evaluations[0]["mean_loss"] == pytest.approx(mean, rel=1e-5) != evaluations[0]["train_loss"]
     assert json.loads((home / "out/whole/settings.json").read_text())["n_layer"] == 2
     entries = "version model model_args optimizer scaler rng state settings defaults tokenizer compiled"
-    assert set(state) == {*entries.split(), "published", "machine"}
+    assert set(state) == {*entries.split(), "published", "machine", "teacher_sum"}
     assert state["state"]["step"] == 8 and state["state"]["seen"] == 8 * 4
     assert checkpoint(home / "out/whole", "ckpt.prev.pt")["state"]["step"] == 4
     assert set(state["optimizer"]) == set(state["model"]) - {"head.weight"}  # by name; tied to the embedding

@@ -123,6 +123,10 @@ def table(n: int, folder: Path, labels: int = 2) -> str:
     return written(folder / "rows.csv", itertools.chain(["text,label\n"], lines))
 
 
+def new_texts(n: int, folder: Path) -> str:
+    return written(folder / "new.csv", itertools.chain(["text\n"], (text + "\n" for text in texts(n))))
+
+
 def tagged(n: int, folder: Path) -> str:
     return written(folder / "rows.conll", (text.replace(" ", " O\n") + " B-END\n\n" for text in texts(n)))
 
@@ -251,7 +255,7 @@ def report(n, folder):
 
 def predicting(n, folder):
     model = tuned(n_layer=1, n_head=1, n_embd=16)
-    return partial(sample.answer_file, model, table(n, folder), run.Machine("cpu"))
+    return partial(sample.answer_file, model, new_texts(n, folder), run.Machine("cpu"))
 
 
 def explaining(n, folder):
@@ -311,7 +315,7 @@ PARTS = {
                              "labels in 10,000 rows", 400, 10_000, "rows x labels"),
     "groups": Part(groups, "groups of 20 rows", 320, 1000, "the rows"),
     "report": Part(report, "rows of 20 labels", 128_000, 10**6, "the rows"),
-    "predict": Part(predicting, "rows", 64_000, 10**6, ""),
+    "predict": Part(predicting, "rows without a label", 64_000, 10**6, ""),
     "explain": Part(explaining, "words", 64, 256, "one text"),
     "picture": Part(picture, "rows of the log", 160_000, 600_000, "the log"),
     "watch": Part(watching, "rows of the log", 512_000, 10**6, "one metric"),
