@@ -434,10 +434,11 @@ def check_used(script: dict, given: dict | None = None, **deciding) -> list[str]
         what = f"{name}={value}: of no use with {shown}, only with {with_what(other, values)}"
         if 0 < place_of(script, name) >= place_of(script, other):
             raise SettingError(f"{what}: leave it out")
+        if "PLACES" in script and not place_of(script, name):
+            continue  # a run that goes on has it
         if name in defaults:  # else it is a dataclass's
             script[name] = defaults[name]
-        if place_of(script, name):  # else a run that goes on has it
-            told.append(f"({what})")
+        told.append(f"({what})")
     return told
 
 
