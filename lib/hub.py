@@ -16,6 +16,8 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
 
+from config import near
+
 NAMES = {  # the hub's owners today -> their models' names from before it had owners
     "openai-community": "gpt2 gpt2-medium gpt2-large gpt2-xl openai-gpt",
     "google-bert": "bert-base-uncased bert-base-cased bert-base-chinese bert-base-multilingual-cased "
@@ -55,10 +57,13 @@ def folder_of(path: str | Path, weights: bool = True) -> Path:
     """The folder itself, or that of an id in the hub's cache, with its weights. Raises FileNotFoundError."""
     if Path(path).exists():
         return Path(path)
-    name = Path(path).as_posix()
-    runs = sorted(file.parent.name for file in Path(path).parent.glob("*/settings.json"))
+    name, parent = Path(path).as_posix(), Path(path).parent
+    runs = sorted(parent.glob("*/settings.json"), key=os.path.getmtime, reverse=True)
     if runs:
-        raise FileNotFoundError(f"{name}: no such run; {Path(path).parent} has {', '.join(runs)[:200]}")
+        runs = [file.parent.name for file in runs]
+        others = near(Path(path).name, runs) or runs[:8]
+        raise FileNotFoundError(f"{name}: no such run; {parent} has {', '.join(others)}"
+                                + (" ..." if len(runs) > len(others) else ""))
     try:
         from huggingface_hub import snapshot_download
     except ImportError:

@@ -51,7 +51,8 @@ def test_sampling_needs_no_data_folder(home, tmp_path):
 
 @pytest.mark.parametrize("error, given, words", [
     (UserError, ["--out_dir=nothing"], "nothing: no checkpoint"),
-    (UserError, ["--out_dir=out/nothing"], "out/nothing: no such run; out has .*whole"),
+    (UserError, ["--out_dir=out/nothing"], "out/nothing: no such run; out has [a-z]"),
+    (UserError, ["--out_dir=out/whol"], "out/whol: no such run; out has whole"),  # the near one first
     (UserError, ["--out_dir=out/whole/lora.pt"], "lora.pt: is not there; out.whole has best.pt, ckpt.pre"),
     (UserError, ["--start=FILE:nothing.txt"], "FILE:nothing.txt: cannot be read"),
     (SettingError, ["--stop=[1]"], r"stop=.1.: wanted texts"),
