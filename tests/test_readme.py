@@ -145,7 +145,7 @@ def test_the_readme_s_commands_are_right(monkeypatch):
             own = [word for word in words if word.partition("=")[0].lstrip("-") in search.__annotations__]
             settings.configure(dict(vars(search)), None, own)
             others = [word for word in words[4:] if word not in own]
-            assert search.read_words(others, search.settings_of(words[3]))[1]
+            assert search.read_words(others, search.settings_of(words[3])[0])[1]
             continue
         scripts = {"train.py": train, "prepare.py": prepare, "sample.py": sample, "finetune.py": finetune,
                    "tools.explain": explain}

@@ -15,6 +15,9 @@ from types import SimpleNamespace
 
 import pytest
 
+import config
+import model
+import train
 from config import SettingError
 from tests.helpers import QUICK, ROOT, TOY, one_line, posix, script, slow
 from tools import search
@@ -275,12 +278,37 @@ def test_both_trainings_are_searched_by_their_validation(name, folds, home, tune
 
 
 def test_settings_are_those_that_a_script_starts_with(tmp_path):
-    assert {"learning_rate", "n_layer"} <= set(search.settings_of(ROOT / "train.py"))
+    assert {"learning_rate", "n_layer"} <= set(search.settings_of(ROOT / "train.py")[0])
     broken = tmp_path / "broken.py"
     broken.write_text("import nothing_of_this_name")
     for file, reason in ((ROOT / "prepare.py", "no setting out_dir"), (broken, "this_name")):
         with pytest.raises(search.UserError, match=reason):
             search.settings_of(file)
+
+
+@pytest.mark.parametrize("method", ["grid", "random", "bayes"])
+def test_a_trial_has_no_setting_that_its_others_make_useless(method, tmp_path):
+    if method == "bayes":
+        pytest.importorskip("optuna")
+    settings, only = search.settings_of(ROOT / "train.py")
+    words = ["--momentum=0.5", "optimizer=adamw,muon,sgd", "muon_lr=0.01,0.02"]
+    shared, spaces = search.read_words(words, settings)
+    rows = []
+    while point := search.propose(method, spaces, rows, min, 0, only):
+        rows.append({"trial": len(rows) + 1, "settings": point, "state": "done", "value": -len(rows),
+                     "note": "", "seconds": 1, "curve": [[1, 1.0]]})
+    wanted = [("adamw", None), ("muon", 0.01), ("muon", 0.02), ("sgd", None)]
+    assert sorted((row["settings"]["optimizer"], row["settings"].get("muon_lr")) for row in rows) == wanted
+    line = next(line for line in search.table(rows, "val_loss").splitlines() if "adamw" in line)
+    assert line.split()[2:4] == ["adamw", "-"]
+    search.plot(rows, spaces, "val_loss", tmp_path / "search.png")
+    known = {"script": "train.py", "shared": shared, "metric": "val_loss", "spaces": spaces}
+    for last in range(1, len(rows) + 1):  # and each would be a best.py that the script takes
+        search.keep_best(rows[:last], min, tmp_path, known, only)
+        taken = dict(vars(train))
+        config.configure(taken, model.Config, [str(tmp_path / "best.py")])
+        config.check_used(taken, **vars(model.Config()))
+        assert taken["momentum"] == (0.5 if taken["optimizer"] == "sgd" else train.momentum)
 
 
 def test_bayes_needs_fewer_trials_than_random():

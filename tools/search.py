@@ -82,15 +82,17 @@ class Space(NamedTuple):
         return round(value) if isinstance(self.low, int) else value
 
 
-def settings_of(script: str) -> dict[str, Setting]:
-    """What a script would start with: it runs up to its config.launch, which only looks here.
+def settings_of(script: str) -> tuple[dict[str, Setting], list[tuple]]:
+    """What a script would start with, and what makes a setting of use (ONLY, see config.check_used).
 
-    Raises UserError if it has no settings, or no out_dir among them.
+    The script runs up to its config.launch, which only looks here. Raises UserError if it has no settings, or
+    no out_dir among them.
     """
-    found = {}
+    found, only = {}, []
 
     def look(main, namespace, fields=None, stored=None):
         found.update(config.fields_of(fields) | config.settings_of(namespace))
+        only.extend(namespace.get("ONLY", ()))
 
     start, config.launch = config.launch, look
     sys.path.insert(0, str(Path(script).parent))
@@ -104,7 +106,7 @@ def settings_of(script: str) -> dict[str, Setting]:
         sys.path.pop(0)
     if "out_dir" not in found:
         raise UserError(f"{script}: cannot be searched: {reason}")
-    return found
+    return found, only
 
 
 def read_space(word: str, kind: Any) -> Space:
@@ -143,8 +145,18 @@ def read_words(words: list[str], settings: dict[str, Setting]) -> tuple[dict, di
     return shared, spaces
 
 
-def propose(method: str, spaces: dict[str, Space], rows: list[dict], best, seed: int) -> Optional[dict]:
-    """The settings of the next trial; None if all have been tried.
+def useful(settings: dict, searched, only: list[tuple]) -> dict:
+    """Without those that a searched setting makes useless: no muon_lr in a trial whose optimizer is adamw."""
+    kept = dict(settings)
+    for name, other, values in only:
+        if other in searched and not (kept.get(other) in values if values else kept.get(other)):
+            kept.pop(name, None)
+    return kept
+
+
+def propose(method: str, spaces: dict[str, Space], rows: list[dict], best, seed: int,
+            only: list[tuple] = ()) -> Optional[dict]:
+    """The settings of the next trial, those of use; None if all have been tried.
 
     A function of the rows so far and the seed alone: a search resumes from its rows. best: min or max.
     """
@@ -154,6 +166,7 @@ def propose(method: str, spaces: dict[str, Space], rows: list[dict], best, seed:
         points = ({name: space.at(draw.random()) for name, space in spaces.items()} for _ in range(1000))
     if method == "bayes":
         points = itertools.chain([ask_optuna(spaces, rows, best, draw.getrandbits(31))], points)
+    points = (useful(point, spaces, only) for point in points)
     tried = {json.dumps(row["settings"]) for row in rows}
     return next((point for point in points if json.dumps(point) not in tried), None)
 
@@ -183,8 +196,8 @@ def ask_optuna(spaces: dict[str, Space], rows: list[dict], best, seed: int) -> d
         if row["state"] != "done":
             state, value = TrialState.PRUNED, None  # optuna takes these for worse than all others
         study.add_trial(optuna.trial.create_trial(
-            state=state, value=value, params=row["settings"], distributions=kinds,
-            intermediate_values=dict(row["curve"])))
+            state=state, value=value, params=row["settings"], intermediate_values=dict(row["curve"]),
+            distributions={name: kinds[name] for name in row["settings"]}))
     return study.ask(kinds).params
 
 
@@ -323,10 +336,11 @@ def short(value: Any) -> str:
 
 
 def table(rows: list[dict], metric: str) -> str:
-    lines = [["trial", metric, *rows[0]["settings"], "seconds", ""]]
+    names = list(dict.fromkeys(name for row in rows for name in row["settings"]))
+    lines = [["trial", metric, *names, "seconds", ""]]
     for row in rows:
         value = row["state"] if row["value"] is None else f"{row['value']:.4f}"
-        settings = map(short, row["settings"].values())
+        settings = [short(row["settings"].get(name, "-")) for name in names]
         lines.append([str(row["trial"]), value, *settings, f"{row['seconds']:.0f}", row["note"]])
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join([*map(str.rjust, line[:-1], widths), line[-1]]) for line in lines)
@@ -341,9 +355,10 @@ def plot(rows: list[dict], spaces: dict[str, Space], metric: str, picture: Path)
     rows = [row for row in rows if row["value"] is not None]
     figure.suptitle(f"{metric} of {len(rows)} trials")
     for n, (name, space) in enumerate(spaces.items(), start=1):
-        places = [row["settings"][name] for row in rows]
+        shown = [row for row in rows if name in row["settings"]]
+        places = [row["settings"][name] for row in shown]
         axes = figure.add_subplot(1, len(spaces), n, xlabel=name, ylabel=metric)
-        axes.plot(list(map(str, places)) if space.choices else places, [row["value"] for row in rows], "o",
+        axes.plot(list(map(str, places)) if space.choices else places, [row["value"] for row in shown], "o",
                   alpha=0.6)
         if space.log:
             axes.set_xscale("log")
@@ -370,7 +385,7 @@ def read_rows(log: Path, search: dict) -> list[dict]:
     return rows
 
 
-def keep_best(rows: list[dict], best, folder: Path, search: dict) -> None:
+def keep_best(rows: list[dict], best, folder: Path, search: dict, only: list[tuple] = ()) -> None:
     """The winner so far as best.py; the checkpoints of the others go."""
     if not rows:
         return
@@ -380,7 +395,8 @@ def keep_best(rows: list[dict], best, folder: Path, search: dict) -> None:
             file.unlink()  # a disk fills quickly
     if first["state"] == "done":
         winner = folder / "best.py"
-        settings = {**search["shared"], **first["settings"], "out_dir": (folder / "best").as_posix()}
+        settings = useful({**search["shared"], **first["settings"]}, search["spaces"], only)
+        settings["out_dir"] = (folder / "best").as_posix()
         lines = [f"{key} = {value!r}\n" for key, value in settings.items()]
         write_text(winner, f"# python {search['script']} {winner.as_posix()}\n# {search['metric']} "
                            f"{first['value']:.6g}, trial {first['trial']} of {len(rows)}\n{''.join(lines)}")
@@ -400,7 +416,8 @@ def main(words: list[str]):
     if not Path(script).is_file():
         raise SettingError(f"{script!r}: no script to run; first comes one, then what is searched: "
                            "python -m tools.search train.py learning_rate=1e-4..1e-2")
-    shared, spaces = read_words(words[1:], settings_of(script))
+    settings, only = settings_of(script)
+    shared, spaces = read_words(words[1:], settings)
     name = "val_" + metric.removeprefix("val_")
     best = goal_of(name)
     print(f"metric    {name}, of the validation data: the {best.__name__}imum is best")
@@ -411,21 +428,22 @@ def main(words: list[str]):
     folder.mkdir(parents=True, exist_ok=True)
     lock = locked(folder / "run.lock")
     rows = read_rows(log, search) if log.exists() else []
-    keep_best(rows, best, folder, search)  # which is another if --goal is
+    keep_best(rows, best, folder, search, only)  # which is another if --goal is
 
     if method == "grid":
-        points = len({json.dumps(point) for point in grid(spaces)})
+        points = len({json.dumps(useful(point, spaces, only)) for point in grid(spaces)})
         print(f"grid      {points} combinations, of which --trials={trials} are tried at most")
     started = time.time()
     while len(rows) < trials and time.time() - started < 60 * (minutes or math.inf):
-        point = propose(method, spaces, rows, best, search_seed)
+        point = propose(method, spaces, rows, best, search_seed, only)
         if point is None:
             print("every combination has been tried")
             break
         number = len(rows) + 1
         print(f"trial {number} of {trials}:", *(f"{k}={short(v)}" for k, v in point.items()), flush=True)
         place = folder / str(number)
-        flags = [f"--{k}={v}" for k, v in {**shared, **point, "out_dir": place}.items()]
+        given = useful({**shared, **point}, spaces, only)
+        flags = [f"--{k}={v}" for k, v in {**given, "out_dir": place}.items()]
         others = [row["curve"] for row in rows if row["state"] == "done"]
         if not 0 < prune_after <= len(others):
             others = []
@@ -433,7 +451,7 @@ def main(words: list[str]):
         rows.append({"trial": number, "settings": point, **row})
         write_text(log, "".join(json.dumps(line) + "\n" for line in (search, *rows)))
         print(f"  {row['state']}: {name} {short(row['value'])}  {row['note']}", flush=True)
-        keep_best(rows, best, folder, search)
+        keep_best(rows, best, folder, search, only)
         plot(rows, spaces, name, folder / "search.png")
     print(table(ranked(rows, best), name))
     lock.close()
