@@ -199,7 +199,7 @@ def ticking(steps: Sequence, what: str) -> Iterator:
     due = time.monotonic() + 5
     for done, step in enumerate(steps):
         if time.monotonic() > due:
-            print(f"(intervals: {done / len(steps):.0%} of the {what})", flush=True)
+            print(f"({what}: {done / len(steps):.0%})", flush=True)
             due = time.monotonic() + 5
         yield step
 
@@ -215,7 +215,7 @@ def bootstrap(task, arrays: Sequence, draws: int, seed: int = 0) -> dict:
     if n < LEAST:
         return {name: np.full(draws, math.nan) for name in task.metrics}
     drawn, size = task.drawn(*arrays), max(1, min(draws, CELLS // n))
-    for i in ticking(range(0, draws, size), "draws"):
+    for i in ticking(range(0, draws, size), "intervals"):
         count = min(size, draws - i)
         rows = rng.integers(n, size=(count, n)) + n * np.arange(count)[:, None]
         weights = np.bincount(rows.ravel(), minlength=count * n).reshape(count, n)

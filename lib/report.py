@@ -4,6 +4,7 @@ What the predictions of a test come to: metrics.json, predictions.csv, a table f
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple, Optional
@@ -12,7 +13,7 @@ import numpy as np
 
 from lib import intervals
 from lib.rows import Row, as_csv
-from lib.run import cannot_write, in_digits, write_json, write_text
+from lib.run import cannot_write, in_digits, replacing, write_json
 from lib.tasks import Task
 
 
@@ -28,15 +29,14 @@ def write_results(folder: Path, task: Task, rows: list[Row], answers: list, foun
     """metrics.json and predictions.csv at once; then intervals, groups and pictures, which may take long.
 
     found: what metrics.json holds, to which the results are added, as its entry `under` if that is given.
-    more: columns of predictions.csv. Returns the names of the files.
+    more: columns of predictions.csv, a cell a row. Returns the names of the files.
     """
     results = found.setdefault(under, {}) if under else found
     arrays = task.arrays(rows, answers)
     results.update({**task.scores(*arrays), "test_rows": len(rows), "meaning": task.meaning})
-    header, lines = task.table(rows, answers)
-    for name, cells in (more or {}).items():
-        header, lines = [*header, name], [[*line, cell] for line, cell in zip(lines, cells, strict=True)]
-    write_text(folder / "predictions.csv", as_csv([header, *lines]))
+    with replacing(folder / "predictions.csv") as f:
+        for lines in tables(task, rows, answers, more or {}):
+            f.write(as_csv(lines).encode("utf-8"))
     write_json(folder / "metrics.json", found)
     try:
         written = task.report(folder, *arrays)
@@ -47,6 +47,19 @@ def write_results(folder: Path, task: Task, rows: list[Row], answers: list, foun
         results["by_group"] = intervals.by_group(task, arrays, [row.group for row in rows])
     write_json(folder / "metrics.json", found)
     return ["metrics.json", "predictions.csv", *written]
+
+
+def tables(task: Task, rows: list[Row], answers: list, more: dict[str, list]) -> Iterator[list[list]]:
+    """The lines of predictions.csv, some at a time: of many classes each is long."""
+    header, _ = task.table(rows[:1], answers[:1])
+    lines = [[*header, *more]]
+    for n, row in enumerate(intervals.ticking(rows, "predictions.csv")):
+        added = [column[n] for column in more.values()]
+        lines += [[*line, *added] for line in task.table([row], [answers[n]])[1]]  # of tags one a word
+        if len(lines) > 250:
+            yield lines
+            lines = []
+    yield lines
 
 
 def table(found: dict) -> str:
@@ -126,7 +139,7 @@ def pooled(folder: Path, tested: list[Tested], summary: dict, s: SimpleNamespace
     for k, one in enumerate(tested, start=1):
         rows += one.rows
         answers += one.answers
-        fold += [k] * len(one.task.table(one.rows, one.answers)[1])  # tags have a line a word
+        fold += [k] * len(one.rows)
     written = write_results(folder, tested[0].task, rows, answers, summary, s, "pooled", {"fold": fold})
     return [f"\nAll {len(rows):,} examples, each by the fold that tested it:\n", table(summary["pooled"]),
             f"\n{folder}: {', '.join(written)}"]

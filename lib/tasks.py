@@ -13,7 +13,7 @@ import math
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -231,10 +231,11 @@ class Task:
         lines = [{**self.given(row), **self.said(answer)} for row, answer in zip(rows, answers)]
         return list(lines[0]), [[as_cell(value) for value in line.values()] for line in lines]
 
-    def shown(self, row: Row, answer) -> str:
-        """For the terminal."""
+    def shown(self, row: Row, answer, hidden: Collection[str] = ()) -> str:
+        """For the terminal, without the columns `hidden`."""
         header, (cells,) = self.table([row], [answer])
-        return "\n".join(f"{name:15} {cell}" for name, cell in zip(header, cells) if cell)
+        found = {name: cell for name, cell in zip(header, cells) if cell and name not in hidden}
+        return "\n".join(f"{name:15} {cell}" for name, cell in found.items())
 
     def explained(self, row: Row, example: Example, out, target: str) -> tuple[str, list[int]]:
         """What is said, and the sum of which outputs says it.
@@ -345,6 +346,7 @@ class Classify(TextTask):
     metrics = metrics.CLASS_METRICS
     shares = {"accuracy"}
     classes = True
+    SHOWN = 20  # labels on the terminal, the likeliest
     knows = TextTask.knows | {"multi_label", "class_weight", "label_smoothing", "teacher"}
 
     @classmethod
@@ -433,6 +435,11 @@ class Classify(TextTask):
             called = [label for label, p in zip(self.labels, answer) if p > 0.5]
         probs = {f"prob_{label}": float(p) for label, p in zip(self.labels, answer)}
         return {"prediction": called, **probs}
+
+    def shown(self, row, answer, hidden=()):
+        unlikely = np.argsort(-answer, kind="stable")[self.SHOWN:]
+        said = super().shown(row, answer, {f"prob_{self.labels[k]}" for k in unlikely})
+        return f"{said}\n({len(unlikely):,} less likely labels)" if len(unlikely) else said
 
     def baselines(self, train, test):
         shares = self.label_counts(train) / len(train)
@@ -592,7 +599,7 @@ class Tag(Task):
             lines += [[row.id, *cells] for cells in zip(row.words, labels, tags)]
         return ["sentence", "text", "label", "prediction"], lines
 
-    def shown(self, row, answer):
+    def shown(self, row, answer, hidden=()):
         return "\n".join(f"{word}\t{tag}" for word, tag in zip(row.words, answer[0]))
 
     def explained(self, row, example, out, target):

@@ -355,7 +355,7 @@ PHASES = [  # owner, function and its call in which the signal comes; what does
     (finetune, "read_splits", 1, "folds"), (finetune, "train_step", 2, "folds"),
     (finetune, "evaluate", 1, "folds"), (finetune, "evaluate", 2, "folds"), (torch, "save", 1, "folds"),
     (torch, "save", 4, "folds"), (finetune, "tuned_of", 1, "folds"), (finetune, "predict", 3, "folds"),
-    (finetune, "write_json", 1, "folds"), (report, "write_text", 2, "folds"),
+    (finetune, "write_json", 1, "folds"), (report, "as_csv", 2, "folds"),
     (finetune, "write_results", 4, "folds"), (finetune, "summary_of_folds", 1, "folds"),
     (sample, "load", 1, "sample"), (Transformer, "hidden", 1, "sample"), (Transformer, "hidden", 5, "sample"),
 ]

@@ -102,7 +102,7 @@ def test_a_large_table_takes_fewer_draws_and_says_so(capsys, monkeypatch):
     monkeypatch.setattr(intervals, "CELLS", 40_000)  # 10 draws of 4,000 rows
     rng = np.random.default_rng(0)
     intervals.with_intervals(TWO, (rng.integers(2, size=4000), rng.random((4000, 2))))
-    assert "(intervals: 5% of the draws)" in capsys.readouterr().out
+    assert "(intervals: 5%)" in capsys.readouterr().out
     assert intervals.number_of_draws([np.broadcast_to(0.0, (10**6, 1000))]) == 100 < 200
 
 

@@ -124,6 +124,9 @@ def test_predictions_are_told_as_the_file_has_them():
     assert lines == [["x", "a", "a", "0.700000", "0.600000", "0.100000"]]
     assert SEVERAL.said(probs)["prediction"] == ["a", "b"]
     assert SEVERAL.table(rows[1:], [probs])[1] == [["y", "z", "b", "a|b", "0.700000", "0.600000", "0.100000"]]
+    many = Classify({**CLASSES, "labels": [f"l{k}" for k in range(5000)]}, None)
+    shown = many.shown(rows[0], np.arange(5000) / 5000).splitlines()
+    assert len(shown) == 3 + 20 + 1 and shown[3].split()[0] == "prob_l4980" and "4,980 less" in shown[-1]
     answer, = NUMBER.answers(rows[:1], [], [np.array([0.5])])
     assert NUMBER.said(answer) == {"prediction": 4.0} and NUMBER.target(Row("", "", label="4")) == 0.5
     tag, answer = Tag({**PLAIN, "labels": ["B", "O"]}, None), (["B", "O"], None)
