@@ -216,20 +216,26 @@ def make_built_in(dataset: str, vocab_size: Optional[int], machine: Machine, ori
         machine.barrier()
 
 
-def open_data(dataset: str, vocab_size: Optional[int], block_size: int) -> Data:
-    """What prepare.py made of data/<dataset>, or nanoGPT.
-
-    vocab_size: the model's, if it was given. Raises UserError if there is no such data set or it is damaged,
-    SettingError if it does not fit.
-    """
+def need_data(dataset: str) -> None:
+    """Raises UserError if there is no such data set, nor one that is built in."""
     folder = Path("data") / dataset
-    if not folder.is_dir():
+    if not folder.is_dir() and dataset not in prepare.BUILT_IN:
         how = "--source=hf:Skylion007/openwebtext --tokenizer=gpt2" if dataset == "openwebtext" else (
             "--source=FILE")
         there = sorted(file.parent.name for file in Path("data").glob("*/train.bin"))
         others = "|".join(dict.fromkeys([*prepare.BUILT_IN, *there]))
         raise UserError(f"dataset={dataset}: {folder} is not there: python prepare.py {how} "
                         f"--dataset={dataset} makes it; or take --dataset={others}")
+
+
+def open_data(dataset: str, vocab_size: Optional[int], block_size: int) -> Data:
+    """What prepare.py made of data/<dataset>, or nanoGPT.
+
+    vocab_size: the model's, if it was given. Raises UserError if there is no such data set or it is damaged,
+    SettingError if it does not fit.
+    """
+    need_data(dataset)
+    folder = Path("data") / dataset
     ours = (folder / "meta.json").exists() or not (folder / "train.bin").exists()
     meta = prepare.read_meta(folder) if ours else prepare.nanogpt_meta(folder)
     if not ours and main_process():
@@ -750,6 +756,8 @@ def main(given: dict):
 
     # What we start from: nothing, a run to go on with, or the weights of another; and the data.
     run = Run(machine, out_dir, init_from, overwrite or eval_only, max_minutes)
+    if is_published(run.init_from):
+        need_data(dataset)  # before it is downloaded
     model, data = fit(*open_model(run, given, chars), given, dataset, machine, run.init_from)
     config, tokenizer = model.config, data.tokenizer
     machine.say(*check_used(globals(), given, **asdict(config)))

@@ -476,7 +476,8 @@ def from_file(path: str, settings: dict[str, Setting], given: dict | None = None
     found, line_of = from_json(path) if path.endswith(".json") else from_python(path, known)
     for name, value in found.items():
         where = path + line_of.get(name, "")  # one that came by `from config.small import *` has no line here
-        if name not in settings and "out_dir" in found and "init_from" in settings.keys() - {"overwrite"}:
+        reader = "init_from" in settings and "overwrite" not in settings  # such as sample.py
+        if name not in settings and "out_dir" in found and reader:
             raise SettingError(f"{path}: a recipe is to train by: --out_dir={found['out_dir']} is its run")
         if name not in settings:
             raise unknown(where, name, settings)

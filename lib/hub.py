@@ -59,7 +59,7 @@ def folder_of(path: str | Path, weights: bool = True) -> Path:
         return Path(path)
     name, parent = Path(path).as_posix(), Path(path).parent
     runs = sorted(parent.glob("*/settings.json"), key=os.path.getmtime, reverse=True)
-    if runs:
+    if runs and name not in OWNERS:
         runs = [file.parent.name for file in runs]
         others = near(Path(path).name, runs) or runs[:8]
         raise FileNotFoundError(f"{name}: no such run; {parent} has {', '.join(others)}"
@@ -76,10 +76,22 @@ def folder_of(path: str | Path, weights: bool = True) -> Path:
             if any(folder.glob("*.safetensors")):
                 break
     except Exception as error:  # of many kinds: no such name, no network, no permission
+        if cached_as(name):
+            return cached_as(name)
         reason = " ".join(str(error).split())[:120]
         raise FileNotFoundError(f"{name}: neither a folder here nor a model that Hugging Face's hub gives us "
                                 f"({reason})") from None
     return folder
+
+
+def cached_as(name: str) -> Path | None:
+    """Where transformers keeps a model that it was asked for by its name from before the hub had owners."""
+    from huggingface_hub import try_to_load_from_cache
+    short = name.rpartition("/")[2]
+    if short not in OWNERS or full_id(short) != full_id(name):
+        return None
+    found = [try_to_load_from_cache(short, file) for file in WEIGHT_FILES]
+    return next((Path(file).parent for file in found if isinstance(file, str)), None)
 
 
 def read_json(path: Path, kind: type = dict) -> dict | list:

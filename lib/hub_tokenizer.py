@@ -18,7 +18,7 @@ import numpy as np
 
 from config import UserError
 from lib.hub import folder_of, read_json, say
-from lib.tokenizer import EOT, HARD, MARKS, MASK, UNIT, Tokenizer, same_ids, with_ends
+from lib.tokenizer import EOT, HARD, MARKS, MASK, UNIT, Tokenizer, of_gpt2, same_ids, with_ends
 
 
 class HubTokenizer(Tokenizer):
@@ -279,7 +279,7 @@ CLASS_OF = {
     "gpt2": "GPT2Tokenizer", "llama": "LlamaTokenizer", "qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer"}
 
 
-def read_hub_tokenizer(path: str | Path) -> HubTokenizer:
+def read_hub_tokenizer(path: str | Path) -> Tokenizer:
     """Of a folder or an id on the hub: tokenizer.json, or what older folders have. Raises UserError.
 
     The roles of special tokens are read from tokenizer_config.json, else special_tokens_map.json; if neither
@@ -294,6 +294,11 @@ def read_hub_tokenizer(path: str | Path) -> HubTokenizer:
     config = facts["tokenizer_config.json"]
     if config.get("kind") == "chars":  # an export of ours
         return Tokenizer.from_dict(config)
+    size, files = facts["config.json"].get("vocab_size"), ("tokenizer.json", "vocab.json", "merges.txt")
+    if CLASS_OF.get(facts["config.json"].get("model_type")) == "GPT2Tokenizer" and size == 50257:
+        if not any((folder / file).is_file() for file in files):  # what loading its weights alone leaves
+            say(f"{path}: brings no tokenizer: read with GPT-2's")
+            return of_gpt2(size)
     named = named_in(facts["special_tokens_map.json"]) | named_in(config)
     roles = {role: token for role, token in named.items() if token}
     try:

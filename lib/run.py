@@ -34,11 +34,11 @@ import torch.distributed as dist
 
 from config import OF_THE_COMMAND, SettingError, UserError, why
 from lib import group
-from lib.hub import folder_of_tokenizer, is_published
+from lib.hub import folder_of_tokenizer, is_published, say
 from lib.optim import load_optimizer_state, optimizer_state
 from lib.pictures import plot_losses
 from lib.text import read_text, try_lock
-from lib.tokenizer import Characters, Tokenizer, make_tokenizer
+from lib.tokenizer import Characters, Tokenizer, of_gpt2
 from model import Config, Transformer
 
 # about when the process began: `elapsed` includes the imports, for which its user waits too
@@ -65,9 +65,10 @@ class Machine:
         on_gpu = self.device.type == "cuda"
         self.asked, self.dtype = dtype, pick_dtype(dtype, self.device)
         self.scaler = None
+        if self.dtype == torch.float16 and self.device.type == "cpu":  # as nanoGPT's settings say by default
+            say("dtype float16 -> float32, on a CPU")
+            self.dtype = torch.float32
         if self.dtype == torch.float16:
-            if self.device.type == "cpu":
-                raise SettingError("dtype=float16: not on a CPU: use --dtype=float32, or bfloat16")
             self.scaler = torch.amp.GradScaler(self.device.type)
         if self.world > 1 and not dist.is_initialized():
             # gloo beside nccl: to agree on stopping, the processes need not wait for the GPUs
@@ -628,9 +629,7 @@ def tokenizer_of(checkpoint: dict, chars: str = "") -> Tokenizer:
                            "--chars=input.txt, the text whose characters they are")
     if main_process():
         print("(a checkpoint of nanoGPT, which keeps no tokenizer: read with GPT-2's)", file=sys.stderr)
-    found = make_tokenizer("gpt2", [], 0).to_dict()
-    specials = found["specials"].items()  # with our mask, if the model has a place for it
-    return Tokenizer.from_dict({**found, "specials": {name: i for name, i in specials if i < size}})
+    return of_gpt2(size)
 
 
 def refuse_chars(chars: str) -> None:

@@ -300,6 +300,13 @@ def of_openai(name: str) -> Tokenizer:
     return tokenizer
 
 
+def of_gpt2(size: int) -> Tokenizer:
+    """GPT-2's, with our mask if a model of so many tokens has a place for it."""
+    found = make_tokenizer("gpt2", [], 0).to_dict()
+    specials = found["specials"].items()
+    return Tokenizer.from_dict({**found, "specials": {name: i for name, i in specials if i < size}})
+
+
 def with_specials(kind: str, pattern: str, ranks: list[bytes], specials: dict | None = None) -> Tokenizer:
     """specials: their ids, if not behind the ranks. The mask is ours, behind all."""
     specials = dict(specials or {EOT: len(ranks)})

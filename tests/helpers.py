@@ -127,7 +127,7 @@ def run_here(module, *args, cwd=".") -> str:
 
 
 class Half(Machine):
-    """float16 on a CPU, where it is refused, with a scale that is much too large at first."""
+    """float16 on a CPU, where float32 takes its place, with a scale that is much too large at first."""
 
     def __init__(self, *how):
         super().__init__(*how)

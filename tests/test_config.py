@@ -90,6 +90,11 @@ def test_a_config_file_computes_with_what_is_set_before_and_with_names_of_its_ow
         with pytest.raises(SettingError) as error:
             settings.configure(a_script, Config, [str(file)])
         says(error, *words)
+    file.write_text("out_dir = 'out/mine'\nmax_iter = 3\n")
+    with pytest.raises(SettingError, match="c.py:2: unknown setting 'max_iter', did you mean 'max_iters'"):
+        settings.configure(dict(vars(train)), Config, [str(file)])
+    with pytest.raises(SettingError, match="a recipe is to train by: --out_dir=out/mine is its run"):
+        settings.configure(dict(vars(sample)), None, [str(file)])
 
 
 @pytest.mark.parametrize("arg, words", [

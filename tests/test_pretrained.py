@@ -936,7 +936,7 @@ def test_a_nanogpt_checkpoint_without_its_characters_says_what_is_missing(nanogp
 def test_a_nanogpt_checkpoint_of_gpt2_s_size_has_gpt2_s_tokenizer(size, tmp_path, monkeypatch, capsys):
     small = make_tokenizer("bytes", [], 0).to_dict()
     ours = {**small, "specials": {"<|endoftext|>": 50256, "<|mask|>": 50257}}
-    monkeypatch.setattr("lib.run.make_tokenizer", lambda *how: Tokenizer.from_dict(ours))
+    monkeypatch.setattr("lib.tokenizer.make_tokenizer", lambda *how: Tokenizer.from_dict(ours))
     their = save_nanogpt(tmp_path / "theirs", size)
     model, tokenizer = sample.load(tmp_path / "theirs")
     idx = torch.tensor([tokenizer.encode("hear me")])
@@ -944,6 +944,24 @@ def test_a_nanogpt_checkpoint_of_gpt2_s_size_has_gpt2_s_tokenizer(size, tmp_path
     assert same(Transformer.from_pretrained(tmp_path / "theirs/ckpt.pt").state_dict(), model.state_dict())
     assert "read with GPT-2's" in capsys.readouterr().err
     assert (tokenizer.eot, tokenizer.mask) == (50256, 50257 if size > 50257 else None)
+
+
+def test_gpt2_is_found_where_nanogpt_left_it(tmp_path, cache, monkeypatch, capsys):
+    """In the cache by its short name, and without a tokenizer."""
+    small = make_tokenizer("bytes", [], 0).to_dict()
+    gpt2 = {**small, "specials": {"<|endoftext|>": 50256, "<|mask|>": 50257}}
+    monkeypatch.setattr("lib.tokenizer.make_tokenizer", lambda *how: Tokenizer.from_dict(gpt2))
+    model = transformers.GPT2LMHeadModel
+    their = model(model.config_class(n_positions=16, n_embd=8, n_layer=1, n_head=2)).eval()
+    their.save_pretrained(in_cache(cache, "gpt2"))
+    for name in ("gpt2", "openai-community/gpt2"):
+        ours, tokenizer = sample.load(name)
+        idx = torch.tensor([tokenizer.encode("hear me")])
+        torch.testing.assert_close(ours(idx)[0], their(idx).logits, atol=1e-5, rtol=1e-5)
+        assert (tokenizer.eot, tokenizer.mask) == (50256, None)
+        assert "brings no tokenizer: read with GPT-2's" in capsys.readouterr().err
+    with pytest.raises(UserError, match="gpt2-xl: neither a folder here nor"):
+        sample.load("gpt2-xl")
 
 
 def test_a_nanogpt_data_folder_is_read_and_nothing_of_it_unpickled(nanogpt, tmp_path):

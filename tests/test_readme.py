@@ -120,6 +120,7 @@ def test_init_from_is_taken_as_in_nanogpt(home, cache):
     named = run_here(sample, "--init_from=gpt2-xl", *how, cwd=home)
     known = run_here(sample, "--out_dir=openai-community/gpt2-xl", *how, cwd=home)
     assert named == known.replace("(openai-community/gpt2-xl: ", "(gpt2-xl: ")
+    assert named == run_here(sample, "--init_from=gpt2-xl", *how, cwd=home / "out")  # where runs are
     own = run_here(sample, "--init_from=resume", "--out_dir=out/whole", *how, cwd=home)
     assert own == run_here(sample, "--init_from=out/whole", *how, cwd=home) != named
     for module in (sample, explain, bench):
