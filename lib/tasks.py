@@ -373,6 +373,7 @@ class Classify(TextTask):
     def __init__(self, head, tokenizer):
         super().__init__(head, tokenizer)
         self.several = head.get("several", False)
+        self.prob_names = [f"prob_{label}" for label in self.labels]
         if self.several:
             self.knows = self.knows - {"teacher"}  # its probabilities are one distribution
             self.metrics, self.metric = metrics.LABEL_METRICS, "f1_macro"
@@ -433,12 +434,12 @@ class Classify(TextTask):
         called = self.labels[answer.argmax()]
         if self.several:
             called = [label for label, p in zip(self.labels, answer) if p > 0.5]
-        probs = {f"prob_{label}": float(p) for label, p in zip(self.labels, answer)}
+        probs = dict(zip(self.prob_names, answer.tolist()))
         return {"prediction": called, **probs}
 
     def shown(self, row, answer, hidden=()):
         unlikely = np.argsort(-answer, kind="stable")[self.SHOWN:]
-        said = super().shown(row, answer, {f"prob_{self.labels[k]}" for k in unlikely})
+        said = super().shown(row, answer, {self.prob_names[k] for k in unlikely})
         return f"{said}\n({len(unlikely):,} less likely labels)" if len(unlikely) else said
 
     def baselines(self, train, test):
@@ -947,10 +948,8 @@ def prompt_of(row: Row) -> str:
 
 
 def as_cell(value) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, list):
-        return "|".join(map(str, value))
     if isinstance(value, float):
         return f"{value:.6g}" if 0 < abs(value) < 1e-3 else f"{value:.6f}"  # labels may all be near 0
-    return str(value)
+    if value is None:
+        return ""
+    return "|".join(map(str, value)) if isinstance(value, list) else str(value)
