@@ -227,8 +227,10 @@ class Tuned(nn.Module):
 
     def predict(self, texts: list, batch_size: int = 64) -> list[dict]:
         """What it says about each text, or (text, second text): a dict as a row of predictions.csv."""
-        if isinstance(texts, str):
-            raise UserError("predict: wanted a list of texts, got one text: predict([text])[0]")
+        if isinstance(texts, (str, dict)) or hasattr(texts, "columns"):
+            what = "one text" if isinstance(texts, str) else "a table"
+            raise UserError(f"predict: wanted a list of texts, got {what}: predict([text])[0], or of a table "
+                            "its column of texts")
         rows = []
         for n, one in enumerate(texts, start=1):
             pair = [one, None] if isinstance(one, str) else one

@@ -138,8 +138,8 @@ def as_text(ids: Iterable[int], tokenizer: Tokenizer, stops: Iterable[str] = (),
             prompt: str = "") -> Iterator[str]:
     """Token ids to text, piece by piece: never half a character, and never part of a stop string.
 
-    Ends before the first stop string, which may begin in the prompt, and at a token that ends a text. prompt:
-    what the ids go on from.
+    Ends before the stop string that is whole first, however the text is cut into tokens, and which may begin
+    in the prompt; and at a token that ends a text. prompt: what the ids go on from.
     """
     stops = [stop for stop in stops if stop]
     held = max(map(len, stops), default=1) - 1  # characters at the end, with which a stop string may begin
@@ -147,10 +147,10 @@ def as_text(ids: Iterable[int], tokenizer: Tokenizer, stops: Iterable[str] = (),
     ids = itertools.takewhile(lambda i: i not in tokenizer.ends, ids)
     for piece in tokenizer.pieces(ids, begun=prompt != ""):
         old, text = len(text), text + piece
-        found = [text.find(stop, max(0, old - len(stop) + 1)) for stop in stops]
-        found = [at for at in found if at >= 0]
+        begins = [text.find(stop, max(0, old - len(stop) + 1)) for stop in stops]
+        found = [(at + len(stop), at) for at, stop in zip(begins, stops) if at >= 0]
         if found:
-            yield text[out:min(found)]
+            yield text[out:min(found)[1]]
             return
         end = max(out, len(text) - held)
         yield text[out:end]
@@ -353,7 +353,8 @@ def write_pretrained(model: Transformer | Tuned, tokenizer: Tokenizer, folder: s
     try:
         with together(Path(folder)) as new:
             save_with_head(body, new, ids, head)
-            tokenizer.save_pretrained(new, head["max_length"] if head else body.config.block_size)
+            length = head["max_length"] if head else body.config.block_size
+            tokenizer.save_pretrained(new, length, of_two=body.config.n_segment > 1)
             if head:
                 read_as_trained(new, head, tokenizer, ids["pad_token_id"])
     except (ImportError, OSError, ValueError) as error:

@@ -146,7 +146,7 @@ class HubTokenizer(Tokenizer):
     def read(self, text: str, specials: bool = False):
         """What the library makes of a text: ids, and where in it each is."""
         self.fast.encode_special_tokens = not specials
-        return self.fast.encode(text, add_special_tokens=False)
+        return self.fast.encode(whole(text), add_special_tokens=False)
 
     def counted(self, text: str, specials: bool = False):
         """The same, and what is lost of it is counted."""
@@ -160,7 +160,7 @@ class HubTokenizer(Tokenizer):
     def encode_batch(self, texts: list[str], lost: Counter | None = None) -> list[np.ndarray]:
         self.fast.encode_special_tokens = True
         encode = self.fast.encode_batch_fast if self.lossless else self.fast.encode_batch  # with places
-        found = encode(texts, add_special_tokens=False)
+        found = encode(list(map(whole, texts)), add_special_tokens=False)
         lost = self.lost if lost is None else lost
         for text, one in zip(texts, found):
             lost.update(self.lost_of(text, one))
@@ -231,12 +231,20 @@ class HubTokenizer(Tokenizer):
         return {"kind": self.kind, "json": self.json, "roles": self.roles, "ends": sorted(self.ends),
                 "config": self.config}
 
-    def save_pretrained(self, folder: str | Path, context: int) -> None:
+    def save_pretrained(self, folder: str | Path, context: int, of_two: bool = True) -> None:
+        """of_two: the model has vectors for the tokens of a first and of a second text."""
         config = self.config
         as_bert = "cls_token" in self.roles and any(segment for _, segment, _ in self.templates[1])
-        if as_bert and "tokenizer_class" not in config:  # a class knows what it feeds
+        if as_bert and not of_two:  # whatever its class feeds: GPT2Model would add vectors of tokens
+            config = {**config, "model_input_names": ["input_ids", "attention_mask"]}
+        elif as_bert and "tokenizer_class" not in config:  # a class knows what it feeds
             config = {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"], **config}
         write(folder, context, self.roles, config, json.loads(self.json))
+
+
+def whole(text: str) -> str:
+    """With a question mark for half a character, which the library refuses."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
 def need_tokenizers():

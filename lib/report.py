@@ -65,7 +65,7 @@ def tables(task: Task, rows: list[Row], answers: list, more: dict[str, list]) ->
 def table(found: dict) -> str:
     """What metrics.json holds, for the terminal: each metric with its interval, or deviation over folds."""
     baselines = found.get("baselines", {})
-    width = max(8, *map(len, baselines)) + 2 if baselines else 0
+    width = 2 + max(len("-1.23457e+06"), *map(len, baselines)) if baselines else 0
     lines = [f"  {'':20} {'this model':>24}" + "".join(f"{name:>{width}}" for name in baselines)]
     for name in found:
         if f"{name}_ci95" in found:

@@ -325,7 +325,9 @@ NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
 def label_key(label: str) -> float | str:
     """Equal for labels that are one: 1 and 1.0, True and true."""
     number = to_number(label)
-    return number if number != math.inf else label.lower() if label.lower() in ("true", "false") else label
+    if abs(number) < 2**53:  # a name of more digits would be, as a float, that of others
+        return number
+    return label.lower() if label.lower() in ("true", "false") else label
 
 
 # -----------------------------------------------------------------------------
@@ -630,9 +632,8 @@ def tags_of_spans(row: Row) -> tuple[list[str], list[str], int]:
         raise UserError(f"{row.where}: not the places of tags: {str(row.label)[:60]}: wanted [begin, end, "
                         "tag] of each") from None
     unspaced = " " not in row.text and UNSPACED.search(row.text)
-    split = WORDS["characters" if unspaced else "punctuation"]
     words, tags = [], []
-    for match in re.finditer(split, row.text):
+    for match in word_pattern("characters" if unspaced else "punctuation").finditer(row.text):
         inside = [span for span in spans if span[0] < match.end() and match.start() < span[1]]
         span = begin, _, kind = max(inside, key=lambda span: span[1] - span[0], default=(0, 0, ""))
         taken[span] = taken.get(span, "") + match.group()
@@ -642,10 +643,12 @@ def tags_of_spans(row: Row) -> tuple[list[str], list[str], int]:
     return words, tags, len(lost)
 
 
-WORDS = {  # how a text is cut into the words that get tags
+IN_WORD = r"\p{L}\p{N}_\p{M}\u200c\u200d"  # the vowels of Hindi and Hebrew are marks; Persian has joiners
+WORDS = {  # how a text is cut into the words that get tags; see word_pattern
     "spaces": r"\S+",
     "characters": r"\S",
-    "punctuation": r"(?:\w\.){2,}|'\w{1,2}\b|\w+(?:[.,\-/&@]\w+)*|[^\w\s]",
+    "punctuation": rf"(?:[{IN_WORD}]\.){{2,}}|'[{IN_WORD}]{{1,2}}\b|"
+                   rf"[{IN_WORD}]+(?:[.,\-/&@][{IN_WORD}]+)*|[^{IN_WORD}\s]\p{{M}}*",
     "mixed": "[\u3400-\u9fff\U00020000-\U0003ffff]|[^\\s\u3400-\u9fff\U00020000-\U0003ffff]+",
 }
 IN_WORDS = {"spaces": "what spaces divide", "characters": "each character",
@@ -653,6 +656,12 @@ IN_WORDS = {"spaces": "what spaces divide", "characters": "each character",
             "mixed": "each Chinese character, else what spaces divide"}
 UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Burmese, Khmer
                       "\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]")  # Japanese, Chinese
+
+
+def word_pattern(kind: str):
+    """Of one word, for a kind of WORDS."""
+    import regex  # comes with tiktoken; Python's own knows no \p{M}
+    return regex.compile(WORDS[kind])
 
 
 def kind_of_words(rows: Iterable[Row]) -> str:

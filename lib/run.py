@@ -1066,8 +1066,10 @@ WORDS = {"train_loss": "train loss {}", "val_loss": "val loss {}", "loss": "val 
 
 
 def in_digits(value: float) -> str:
-    """Four decimals; of a number that they would make 0, its first digits."""
-    return f"{value:.1e}" if 0 < abs(value) < 5e-5 else f"{value:.4f}"
+    """Four decimals; of a number that they would make 0, or a long one, its first digits."""
+    if 0 < abs(value) < 5e-5:
+        return f"{value:.1e}"
+    return f"{value:.4f}" if abs(value) < 1000 else f"{value:.6g}"
 
 
 def in_words(metrics: dict[str, float]) -> str:

@@ -40,8 +40,9 @@ def read_splits(s: SimpleNamespace, say) -> dict[Path, Splits]:
         train = pick(rows, ~(to_val | to_test))
         split = Splits(train, val or pick(rows, to_val), test or pick(rows, to_test))
         if not all(split):
+            together = f"rows of one {s.columns['split']}" if s.columns.get("split") else "equal texts"
             raise UserError(f"{s.data}: {len(rows)} examples are too few to train, validate and test on "
-                            "(equal texts stay together, and questions on one article)")
+                            f"({together} stay together, and questions on one article)")
         splits[folder / f"fold{k + 1}" if s.folds else folder] = split
         if task.classes:  # a bad label in the last fold is found now, not hours later
             learned = task(task.learn(split.train, s), None)

@@ -24,10 +24,10 @@ from torch.nn import functional as F
 
 from config import SettingError, UserError
 from lib import intervals, metrics
-from lib.rows import (ANSWER_NAMES, CLASS_NAMES, CONLL_U, LM_NAMES, NUMBER_NAMES, TAG_NAMES, WORDS, Names,
-                      Row, each_with_answers, is_fasttext, kind_of_words, label_key, of_names, open_conll,
+from lib.rows import (ANSWER_NAMES, CLASS_NAMES, CONLL_U, LM_NAMES, NUMBER_NAMES, TAG_NAMES, Names, Row,
+                      each_with_answers, is_fasttext, kind_of_words, label_key, of_names, open_conll,
                       open_rows, read_lines, read_paragraphs, split_rows, tags_of_spans, tell, text_key,
-                      texts_in_cells, to_number)
+                      texts_in_cells, to_number, word_pattern)
 from lib.text import encoding_of, kind_of
 
 
@@ -461,6 +461,9 @@ class Regress(TextTask):
         y = np.array([number_of(row) for row in rows])
         if np.ptp(y) == 0:
             raise nothing_to_tell_apart(rows, f"the label {y[0]:g}")
+        if not 1e-150 < np.ptp(y) < 1e150:
+            raise UserError(f"{file_of(rows)}: labels from {y.min():g} to {y.max():g}: their squares are no "
+                            "numbers: give them in another unit")
         low, middle, high = np.quantile(y, (0.25, 0.5, 0.75))
         far = int(np.abs(y - middle).argmax())
         if abs(y[far] - middle) > 20 * (high - low) > 0:
@@ -530,7 +533,7 @@ class Tag(Task):
             return True
         text = "\n".join(row.text for row in itertools.islice(read_lines(path, False, encoding), 100)).strip()
         cells = [line.split() for line in text.split("\n") if line.strip()]
-        word = re.compile(WORDS[self.head.get("words", "spaces")])
+        word = word_pattern(self.head.get("words", "spaces"))
         numbers = Counter(len(one) for one in cells if len(one) > 1 or word.fullmatch(one[0]))
         tagged = sum(one[-1] in self.number for one in cells if len(one) > 1)
         in_columns = "\n\n" in text or 2 * tagged > len(cells)
@@ -538,7 +541,7 @@ class Tag(Task):
 
     def ready(self, row):
         if row.words is None:
-            row.words = re.findall(WORDS[self.head.get("words", "spaces")], row.text)
+            row.words = word_pattern(self.head.get("words", "spaces")).findall(row.text)
             row.text = " ".join(row.words)
         return super().ready(row)
 
@@ -705,7 +708,7 @@ class Answer(Task):
         score = np.where(allowed, first[:, None] + last, -1e9)  # (n, n)
         a, b = np.unravel_index(score.argmax(), score.shape)
         begin, end = example.spans[a][0], example.spans[b][1]
-        while unicodedata.combining(row.pair[end:end + 1] or "a"):  # which a normalizer joined to its letter
+        while unicodedata.category(row.pair[end:end + 1] or "a")[0] == "M":  # a mark is of its letter's token
             end += 1
         return float(score[a, b]), row.pair[begin:end].strip(), example.places[[a, b]].tolist()
 

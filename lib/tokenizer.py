@@ -181,7 +181,7 @@ class Tokenizer:
         from lib.hub_tokenizer import read_hub_tokenizer
         return read_hub_tokenizer(path)
 
-    def save_pretrained(self, folder: str | Path, context: int) -> None:
+    def save_pretrained(self, folder: str | Path, context: int, of_two: bool = True) -> None:
         """tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer reads."""
         from lib.hub_tokenizer import export
         export(self, folder, context)
@@ -216,7 +216,7 @@ class Characters(Tokenizer):
     def to_dict(self) -> dict:
         return {"kind": self.kind, "chars": self.chars}
 
-    def save_pretrained(self, folder: str | Path, context: int) -> None:
+    def save_pretrained(self, folder: str | Path, context: int, of_two: bool = True) -> None:
         from lib.hub_tokenizer import tokenizer_json, write
         model = {"type": "BPE", "vocab": self.id_of, "merges": []}
         write(folder, context, {}, self.to_dict(),

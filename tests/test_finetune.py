@@ -255,6 +255,9 @@ def test_a_classifier_leaves_what_it_promised(tuned):
     assert np.mean(right) == pytest.approx(metrics["accuracy"])
     values = [(row["val_accuracy"], -row["val_loss"]) for row in log_of(out) if "val_loss" in row]
     assert len(values) == 4 and metrics["best_epoch"] == 1 + max(range(4), key=values.__getitem__)
+    for none, said in (("fine", "one text"), ({"text": ["fine"]}, "a table")):
+        with pytest.raises(UserError, match=said):
+            sample.load(out)[0].predict(none)
     pytest.importorskip("sklearn"), pytest.importorskip("matplotlib")
     for name in ("loss", "roc", "precision_recall", "calibration", "confusion"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -616,6 +619,10 @@ NOTHING = json.dumps([{"text": f"t{i}", "label": [None]} for i in range(30)])
     ("a.json", NOTHING, ["--multi_label"], ["a.json", "no label"]),
     ("a.json", '[{"tokens": ["a", "b"], "tags": []}]', ["--task=tag"], ["a.json:1", "list of words"]),
     ("a.csv", GOOD, ["--data_test=b.csv"], ["b.csv:2", "'z'", "training"]),
+    ("a.csv", GOOD.replace(",x", ",1e200").replace(",y", ",2"), ["--task=regress"],
+     ["a.csv: labels from 2 to 1e+200", "another unit"]),
+    ("a.csv", GOOD.replace(",x", ",1e-200").replace(",y", ",0"), ["--task=regress"], ["another unit"]),
+    ("a.csv", GOOD, ["--split_column=label"], ["too few", "rows of one label stay together"]),
     ("a.csv", GOOD, ["--max_length=99"], ["max_length=99", "64"]),
     ("a.csv", GOOD, ["--out_dir=a.csv/out"], ["out_dir=a.csv/out", "cannot be made"]),
     ("a.csv", GOOD, ["--init_from=resume"], ["no checkpoint here"]),

@@ -157,6 +157,14 @@ def test_numbers_near_0_are_no_0():
     assert line == ["loss", "4.1e-07", "[1.0e-07,", "0.0200]", "6.4e-07"]
 
 
+def test_large_numbers_stay_in_their_columns():
+    """As of the prices of houses, and their squares."""
+    others = {"mean": {"loss": 2.5e10}, "bag_of_words": {"loss": 123456.78}}
+    found = {"loss": 1.23456789e10, "loss_ci95": [math.nan, math.nan], "baselines": others}
+    assert report.table(found).splitlines()[1].split() == ["loss", "1.23457e+10", "2.5e+10", "123457"]
+    assert in_words({"none": 999.99, "perplexity": 1234.567}) == "none 999.9900, perplexity 1234.57"
+
+
 def test_entity_f1_is_that_of_all_sentences_together():
     gold, called = ["B-a I-a O B-b", "O B-a", "O"], ["B-a I-a O B-a", "O B-a", "B-b"]
     scheme = metrics.TagScheme(" ".join(gold + called).split())

@@ -675,6 +675,20 @@ def test_an_export_that_is_read_back_says_the_same(task, more, tmp_path):
         assert back.get("prediction") == ours["prediction"]
 
 
+def test_a_body_that_knows_no_first_and_second_text_is_told_of_none(tmp_path):
+    """transformers' GPT2 would add to each vector that of the token 0 or 1."""
+    theirs("gpt2").save_pretrained(tmp_path / "in")
+    write_tokenizer(tmp_path / "in")
+    rewrite(tmp_path / "in", "tokenizer_config.json", lambda one: one.update(model_input_names=[
+        "input_ids", "token_type_ids", "attention_mask"]))
+    body, tokenizer = load_body(str(tmp_path / "in"))
+    sample.write_pretrained(body, tokenizer, str(tmp_path / "out"))
+    read = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("ab c", "de", return_tensors="pt")
+    their = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    found = body.logits(body.eval().hidden(read["input_ids"]))
+    torch.testing.assert_close(their(**read).logits, found, atol=1e-4, rtol=1e-4)
+
+
 @slow
 def test_a_classifier_from_scratch_is_read_by_others_as_it_was_trained(tmp_path):
     texts, labels = synthetic(60)

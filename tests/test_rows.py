@@ -448,6 +448,9 @@ def test_words_are_cut_as_the_training_words_were():
     apart = tag(["EU", "rejects", "German", "call", "."], ["It", "'s", "U.S.", "3,000", "x-ray", "!"])
     assert apart.row("", "Peter's call (U.S.), 1,000 well-known!").words == [
         "Peter", "'s", "call", "(", "U.S.", ")", ",", "1,000", "well-known", "!"]
+    # the vowels of Hindi, the points of Hebrew, an accent of its own, Persian's joiner: all in their words
+    whole = "नमस्ते शָׁלוֹם e\u0301te\u0301 می\u200cخواهم x² ❤\ufe0f".split()
+    assert apart.row("", f"{' '.join(whole)}।").words == [*whole, "।"]
     row = tag(["Rome,", "is", "nice."]).row("", "Rome,  I say.")
     assert row.words == ["Rome,", "I", "say."] and row.text == "Rome, I say."
 
@@ -463,13 +466,15 @@ def splits_of(path, **changes):
 
 
 def test_labels_that_are_one_are_said_to_be_and_missing_ones_left_out(tmp_path):
-    labels = [1, "1.0", 1, True, "true", "true", "pos", "Pos ", "po s", None, "", "NaN", float("nan"), "null"]
+    labels = [1, "1.0", 1, True, "true", "true", "pos", "Pos ", "po s", 2**60, str(2**60 + 1),
+              None, "", "NaN", float("nan"), "null"]
     rows = [{"text": f"{i} {label}", "label": label} for i in range(20) for label in labels]
     (tmp_path / "a.jsonl").write_text(lines_of(*rows), encoding="utf-8")
     splits, said = splits_of(tmp_path / "a.jsonl")
     (train, val, test), = splits.values()
-    assert {row.label for row in train + val + test} == {"1", "true", "pos", "Pos", "po s"}
-    assert len(train + val + test) == 20 * 9
+    one_as_floats = {str(2**60), str(2**60 + 1)}
+    assert {row.label for row in train + val + test} == {"1", "true", "pos", "Pos", "po s", *one_as_floats}
+    assert len(train + val + test) == 20 * 11
     assert "labels    1, 1.0: one class, 1" in said and "100 rows left out without a label" in said
     assert "warning: labels 'pos', 'Pos', 'po s' differ" in said
     # the same value in another file

@@ -210,6 +210,10 @@ def test_text_comes_in_whole_characters_and_ends_at_a_stop():
     pieces = list(sample.as_text(ids, tokenizer))
     assert "".join(pieces) == "é漢🙂 one. two. three" and pieces[:4] == ["", "é", "", ""]
     assert "".join(sample.as_text(ids, tokenizer, [". th", "two.", ""])) == "é漢🙂 one. "
+    whole = make_tokenizer("bpe", [" great. three"] * 9, 280)
+    for one in (tokenizer, whole):  # two stop strings in one token end a text where they do in several
+        assert "".join(sample.as_text(one.encode(" great. three"), one, ["reat", "ea"])) == " gr"
+    assert len(whole.encode(" great. three")) < 5
     for at in range(30):  # whatever has been printed never holds a part of the stop string
         shown = "".join(sample.as_text(ids[:at], tokenizer, [" two"]))
         assert "é漢🙂 one. two. three".startswith(shown.rstrip("\ufffd"))

@@ -115,6 +115,9 @@ def test_an_answer_has_the_accents_that_a_normalizer_joined_to_their_letters():
     spans = np.array([(0, 2), (3, 6), (7, 10), (10, 11), (13, 15)])  # as NFKC makes e and its accent one
     example = Example(0, [], None, np.arange(5), spans)
     assert task.best_span(row, example, 9 * np.eye(5)[:, [2, 3]])[1] == "cafe\u0301"
+    row = Row("", "who?", "वह नमस्ते है", [])  # BERT's leaves out Hindi's vowels
+    example = Example(0, [], None, np.arange(3), np.array([(0, 2), (3, 8), (10, 11)]))
+    assert task.best_span(row, example, 9 * np.eye(3)[:, [1, 1]])[1] == "नमस्ते"
 
 
 def test_predictions_are_told_as_the_file_has_them():

@@ -587,6 +587,15 @@ def test_every_text_comes_back_and_ours_go_to_transformers_and_back(kind, tmp_pa
     assert ours.decode([ours.vocab_size + 5]) == ""  # a padded vocabulary's ids
 
 
+def test_half_a_character_is_read_as_a_question_mark(tmp_path):
+    """A terminal gives one for each byte that is none of its encoding's."""
+    of_the_hub(tmp_path, **HUB["llama"]())
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    for use in ("encode", "prompt", "offsets"):
+        assert getattr(tokenizer, use)("the\udce9 day") == getattr(tokenizer, use)("the? day")
+    assert tokenizer.encode_batch(["the\udce9 day"])[0].tolist() == tokenizer.encode("the? day")
+
+
 def test_a_text_is_wrapped_as_its_model_reads_it(tmp_path):
     fast = of_the_hub(tmp_path, **bert(["a", "b"], True), post_processor={
         "type": "BertProcessing", "sep": ["[SEP]", 3], "cls": ["[CLS]", 2]})
