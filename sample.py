@@ -41,6 +41,8 @@ from lib.pretrained import HeadError, read_as_trained, save, together
 from lib.rows import as_csv, described, text_blocks
 from lib.run import (USE, Machine, find_checkpoint, load_whole, model_of, newest_run, refuse_chars,
                      tokenizer_of)
+from lib.tasks import TABLES
+from lib.text import kind_of
 from lib.tokenizer import Tokenizer
 from model import Sampling, Transformer
 
@@ -412,6 +414,9 @@ def main(given: dict):
         body, prompt = body.to(machine.dtype), tuned.task.prompt(prompt)
     if quantize:
         body = to_int8(body)
+    if encodes and kind_of(file) in TABLES:
+        raise UserError(f"--start={start}: a table, whose header and commas would be compared too: its texts "
+                        "alone are wanted, one a line")
     if encodes:
         compare(body, tokenizer, prompt.removesuffix("\n").split("\n"))
         return

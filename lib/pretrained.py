@@ -429,6 +429,9 @@ def head_to_hf(model: Transformer, family: Family, head: dict) -> tuple[Transfor
     weight, bias = head["weights"]["weight"], head["weights"].get("bias")
     labels, more = head["labels"], {}
     if task == "regress":
+        if abs(head["mean"]) > 2**14 * head["std"]:  # of seconds since 1970 float32 knows every 128th
+            raise HeadError(f"numbers near {head['mean']:g}, {head['std']:g} apart: transformers adds "
+                            "them up in float32, which cannot tell them apart")
         bias = torch.zeros(1) if bias is None else bias
         weight, bias = weight * head["std"], bias * head["std"] + head["mean"]
         act = "torch.nn.modules." + ("activation.Sigmoid" if head.get("sigmoid") else "linear.Identity")

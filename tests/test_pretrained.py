@@ -518,6 +518,9 @@ def test_vectors_that_need_more_are_not_made_without_it(file, change, words, tmp
     model, tokenizer = sample.load(tmp_path)
     with pytest.raises(UserError, match=words):
         finetune.vectors(model, tokenizer, SENTENCES)
+    table = write_rows(tmp_path / "a.csv", ("text",), SENTENCES)
+    with pytest.raises(UserError, match="a.csv: a table, .*one a line"):
+        run_here(sample, f"--out_dir={tmp_path}", f"--start=FILE:{table}")
     sample.write_pretrained(model, tokenizer, tmp_path / "out")
     written = tmp_path / "out/1_Pooling/config.json"
     assert written.exists() == ("max" in words)
@@ -687,6 +690,19 @@ def test_a_body_that_knows_no_first_and_second_text_is_told_of_none(tmp_path):
     their = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     found = body.logits(body.eval().hidden(read["input_ids"]))
     torch.testing.assert_close(their(**read).logits, found, atol=1e-4, rtol=1e-4)
+
+
+def test_numbers_that_float32_cannot_tell_apart_are_not_exported(tmp_path, capsys):
+    theirs("bert").save_pretrained(tmp_path / "in")
+    write_tokenizer(tmp_path / "in")
+    body, tokenizer = load_body(str(tmp_path / "in"))
+    finetune.fit_head(body, TASKS["regress"])
+    for mean, told in ((2000.0, False), (1.7e9, True)):
+        head = {"task": "regress", "labels": ["number"], "mean": mean, "std": 3.0, "max_length": 24,
+                "pool": "first", "paired": False, "apart": False, "columns": {}}
+        model = finetune.Tuned(body, TASKS["regress"](head, tokenizer)).eval()
+        sample.write_pretrained(model, tokenizer, str(tmp_path / "out"))
+        assert ("the head is left out" in capsys.readouterr().err) is told
 
 
 @slow
