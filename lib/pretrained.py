@@ -171,6 +171,9 @@ def nanogpt_source(path: str, checkpoint: dict) -> Source:
     settings.setdefault("act", "gelu")  # exact, where GPT-2 approximates it
     family = GPT2._replace(transposed=False)
     weights = {canonical(name, family): w.detach for name, w in checkpoint["model"].items()}
+    settings.setdefault("bias", "h.0.ln_1.bias" in weights)  # it was no setting once: all had them
+    if "lm_head.weight" in weights:  # its own, of before nanoGPT tied it to the embedding
+        settings["tied"] = torch.equal(weights["lm_head.weight"](), weights["wte.weight"]())
     return Source(path, None, {}, family, settings, family.lm, weights)
 
 

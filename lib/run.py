@@ -469,7 +469,7 @@ OFF = ("patience", "max_length", "lora_rank", "batch_size_end", "folds", "eval_i
 
 def upgraded(checkpoint: dict) -> dict:
     """A checkpoint of an earlier version, or of nanoGPT, as today's."""
-    if "version" not in checkpoint and {"model", "model_args", "iter_num"} <= checkpoint.keys():
+    if "version" not in checkpoint and {"model", "model_args"} <= checkpoint.keys():
         from lib.pretrained import of_nanogpt  # which imports this file
         return of_nanogpt(checkpoint)
     if checkpoint["version"] == 1:
@@ -511,6 +511,10 @@ def find_checkpoint(folder: str | Path, names=USE) -> tuple[Path, dict]:
         except UserError:
             raise
         except Exception as error:  # a damaged file can fail in any way
+            holds = re.search(r"GLOBAL (\S+)", str(error))  # as torch.load says it
+            if holds:
+                raise UserError(f"{path}: holds a {holds[1]}, but only tensors and plain values are read: "
+                                "save it again without that") from None
             damaged.append(f"{path} is damaged, or no checkpoint of ours ({type(error).__name__})")
             if main_process():
                 print(f"warning: {damaged[-1]}: trying the one before", file=sys.stderr)

@@ -943,6 +943,30 @@ def test_a_nanogpt_checkpoint_is_used_as_a_run_is(nanogpt, tmp_path, capsys):
     assert "damaged" not in "".join(capsys.readouterr())
 
 
+@pytest.mark.parametrize("change", ["older", "untied", "weights alone", "a class"])
+def test_a_nanogpt_checkpoint_of_before_or_of_a_fork(change, nanogpt, tmp_path):
+    path = tmp_path / "theirs/ckpt.pt"
+    found = torch.load(path, weights_only=True)
+    if change == "older":
+        del found["model_args"]["bias"], found["model_args"]["dropout"], found["config"]
+    if change == "untied":  # as the first were
+        head = torch.randn_like(nanogpt.lm_head.weight)
+        nanogpt.lm_head.weight = torch.nn.Parameter(head)
+        found["model"]["_orig_mod.lm_head.weight"] = head
+    if change == "weights alone":
+        found = {"model": found["model"], "model_args": found["model_args"]}
+    if change == "a class":
+        found["args"] = Config()
+    torch.save(found, path)
+    if change == "a class":
+        with pytest.raises(UserError, match=r"ckpt.pt: holds a model.Config, but only tensors and plain"):
+            sample.load(path, chars="input.txt")
+        return
+    model, tokenizer = sample.load(path, chars="input.txt")
+    idx = torch.tensor([tokenizer.encode("hear me")])
+    torch.testing.assert_close(model(idx)[0], nanogpt(idx).logits, atol=1e-5, rtol=1e-5)
+
+
 def test_a_nanogpt_checkpoint_without_its_characters_says_what_is_missing(nanogpt, tmp_path):
     (tmp_path / "other.txt").write_text("abc")
     size = len(set(TEXT) - {"\r"})
