@@ -76,9 +76,12 @@ def fonts_with(text: str) -> list[str]:
 
 
 def new_axes(**labels):
+    from matplotlib import rcParams
     from matplotlib.figure import Figure  # not pyplot: no window, no state
     axes = Figure(figsize=(5.5, 5)).add_subplot()
     axes.set(**labels)
+    colors = rcParams["axes.prop_cycle"].by_key()["color"]
+    axes.set_prop_cycle(linestyle=["-"] * len(colors) + [":"] * len(colors), color=colors * 2)
     return axes
 
 
@@ -118,8 +121,9 @@ def plot_losses(log: Path, picture: Path, unit: str = "nats a token", scale: flo
             marked = key != "loss" or len(x) < 3
             axes.plot(x[at], y[at], "o-" if marked else "-", ms=3, lw=1.3, color=color, label=label)
         axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         if axes.lines:
-            axes.legend()
+            axes.legend(loc="upper right")  # where a loss, which falls, rarely is
         save(axes, picture)
 
 

@@ -57,6 +57,9 @@ def test_curves_are_of_twenty_classes_and_a_thousand_points(tmp_path, drawn, cap
     assert len(curves) == 20 and "7" in curves and len(curves["7"]["precision"]) == 1000
     assert curves["7"]["true_positive_rate"][-1] == 1.0 and curves["7"]["share"] > 0.6
     assert "(curves of the 20 most frequent of 30 classes)" in capsys.readouterr().out
+    for name in ("roc.png", "precision_recall.png"):
+        looks = {(line.get_color(), line.get_linestyle()) for line in drawn[name].lines}
+        assert len([style for _, style in looks if style != "--"]) == 20  # no two classes' lines look alike
 
 
 def test_letters_that_no_font_has_are_named_with_a_font_to_install(capsys, monkeypatch):
@@ -98,6 +101,10 @@ def test_losses_have_a_title_a_unit_and_a_smoothed_line(tmp_path, drawn):
     pictures.plot_losses(log, tmp_path / "short.png")
     markers = [line.get_marker() for line in drawn["short.png"].lines[1:]]
     assert markers == ["o", "o"]  # a line of one point is none
+    rows = [{"iter": i, "val_loss": 3.0} for i in (1, 2, 3)]
+    log.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    pictures.plot_losses(log, tmp_path / "few.png")
+    assert all(tick % 1 == 0 for tick in drawn["few.png"].get_xticks())  # no half step
 
 
 def test_without_matplotlib_it_is_said_once(tmp_path, monkeypatch, capsys):

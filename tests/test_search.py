@@ -348,3 +348,17 @@ def test_a_search_that_was_stopped_goes_on_as_if_it_was_not(method, stub, tmp_pa
     assert [row["trial"] for row in rows] == list(range(1, 10)) and "failed" in {row["state"] for row in rows}
     for i, row in enumerate(rows):
         assert row["settings"] == search.propose(method, spaces, rows[:i], min, 0)
+
+
+def test_a_picture_has_ticks_that_can_be_read_and_choices_in_their_order(tmp_path, monkeypatch):
+    matplotlib = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    monkeypatch.setattr(matplotlib.Figure, "savefig", lambda self, *args, **kwargs: drawn.append(self))
+    spaces = {"lr": search.Space([], 1e-4, 1e-2, True), "n_layer": search.Space([1, 2, 4])}
+    rows = [{"settings": {"lr": 2e-4 * n, "n_layer": n}, "value": -n} for n in (4, 1)]
+    search.plot(rows, spaces, "val_loss", tmp_path / "search.png")
+    rate, layers = drawn[0].axes
+    assert [tick.get_text() for tick in rate.get_xticklabels()] == ["0.0001", "0.001", "0.01"]
+    assert not len(rate.get_xticks(minor=True))
+    assert [tick.get_text() for tick in layers.get_xticklabels()] == ["1", "2", "4"]
+    assert layers.lines[0].get_xdata().tolist() == [2, 0]

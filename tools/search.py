@@ -22,6 +22,7 @@ import json
 import math
 import random
 import runpy
+import shlex
 import shutil
 import signal
 import statistics
@@ -358,10 +359,15 @@ def plot(rows: list[dict], spaces: dict[str, Space], metric: str, picture: Path)
         shown = [row for row in rows if name in row["settings"]]
         places = [row["settings"][name] for row in shown]
         axes = figure.add_subplot(1, len(spaces), n, xlabel=name, ylabel=metric)
-        axes.plot(list(map(str, places)) if space.choices else places, [row["value"] for row in shown], "o",
-                  alpha=0.6)
+        if space.choices:
+            axes.set_xticks(range(len(space.choices)), space.choices)
+            places = list(map(space.choices.index, places))
+        axes.plot(places, [row["value"] for row in shown], "o", alpha=0.6)
         if space.log:
+            ticks = [space.low, (space.low * space.high) ** 0.5, space.high]
             axes.set_xscale("log")
+            axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
+            axes.minorticks_off()  # their labels would lie on each other
     figure.savefig(picture, dpi=100)
 
 
@@ -458,7 +464,7 @@ def main(words: list[str]):
     if not winner.exists():
         raise UserError(f"{log}: no trial has finished; {folder / '1' / 'output.txt'} may say why")
     first = ranked(rows, best)[0]
-    print(f"the best of {len(rows)} trials: python {script} {winner.as_posix()}"
+    print(f"the best of {len(rows)} trials: python {script} {shlex.quote(winner.as_posix())}"
           + test_of(folder / str(first["trial"]), name))
 
 
