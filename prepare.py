@@ -47,7 +47,7 @@ dataset: str = ""  # name of the folder under data/, or a built-in: python, shak
 source: str = ""  # file, folder, glob, URL, hf:NAME or built-in; several with commas; empty: the built-in's
 encoding: str = ""  # of the text files; empty: UTF-8, or UTF-16 or GBK if it is that, each its own
 errors: Literal["strict", "replace", "ignore"] = "strict"  # what to do with bytes that are not in it
-text_key: str = "text"  # of a .jsonl or an hf: data set; of a .csv or .tsv the column, by name or number
+text_key: str = "text"  # of a .jsonl or an hf: data set, A.B within A; of a .csv or .tsv the name or number
 split_on: str | None = ""  # what divides a text file, "\n\n" for blank lines; empty: lines of <|endoftext|>
 skip_bad_rows: bool = False  # pass over rows that cannot be read, and count them
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -905,7 +906,7 @@ def say_if_little_was_learned(loss: float, vocab_size: int, machine: Machine) ->
 
 def say_goodbye(run: Run, sample: str) -> None:
     print(f"\nA sample, after {clock(run.elapsed())}:\n\n{sample}")
-    print(f"\nMore of it: python sample.py --out_dir={run.folder.as_posix()} --start=\"...\"")
+    print(f"\nMore of it: python sample.py --out_dir={shlex.quote(run.folder.as_posix())} --start=\"...\"")
 
 
 if __name__ == "__main__":

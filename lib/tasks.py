@@ -112,6 +112,9 @@ class Task:
         if pair is None and self.paired:
             text, _, rest = text.partition("\n")
             pair = rest or None
+            if not pair:
+                raise UserError(f"{where}: two texts are wanted, as in the training data: the second on a "
+                                "line below the first, or in a file of rows")
         return self.ready(Row(where, text, pair))
 
     def tell(self, say: Callable) -> None:
@@ -235,7 +238,8 @@ class Task:
         """For the terminal, without the columns `hidden`."""
         header, (cells,) = self.table([row], [answer])
         found = {name: cell for name, cell in zip(header, cells) if cell and name not in hidden}
-        return "\n".join(f"{name:15} {cell}" for name, cell in found.items())
+        width = max(15, *map(len, found))
+        return "\n".join(f"{name:{width}} {cell}" for name, cell in found.items())
 
     def explained(self, row: Row, example: Example, out, target: str) -> tuple[str, list[int]]:
         """What is said, and the sum of which outputs says it.
@@ -459,6 +463,9 @@ class Regress(TextTask):
     @staticmethod
     def learn(rows, s):
         y = np.array([number_of(row) for row in rows])
+        comma = next((row.label for row in rows if "," in (row.label or "")), None)
+        if comma:
+            print(f"labels    {comma} is read as {to_number(with_point(comma)):g}")
         if np.ptp(y) == 0:
             raise nothing_to_tell_apart(rows, f"the label {y[0]:g}")
         if not 1e-150 < np.ptp(y) < 1e150:
@@ -871,10 +878,16 @@ def file_of(rows: list[Row]) -> str:
 
 
 def number_of(row: Row) -> float:
-    number = 0.0 if row.label is None else to_number(row.label)
+    number = 0.0 if row.label is None else to_number(with_point(row.label))
     if number == math.inf:
-        raise UserError(f"{row.where}: label {row.label!r}: a number is wanted (--task=classify for names)")
+        remedy = "with a point for decimals" if "," in row.label else "--task=classify for names"
+        raise UserError(f"{row.where}: label {row.label!r}: a number is wanted ({remedy})")
     return number
+
+
+def with_point(label: str) -> str:
+    """4,5 is 4.5 in much of Europe, and 1,234 may be a thousand: that is left as it is."""
+    return label if re.search(r",.*,|,\d{3}\s*$", label) else label.replace(",", ".")
 
 
 def each_with_words(path: str, rows: Iterable[Row]) -> Iterator[Row]:
@@ -920,7 +933,8 @@ def one_spelling(rows: list[Row], say: Callable) -> dict[str, str]:
             say(f"labels    {', '.join([first, *others])}: one class, {first}")
     joined = [label for label in counts if counts.keys() & set(re.split(JOINTS, label)) - {label}]
     if joined:
-        say(f"warning: label {joined[0]!r} is a class of its own: --multi_label if it is several")
+        say(f"warning: label {joined[0]!r} is a class of its own: --multi_label, and | between them, if it "
+            "is several")
     broken = [labels[0] for key, labels in same.items() if isinstance(key, float) and key % 1]
     if broken:
         say(f"warning: label {broken[0]!r} is a class of its own: --task=regress if labels are amounts")

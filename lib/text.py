@@ -177,6 +177,9 @@ def blocks(path: str | Path, encoding: str = "utf-8", errors: str = "strict",
         raise kind(f"{path}:{line}: not {encoding.upper()} (byte 0x{error.object[error.start]:02x} at offset "
                    f"{at}): {remedy}") from None
     except UNREADABLE as error:
+        if os.path.isdir(path):
+            raise UserError(f"{path}: a folder, where a file is wanted: name one of it, of "
+                            f"{', '.join(sorted(os.listdir(path))[:5]) or 'none'}") from None
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
 
@@ -610,7 +613,8 @@ def file_documents(file: Path, title: str, encoding: str, errors: str, text_key:
         try:
             yield f"{title}:{line}", text_of(record, text_key, f"{file}:{line}", "json" in kind)
         except UserError as error:
-            refuse(str(error), bad if skip_bad_rows else None)
+            passes = ", or --skip_bad_rows=True, which passes over such rows" if text_key in record else ""
+            refuse(f"{error}{passes}", bad if skip_bad_rows else None)
 
 
 def has_texts(begin: str, text_key: str) -> bool:
@@ -623,7 +627,7 @@ def has_texts(begin: str, text_key: str) -> bool:
             first, _ = json.JSONDecoder().raw_decode(begin, start.end() if start else 0)
         except (ValueError, RecursionError):
             continue
-        if isinstance(first, dict) and text_key in first:
+        if isinstance(first, dict) and {text_key, text_key.partition(".")[0]} & first.keys():
             return True
     return False
 
@@ -700,11 +704,17 @@ def text_of(record: dict, key: str, where: str, may_be_null: bool) -> str:
     text = record.get(key)
     if text is None and may_be_null and key in record:
         return ""
+    if text is None and "." in key:  # within a record of the record
+        name, _, rest = key.partition(".")
+        if isinstance(record.get(name), dict):
+            return text_of(record[name], rest, where, may_be_null)
     if not isinstance(text, str):
         what = "no text" if text is None else f"a {type(text).__name__}, no text,"
         begin = ", ".join(f"{name}: {str(value)[:20]!r}" for name, value in record.items())
-        raise UserError(f"{where}: {what} under {key!r}; it has {begin[:400]}: give --text_key=NAME, or "
-                        "the column's number, from 0, if a table has no header")
+        remedy = "--text_key=NAME, or the column's number, from 0, if a table has no header"
+        if may_be_null:  # a JSON record, where all is named
+            remedy = "--text_key=NAME, or NAME.NAME within a record"
+        raise UserError(f"{where}: {what} under {key!r}; it has {begin[:400]}: give {remedy}")
     return text
 
 

@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -848,3 +849,8 @@ def test_what_compiles_is_not_imported_for_what_is_not_compiled(home):
            "assert 'torch._dynamo' not in sys.modules"
     done = script(sys.executable, "-c", code, *TOY, "--out_dir=out/light", cwd=home)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_is_said_to_type_next_can_be_pasted(capsys):
+    train.say_goodbye(SimpleNamespace(elapsed=lambda: 0, folder=Path("out/my model")), "A text.")
+    assert "python sample.py --out_dir='out/my model' --start=" in capsys.readouterr().out

@@ -96,6 +96,26 @@ def test_of_two_texts_the_longer_is_cut_first(apart):
     assert task.notes["longer than 64 tokens: cut there"] == (5 if apart else 4)
     with pytest.raises(UserError, match="^a.csv:7: two texts are wanted"):
         task.examples([Row("a.csv:7", "x")])
+    with pytest.raises(UserError, match="^--start: two texts are wanted.*: the second on a line below"):
+        task.row("--start", "x")
+
+
+def test_decimals_may_have_a_comma_where_it_cannot_be_of_thousands(capsys):
+    labels = ["4,5", "-0,25", "3", " 1,1234", "2.5"]
+    head = Regress.learn([Row("", "x", label=label) for label in labels], None)
+    assert head["mean"] == pytest.approx(np.mean([4.5, -0.25, 3, 1.1234, 2.5]))
+    assert capsys.readouterr().out == "labels    4,5 is read as 4.5\n"
+    for label in ("1,234", "1,234,567", "1.234,5", "a,b"):
+        with pytest.raises(UserError, match="a number is wanted .with a point for decimals"):
+            Regress.learn([Row("", "x", label=label)], None)
+    Regress.learn([Row("", "x", label=label) for label in "12"], None)
+    assert not capsys.readouterr().out
+
+
+def test_on_the_terminal_values_stand_below_each_other():
+    task = Classify({**PLAIN, "labels": ["a", "comp.os.ms-windows.misc"]}, BYTES)
+    lines = task.shown(Row("", "x"), task.answers([], [], [np.array([0.0, 1.0])])[0]).splitlines()
+    assert len(lines) == 4 and {line.rindex(" ") for line in lines} == {len("prob_comp.os.ms-windows.misc")}
 
 
 def test_all_is_read_of_a_text_that_thousands_of_spaces_begin(monkeypatch):

@@ -102,9 +102,12 @@ answers = functools.partial(rows_of, optional=("label", "pair"))
     ("a.csv", "label,body\n1,x\n", texts_of, ["a.csv:1", "'text'", "--text_key"]),
     ("missing.csv", None, rows_of, ["missing.csv", "cannot be read"]),
     ("missing.txt", None, texts_of, ["missing.txt", "no such file"]),
+    ("", None, rows_of, ["a folder, where a file is wanted", "of none"]),
     ("a.jsonl", '{"text": "a", "label": "x"}\n\n{"text": \n', rows_of, ["a.jsonl:3", "JSON"]),
     ("a.jsonl", '{"text": "x"}\n{"tekst": "y"}\n', texts_of, ["a.jsonl:2", "'text'", "--text_key"]),
-    ("a.json", '[{"text": "x"}, {"text": 5}]', texts_of, ["a.json:2", "a int, no text, under 'text'"]),
+    ("a.json", '[{"text": "x"}, {"text": 5}]', texts_of,
+     ["a.json:2", "a int, no text, under 'text'", "--skip_bad_rows"]),
+    ("a.jsonl", '{"data": {"body": "x"}}\n', texts_of, ["a.jsonl:1: no text under 'text'", "NAME.NAME"]),
     ("a.jsonl", '{"body": "' + "x" * 200 + '", "end": "y"}\n', texts_of,
      ["a.jsonl:1: no text under", "end: 'y'"]),
     ("a.json", "[1, 2]", rows_of, ["a.json:1", "object"]),
@@ -133,6 +136,16 @@ def test_bad_files_are_one_line(tmp_path, name, content, read, said):
     with pytest.raises(UserError) as error:
         read(str(tmp_path / name))
     says(error, *said)
+
+
+@pytest.mark.parametrize("name, begin, end", [("a.jsonl", "", ""), ("a.json", "[", "]")])
+def test_a_text_may_be_within_a_record(tmp_path, name, begin, end):
+    (tmp_path / name).write_text(begin + '{"a": {"b": {"c": "deep"}}, "a.b": "plain"}' + end)
+    assert texts_of(tmp_path / name, text_key="a.b.c") == ["deep"]
+    assert texts_of(tmp_path / name, text_key="a.b") == ["plain"]  # a name with a point comes first
+    with pytest.raises(UserError, match="no text under 'd'; it has b: "):
+        texts_of(tmp_path / name, text_key="a.d")
+
 
 
 @pytest.mark.parametrize("name, content, expected", [
