@@ -11,6 +11,7 @@ import json
 import os
 import re
 import sys
+import textwrap
 import zipfile
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -78,7 +79,7 @@ def folder_of(path: str | Path, weights: bool = True) -> Path:
     except Exception as error:  # of many kinds: no such name, no network, no permission
         if cached_as(name):
             return cached_as(name)
-        reason = " ".join(str(error).split())[:120]
+        reason = textwrap.shorten(str(error), 160, placeholder=" ...")
         raise FileNotFoundError(f"{name}: neither a folder here nor a model that Hugging Face's hub gives us "
                                 f"({reason})") from None
     return folder

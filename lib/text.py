@@ -787,8 +787,8 @@ def download(url: str, folder: Path) -> str:
                 raise UserError(f"{url}: another file than expected came (sha256 {sha.hexdigest()[:16]}...)")
             os.replace(part, target)
         except (OSError, http.client.HTTPException) as error:
-            raise UserError(f"{url}: cannot be downloaded ({error}): fetch it and give --source=FILE"
-                            ) from None
+            raise UserError(f"{url}: cannot be downloaded ({error}): fetch it, then "
+                            "python prepare.py --source=FILE --dataset=NAME") from None
         finally:
             part.unlink(missing_ok=True)
     return str(target)
