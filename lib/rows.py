@@ -668,7 +668,9 @@ def kind_of_words(rows: Iterable[Row]) -> str:
     """How the words of these rows were made, one of WORDS."""
     words = list(itertools.islice(itertools.chain.from_iterable(row.words for row in rows), 100_000))
     letters = [word for word in words if any(c.isalnum() for c in word)]
-    if 2 * sum(UNSPACED.search(word) is not None for word in letters) > len(letters):
+    single = sum(len(word) == 1 for word in letters)  # also those of Google in a Chinese text
+    unspaced = sum(UNSPACED.search(word) is not None for word in letters)
+    if 10 * single > 9 * len(letters) or 2 * unspaced > len(letters):
         return "characters"
     glued = sum(len(word) > 1 and word[-1] in ".,;:!?" for word in letters)
     return "punctuation" if len(words) - len(letters) > glued else "spaces"

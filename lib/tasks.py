@@ -241,10 +241,11 @@ class Task:
         width = max(15, *map(len, found))
         return "\n".join(f"{name:{width}} {cell}" for name, cell in found.items())
 
-    def explained(self, row: Row, example: Example, out, target: str) -> tuple[str, list[int]]:
+    def explained(self, row: Row, said, example: Example, out, target: str) -> tuple[str, list[int]]:
         """What is said, and the sum of which outputs says it.
 
-        out: all outputs for the example; target: a class to explain in place of the likeliest.
+        said: the answer for the row; out: all outputs for the example; target: a class to explain in place
+        of the likeliest.
         """
         raise UserError("--out_dir: a model of this task has no one output to explain")
 
@@ -316,7 +317,7 @@ class TextTask(Task):
         a = a[:max(room // 2, room - n)]
         return sequence(*wrap(a, b and b[:room - len(a)]))
 
-    def explained(self, row, example, out, target):
+    def explained(self, row, said, example, out, target):
         if self.head["apart"]:
             raise UserError("--out_dir: a model that reads two texts apart is not explained")
         k = self.number.get(self.spelling.get(label_key(target))) if target else int(out.argmax())
@@ -613,17 +614,17 @@ class Tag(Task):
     def shown(self, row, answer, hidden=()):
         return "\n".join(f"{word}\t{tag}" for word, tag in zip(row.words, answer[0]))
 
-    def explained(self, row, example, out, target):
+    def explained(self, row, said, example, out, target):
         """The tag of one word: of the target, else of the first with a tag that is not O."""
         if target and target not in row.words:
             raise SettingError(f"--target={target}: must be a word of the text: {', '.join(row.words[:20])}")
-        words = [row.words[n] for n in example.spans]
-        tags = out[example.places].argmax(1).tolist()
-        wanted = [target == word if target else self.labels[k] != "O" for word, k in zip(words, tags)]
-        if not words or target and not any(wanted):  # it is in another window
-            return "", []
+        tags, _ = said
+        wanted = [target == word if target else tag != "O" for word, tag in zip(row.words, tags)]
         n = wanted.index(True) if any(wanted) else 0
-        return f"{words[n]}: {self.labels[tags[n]]}", [int(example.places[n]) * self.n_out + tags[n]]
+        place = example.places[example.spans == n]
+        if not len(place):  # it is in another window
+            return "", []
+        return f"{row.words[n]}: {tags[n]}", [int(place[0]) * self.n_out + self.number[tags[n]]]
 
     def baselines(self, train, test):
         """The most frequent tag, and for each word the one that it has most often."""
@@ -743,11 +744,11 @@ class Answer(Task):
     def said(self, answer):
         return {"prediction": answer[0], "score": answer[1]}
 
-    def explained(self, row, example, out, target):
+    def explained(self, row, said, example, out, target):
         if target:
             raise SettingError(f"--target={target}: the task has no classes: leave it out")
-        _, said, ends = self.best_span(row, example, out)
-        return said, [2 * place + k for k, place in enumerate(ends)]
+        _, text, ends = self.best_span(row, example, out)
+        return text, [2 * place + k for k, place in enumerate(ends)]
 
     def baselines(self, train, test):
         """The first sentence; a span from anywhere, as long as answers are."""

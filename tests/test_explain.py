@@ -367,6 +367,13 @@ def test_the_tag_of_a_word_is_explained():
         explain.of_a_task(tuned, "one two three four", "", "five")
     long = " ".join(f"w{n}" for n in range(60))
     assert explain.of_a_task(tuned, long, "", "w55").answer.startswith("w55: ")
+    # of a word in two windows, whose tag is the mean of both: one of them alone may say otherwise
+    for bias, first in ((10, "w3: A"), (13, "w0: O")):
+        with torch.no_grad():
+            tuned.head.bias[1] = bias
+        said, = tuned.predict([long])
+        assert explain.of_a_task(tuned, long, "", "").answer == first
+        assert ("A" in said["prediction"]) == (bias == 10)
 
 
 def test_what_a_tuned_writer_is_given_as_a_table_is_a_prompt_of_a_row(tmp_path, monkeypatch, capsys):

@@ -445,6 +445,7 @@ def test_words_are_cut_as_the_training_words_were():
         return Tag({**head, "max_length": 64, "paired": False, "apart": False}, None)
 
     assert tag(list("他在上海。")).row("", "王在北京工作。").words == list("王在北京工作。")
+    assert tag(list("他用Google工作")).row("", "王用Bing。").words == list("王用Bing。")
     apart = tag(["EU", "rejects", "German", "call", "."], ["It", "'s", "U.S.", "3,000", "x-ray", "!"])
     assert apart.row("", "Peter's call (U.S.), 1,000 well-known!").words == [
         "Peter", "'s", "call", "(", "U.S.", ")", ",", "1,000", "well-known", "!"]

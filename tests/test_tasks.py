@@ -178,14 +178,14 @@ def test_answers_are_scored_if_their_labels_were_learned():
 
 def test_what_is_explained_is_the_likeliest_class_or_the_one_asked_for():
     out = np.array([0.1, 0.9, 0.3])
-    assert CLASSIFY.explained(None, None, out, "") == ("b", [1])
-    assert CLASSIFY.explained(None, None, out, "c") == ("c", [2])
+    assert CLASSIFY.explained(None, None, None, out, "") == ("b", [1])
+    assert CLASSIFY.explained(None, None, None, out, "c") == ("c", [2])
     with pytest.raises(SettingError, match="--target=d: must be a class, one of a, b, c"):
-        CLASSIFY.explained(None, None, out, "d")
+        CLASSIFY.explained(None, None, None, out, "d")
     stars = Classify({**PLAIN, "labels": ["1.0", "2.0", "true"]}, None)
-    assert [stars.explained(None, None, out, one)[0] for one in ("2", "True")] == ["2.0", "true"]
+    assert [stars.explained(None, None, None, out, one)[0] for one in ("2", "True")] == ["2.0", "true"]
     with pytest.raises(UserError, match="explain"):
-        Classify({**CLASSES, "apart": True}, None).explained(None, None, out, "")
+        Classify({**CLASSES, "apart": True}, None).explained(None, None, None, out, "")
 
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])
@@ -207,7 +207,7 @@ def test_answers_are_exact_and_in_some_window(kind):
             gold = row.label[0][0]
             assert gold in text and len(text) <= len(gold) + 3 and p > 0.5  # whole tokens
             first, last = example.target
-            assert task.explained(row, example, out, "") == (text, [2 * first, 2 * last + 1])
+            assert task.explained(row, None, example, out, "") == (text, [2 * first, 2 * last + 1])
             answered.add(example.row)
     assert answered == set(range(40))
 

@@ -146,11 +146,12 @@ def of_a_row(tuned: Tuned, row: Row, target: str) -> Case:
     task, tokenizer = tuned.task, tuned.task.tokenizer
     device, found = tuned.head.weight.device, []
     examples = task.examples([row])
+    said, = predict(tuned, [row], examples=examples)
     for example in examples:  # several are windows of a long context
         inputs, _ = collate([example], task, device)
         inputs.pop("places", None)  # all outputs
         out = tuned(**inputs)[0].cpu().numpy()
-        answer, places = task.explained(row, example, out, target)
+        answer, places = task.explained(row, said, example, out, target)
         idx, segments = inputs["idx"], inputs["segments"]  # (1, T) each
         if places:
             value = out.flatten()[places].sum()
@@ -159,7 +160,7 @@ def of_a_row(tuned: Tuned, row: Row, target: str) -> Case:
         raise UserError(f"{row.where}: nothing of it is read, so nothing can be explained")
     _, answer, idx, score = max(found, key=lambda one: one[0])
     task.tell(warn)
-    header, lines = task.table([row], predict(tuned, [row], examples=examples))
+    header, lines = task.table([row], [said])
     told = ("prediction", "score", f"prob_{answer}") if len(lines) == 1 else ()  # not a line a word
     facts = "".join(f", {name} {cell}" for name, cell in zip(header, lines[0]) if name in told)
     neutral = tokenizer.pad if tokenizer.mask is None else tokenizer.mask
