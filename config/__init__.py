@@ -116,7 +116,9 @@ def parse(text: str, kind: Any) -> Any:
 
 
 def checked(value: Any, kind: Any, where: str) -> Any:
-    """The value, a float if one is wanted. Raises SettingError if it is not of this kind."""
+    """The value, a float if one is wanted, an int for 6e5. Raises SettingError if it is not of this kind."""
+    if type(value) is float and value.is_integer() and not is_a(value, kind, in_range=False):
+        value = int(value)
     if not is_a(value, kind):
         raise SettingError(f"{where}: wanted {wanted(kind)}, got {value!r}")
     takes_int = int in [plain for plain, _ in alternatives(kind)]

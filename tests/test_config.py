@@ -84,7 +84,11 @@ def test_a_config_file_computes_with_what_is_set_before_and_with_names_of_its_ow
     file.write_text("\n".join(lines))
     given = settings.configure(a_script, Config, ["--learning_rate=1.0", str(file)])
     assert a_script["learning_rate"] == 0.25 and given == {"n_layer": 6, "n_embd": 2 * 768}
-    for text, words in (("scale = 3\n", ["c.py:1: unknown setting 'scale'", "begins with _"]),
+    file.write_text("batch_size = 1e1\nn_layer = 6 / 2")
+    assert settings.configure(a_script, Config, [str(file)]) == {"n_layer": 3}
+    assert type(a_script["batch_size"]) is int and a_script["batch_size"] == 10
+    for text, words in (("n_layer = 2.5\n", ["c.py:1: n_layer: wanted int", "got 2.5"]),
+                        ("scale = 3\n", ["c.py:1: unknown setting 'scale'", "begins with _"]),
                         ("n_layers = 3\nn_embd = 64 * n_layers\n", ["c.py:1", "'n_layers'", "'n_layer'"])):
         file.write_text(text)
         with pytest.raises(SettingError) as error:
