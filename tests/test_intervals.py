@@ -60,6 +60,7 @@ def test_shares_have_wilson_s_interval_and_few_rows_no_other():
         theirs = stats.binomtest(right, n).proportion_ci(method="wilson")
         assert intervals.wilson(right / n, n) == pytest.approx(list(theirs), abs=1e-12)
     assert np.round(intervals.wilson(1.0, 24), 2).tolist() == [0.86, 1.0]
+    assert intervals.wilson(0.0, 24)[0] == 0.0 == intervals.wilson(0.0, 5000)[0]
     for n in (9, 10):
         y = np.arange(n) % 2
         found = intervals.with_intervals(TWO, (y, np.random.default_rng(0).random((n, 2))))
@@ -67,6 +68,17 @@ def test_shares_have_wilson_s_interval_and_few_rows_no_other():
         assert not np.isnan(found["accuracy_ci95"]).any()
     perfect = intervals.with_intervals(TWO, (y, np.eye(2)[y]))  # every draw of it is perfect
     assert perfect["f1_macro"] == 1 and np.isnan(perfect["f1_macro_ci95"]).all()
+
+
+def test_an_interval_has_its_value_in_it_where_drawing_rows_twice_makes_it_larger():
+    rng = np.random.default_rng(0)
+    several = Classify({**HEAD, "labels": [str(k) for k in range(200)], "several": True}, None)
+    rare = (rng.random((1000, 200)) < 0.004).astype(float), rng.random((1000, 200))
+    scores = intervals.with_intervals(several, rare)
+    draws = intervals.bootstrap(several, rare, 1000)["average_precision"]
+    (low, high), value = scores["average_precision_ci95"], scores["average_precision"]
+    assert value < np.quantile(draws, 0.025) and 0 <= low < value < high
+    assert high - low == pytest.approx(np.ptp(np.quantile(draws, (0.025, 0.975))), rel=0.1)
 
 
 def test_the_bootstrap_is_as_wide_as_theory_says():
