@@ -343,7 +343,8 @@ def fit_head(body: Transformer, task: type[Task]) -> None:
     if not task.writes:
         body.head, body.pooler, body.config = None, None, replace(body.config, head="none", pooler=None)
     elif body.head is None or not body.config.causal:
-        raise UserError("--task=lm: needs a causal body with a head for tokens")
+        raise UserError("--task=lm: needs a causal body with a head for tokens: --init_from=a run of "
+                        "train.py, or openai-community/gpt2; from scratch, --causal=True")
 
 
 def pooling(body: Transformer, tokenizer, origin: str, s: SimpleNamespace) -> str:

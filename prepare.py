@@ -301,6 +301,8 @@ def read(spool: Path, s: SimpleNamespace, downloads: Path, found: dict) -> np.nd
     rules = make_rules(s)
     index = collect(docs, spool, rules, s.min_chars, s.min_text, s.near_duplicates > 0, found)
     index = copies(index, spool, s, found)
+    if s.html:
+        found.pop("with_tags", None)
     if s.scrub_pii and "bad_rows" in found:  # its example is of a row as it came
         bad = found["bad_rows"]["example"]
         found["bad_rows"]["example"], _, _ = Scrub(s.phones)(bad, len(bad))
@@ -323,6 +325,7 @@ NOTES = {  # of the report, in words
     "other_encodings": "passed over: in another encoding (--encoding=NAME, if all are in that)",
     "recognised": "files not in UTF-8 (--encoding=NAME, if that is wrong)",
     "bad_rows": "rows passed over",
+    "with_tags": "files of HTML (--html takes its tags out)",
     "json_as_text": ".json files read as plain text",
     "records_as_text": "files of JSON records read as plain text, braces and all: name them .jsonl",
     "other_splits": "other splits of the data set, not read",

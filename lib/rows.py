@@ -144,7 +144,7 @@ def find_column(path: str, role: str, names: list[str], asked: str | int) -> str
         return names[int(asked)]
     if role == "label" and "," in asked:
         return ",".join(find_column(path, role, names, one) for one in asked.split(","))
-    raise UserError(f"{path}: has no column {asked!r} for the {role}: it has {', '.join(names)}: "
+    raise UserError(f"{path}: has no column {asked!r} for the {role}: it has {listed(names)}: "
                     f"--{role}_column=NAME or its number")
 
 
@@ -187,12 +187,18 @@ def choose(path: str, names: list[str], columns: dict, usual: Names) -> dict[str
     return {role: found.get(role) for role in ROLES}
 
 
+def listed(names: Sequence[str]) -> str:
+    """The first, where there are many, and their beginnings: for one line."""
+    first = [name if len(name) <= 60 else f"{name[:60]}..." for name in names[:40]]
+    return ", ".join(first) + (f" and {len(names) - 40:,} more" if len(names) > 40 else "")
+
+
 def described(columns: dict) -> str:
     """One line: what each column is taken for, and which are not used."""
     is_column = " is column " if columns.get("header") is False else ": "
     used = [f"{role}{is_column}{columns[role]}" for role in ROLES if columns.get(role) is not None]
     said = ("no header: " if columns.get("header") is False else "") + ", ".join(used)
-    return said + (f"; not used: {', '.join(columns['unused'])}" if columns.get("unused") else "")
+    return said + (f"; not used: {listed(columns['unused'])}" if columns.get("unused") else "")
 
 
 def of_names(path: str, names: list[str], columns: dict, usual: Names, needed: Collection[str]) -> dict:
@@ -215,13 +221,13 @@ def of_names(path: str, names: list[str], columns: dict, usual: Names, needed: C
         refused = [name for name in names if plain(name) in usual.refused]
         if refused and columns.get("text", "") == "":
             why = usual.refused[plain(refused[0])]
-            raise UserError(f"{path}: {refused[0]!r}: {why}; it has {', '.join(names)}")
+            raise UserError(f"{path}: {refused[0]!r}: {why}; it has {listed(names)}")
         found = choose(path, names, columns, usual)
         for role in ("text", "pair", "label") if "start" in usual.of else ("text", "label"):
             if role in needed and found[role] is None:
                 several = ", or of several with 0 or 1 --label_column=A,B,C --multi_label=True"
                 several *= role == "label" and usual is CLASS_NAMES
-                raise UserError(f"{path}: no column for the {role} among {', '.join(names)}: name it with "
+                raise UserError(f"{path}: no column for the {role} among {listed(names)}: name it with "
                                 f"--{role}_column=...{several}")
         used = [one for name in found.values() if name for one in columns_in(name, names)]
         unused = [name for name in names if name not in used]
@@ -319,6 +325,16 @@ def to_number(label: str) -> float:
     return float(label) if NUMBER.fullmatch(label or "") else math.inf
 
 
+def to_amount(label: str) -> float:
+    """A number as people write one: 4,5 and 84% and 4 stars and ★★★★ too. 1,234 may be a thousand: none."""
+    label = UNIT.sub("", label)
+    if STARS.fullmatch(label):
+        return float(label.count("★") + label.count("⭐"))
+    return to_number(label if re.search(r",.*,|,\d{3}\s*$", label) else label.replace(",", "."))
+
+
+UNIT = re.compile(r"(?<=\d)\s*(%|stars?|星级?|分)\s*$", re.IGNORECASE)
+STARS = re.compile("[★⭐\ufe0f]+☆*")
 NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
 
 

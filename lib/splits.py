@@ -3,6 +3,7 @@ Labelled files to rows to train on, to validate and to test.
 """
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -10,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from config import UserError
-from lib.rows import RATINGS, Row, described, plain, python_packages, text_key
+from lib.rows import RATINGS, Row, described, plain, python_packages, text_key, to_amount
 from lib.tasks import TASKS, one_spelling, respell
 
 
@@ -78,7 +79,8 @@ def read_files(s: SimpleNamespace, say) -> list[list[Row] | None]:
         if not rows:
             raise UserError(f"{path}: holds no examples")
         if s.task == "classify" and name == "data" and plain(str(columns["label"])) in RATINGS:
-            if not s.multi_label and len({row.label for row in rows}) > 2:
+            labels = {row.label for row in rows if isinstance(row.label, str)}
+            if not s.multi_label and len(labels) > 2 and math.inf not in map(to_amount, labels):
                 say("          ratings are learned as classes: --task=regress learns how far apart they are")
         if task.classes:
             spelling = spelling or one_spelling(rows, say)

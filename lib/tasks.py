@@ -27,7 +27,7 @@ from lib import intervals, metrics
 from lib.rows import (ANSWER_NAMES, CLASS_NAMES, CONLL_U, LM_NAMES, NUMBER_NAMES, TAG_NAMES, Names, Row,
                       each_with_answers, is_fasttext, kind_of_words, label_key, of_names, open_conll,
                       open_rows, read_lines, read_paragraphs, split_rows, tags_of_spans, tell, text_key,
-                      texts_in_cells, to_number, word_pattern)
+                      texts_in_cells, to_amount, to_number, word_pattern)
 from lib.text import encoding_of, kind_of
 
 
@@ -464,9 +464,10 @@ class Regress(TextTask):
     @staticmethod
     def learn(rows, s):
         y = np.array([number_of(row) for row in rows])
-        comma = next((row.label for row in rows if "," in (row.label or "")), None)
-        if comma:
-            print(f"labels    {comma} is read as {to_number(with_point(comma)):g}")
+        for row in rows:
+            if row.label and to_number(row.label) == math.inf:  # 4,5 or 4 stars
+                print(f"labels    {row.label} is read as {number_of(row):g}")
+                break
         if np.ptp(y) == 0:
             raise nothing_to_tell_apart(rows, f"the label {y[0]:g}")
         if not 1e-150 < np.ptp(y) < 1e150:
@@ -879,16 +880,11 @@ def file_of(rows: list[Row]) -> str:
 
 
 def number_of(row: Row) -> float:
-    number = 0.0 if row.label is None else to_number(with_point(row.label))
+    number = 0.0 if row.label is None else to_amount(row.label)
     if number == math.inf:
         remedy = "with a point for decimals" if "," in row.label else "--task=classify for names"
         raise UserError(f"{row.where}: label {row.label!r}: a number is wanted ({remedy})")
     return number
-
-
-def with_point(label: str) -> str:
-    """4,5 is 4.5 in much of Europe, and 1,234 may be a thousand: that is left as it is."""
-    return label if re.search(r",.*,|,\d{3}\s*$", label) else label.replace(",", ".")
 
 
 def each_with_words(path: str, rows: Iterable[Row]) -> Iterator[Row]:
@@ -936,6 +932,10 @@ def one_spelling(rows: list[Row], say: Callable) -> dict[str, str]:
     if joined:
         say(f"warning: label {joined[0]!r} is a class of its own: --multi_label, and | between them, if it "
             "is several")
+    unknown = [label for label in counts if label.upper() in ("NA", "N/A", "#N/A")]
+    if unknown:
+        say(f"warning: label {unknown[0]!r} is a class of its own: leave it empty if it means that there "
+            "is none")
     broken = [labels[0] for key, labels in same.items() if isinstance(key, float) and key % 1]
     if broken:
         say(f"warning: label {broken[0]!r} is a class of its own: --task=regress if labels are amounts")

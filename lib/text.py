@@ -178,7 +178,7 @@ def blocks(path: str | Path, encoding: str = "utf-8", errors: str = "strict",
                    f"{at}): {remedy}") from None
     except UNREADABLE as error:
         if os.path.isdir(path):
-            raise UserError(f"{path}: a folder, where a file is wanted: name one of it, of "
+            raise UserError(f"{path}: a folder, where a file is wanted; it has "
                             f"{', '.join(sorted(os.listdir(path))[:5]) or 'none'}") from None
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
@@ -585,6 +585,8 @@ def file_documents(file: Path, title: str, encoding: str, errors: str, text_key:
         first = next(text, "")
         if kind == ".json" and first.lstrip().startswith("["):
             first += "".join(text)
+        if HTML.match(first):
+            note(found, "with_tags", str(file))
         text, texts = itertools.chain([first], text), has_texts(first, text_key)
         texts |= named and text_key == "text" and re.match(r'\s*\[\s*"', first) is not None
         if kind == ".json" and not texts:
@@ -632,6 +634,7 @@ def has_texts(begin: str, text_key: str) -> bool:
     return False
 
 
+HTML = re.compile(r"\s*<(!doctype html|html)\b", re.IGNORECASE)
 EOT_LINES = re.compile(r"(?:\A|(?<=\n))[ \t]*<\|endoftext\|>[ \t]*(?:\r?\n|\Z)")
 
 

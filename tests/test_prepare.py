@@ -365,17 +365,17 @@ def test_what_a_folder_has_that_is_no_text_is_passed_over_and_said(tmp_path, cap
     os.symlink("nowhere", notes / "dangling")
     (notes / ".git").mkdir()
     for name, content in (("empty.txt", b""), ("old.txt", "déjà".encode("latin-1")), ("z.pdf", b"%PDF-1.7\n"),
-                          ("package.json", b'{"name": "x"}')):
+                          ("package.json", b'{"name": "x"}'), ("page.htm", b"<!DOCTYPE html>\n<p>a")):
         (notes / name).write_bytes(content)
     prepare.prepare("there", source=str(tmp_path / "notes" / "0"), root=notes, tokenizer="bytes")
     capsys.readouterr()
     folder = prepare.prepare("a", source=str(notes), root=tmp_path / "data", tokenizer="bytes")
     said = capsys.readouterr().out
-    assert all_of(folder) == sorted([*PAGES, '{"name": "x"}'])
+    assert all_of(folder) == sorted([*PAGES, '{"name": "x"}', "<!DOCTYPE html>\n<p>a"])
     for line in ("2 passed over: links", "notes/pipe", ".git", "data sets made by prepare.py: ",
                  "2 passed over: empty, or not text: ", "empty.txt",
                  "1 passed over: in another encoding (--encoding=NAME", "old.txt",
-                 "1 .json files read as plain text"):
+                 "1 .json files read as plain text", "1 files of HTML (--html takes its tags out): "):
         assert line in said, said
     with pytest.raises(UserError, match="pipe: no plain file"):
         prepare.prepare("b", source=str(notes / "pipe"), root=tmp_path / "data")

@@ -491,6 +491,10 @@ def test_ratings_as_classes_are_said_to_be_amounts(tmp_path):
         texts = [f"w{i}" for i in range(60)]
         path = write_rows(tmp_path / "a.csv", ("text", name), texts, [*range(1, 6)] * 12)
         assert ("--task=regress" in splits_of(path, task=task)[1]) is told
+    for shape, told in ("{} stars", True), ("{}/5", False):  # is no number to it
+        labels = [*map(shape.format, range(1, 6))] * 12
+        path = write_rows(tmp_path / "b.csv", ("text", "Stars"), texts, labels)
+        assert ("--task=regress" in splits_of(path)[1]) is told
 
 
 @pytest.mark.parametrize("task, rows, said", [
@@ -530,7 +534,8 @@ def test_joined_labels_are_warned_of(tmp_path):
     path = write_rows(tmp_path / "a.csv", ("text", "label"), [f"t {i}" for i in range(60)], labels)
     assert "'x|y' is a class of its own: --multi_label" in splits_of(path)[1]
     for name, label, said in (("b", "x、y", "'x、y' is a class of its own"),
-                              ("c", "ｘ", "'x', 'ｘ' differ by case, width")):
+                              ("c", "ｘ", "'x', 'ｘ' differ by case, width"),
+                              ("d", "n/a", "'n/a' is a class of its own: leave it empty")):
         path = write_rows(tmp_path / f"{name}.csv", ("text", "label"), [f"t {i}" for i in range(60)],
                           ["x", "y", label] * 20)
         assert said in splits_of(path)[1]
@@ -538,6 +543,14 @@ def test_joined_labels_are_warned_of(tmp_path):
     path = write_rows(tmp_path / "d.csv", ("text", "label"), texts, ["x", "x，y"] * 30)
     with pytest.raises(UserError, match="as 'x，y' may be meant to be: write . between them"):
         splits_of(path, multi_label=True)
+
+
+def test_of_many_columns_an_error_names_some(tmp_path):
+    names = [f"{i} {'word ' * 100}" for i in range(300)]
+    (tmp_path / "a.json").write_text(json.dumps([dict.fromkeys(names, "x")] * 30), encoding="utf-8")
+    with pytest.raises(UserError, match="no column for the text among .* and 260 more: name it") as error:
+        splits_of(tmp_path / "a.json")
+    assert len(str(error.value)) < 3000
 
 
 @pytest.mark.parametrize("labels, warned", [(["0.5", "1", "4.25"], True), (["1", "2.0", "5"], False)])

@@ -102,7 +102,7 @@ answers = functools.partial(rows_of, optional=("label", "pair"))
     ("a.csv", "label,body\n1,x\n", texts_of, ["a.csv:1", "'text'", "--text_key"]),
     ("missing.csv", None, rows_of, ["missing.csv", "cannot be read"]),
     ("missing.txt", None, texts_of, ["missing.txt", "no such file"]),
-    ("", None, rows_of, ["a folder, where a file is wanted", "of none"]),
+    ("", None, rows_of, ["a folder, where a file is wanted; it has none"]),
     ("a.jsonl", '{"text": "a", "label": "x"}\n\n{"text": \n', rows_of, ["a.jsonl:3", "JSON"]),
     ("a.jsonl", '{"text": "x"}\n{"tekst": "y"}\n', texts_of, ["a.jsonl:2", "'text'", "--text_key"]),
     ("a.json", '[{"text": "x"}, {"text": 5}]', texts_of,
