@@ -126,14 +126,18 @@ NORM_PLACES = {  # of the residual stream x, a layer f and its norm
     "post": lambda x, f, norm: norm(x + f(x)),  # 2017
 }
 
+
+def relu_squared(x):  # So et al. 2021; a function with a name, for pickle
+    return F.relu(x).square()
+
+
 ACTIVATIONS = {  # what it is -> the function, and whether its output gates a second projection
     "gelu_tanh": (partial(F.gelu, approximate="tanh"), False),  # GPT-2's approximation
     "gelu": (F.gelu, False),
     "relu": (F.relu, False),
-    "relu2": (lambda x: F.relu(x).square(), False),  # So et al. 2021
+    "relu2": (relu_squared, False),
     "swiglu": (F.silu, True),  # Shazeer 2020
 }
-
 
 QK_NORMS = {  # the norm of a query or key before rope, and the one after it, each over head_dim numbers
     None: lambda c: (nn.Identity(), nn.Identity()),
@@ -366,11 +370,12 @@ class Block(nn.Module):
         self.norm2 = NORMS[config.norm](config)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
-        self.add = NORM_PLACES[config.norm_place]
+        self.norm_place = config.norm_place
 
     def forward(self, x, places, cache):
-        x = self.add(x, lambda x: self.dropout(self.attn(x, places, cache)), self.norm1)
-        return self.add(x, lambda x: self.dropout(self.mlp(x)), self.norm2)
+        add = NORM_PLACES[self.norm_place]
+        x = add(x, lambda x: self.dropout(self.attn(x, places, cache)), self.norm1)
+        return add(x, lambda x: self.dropout(self.mlp(x)), self.norm2)
 
 
 def block_matrices(model: nn.Module) -> list[nn.Linear]:

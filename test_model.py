@@ -7,6 +7,7 @@ are missing. Speed is measured by tools.bench.
 
 import copy
 import math
+import pickle
 import re
 from functools import partial
 
@@ -237,6 +238,13 @@ def test_what_a_module_is_and_not_its_name_says_how_it_is_treated(monkeypatch):
 
 # -----------------------------------------------------------------------------
 # Writing text
+
+@columns
+def test_a_pickled_model_is_the_same(column):
+    """So torch.save(model) and processes that are spawned can have it."""
+    model, x = tiny(column).eval(), tokens(2, 9)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x)[0], model(x)[0])
+
 
 @columns
 def test_cached_equals_uncached(column):
