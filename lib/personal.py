@@ -36,7 +36,7 @@ IP6 = re.compile(r"(?<![\w:])(?:[0-9a-fA-F]{0,4}:){2,7}[0-9a-fA-F]{0,4}(?![\w:]|
 VERSION = re.compile(r"(?:\b(?:v|ver|version|release|build|rev|section|chapter)|版本|バージョン|버전"
                      r"|[A-Za-z]/|[<>=~^!]=|[~^])[\s:`\"'(]*$", re.IGNORECASE)
 
-NUMBER = re.compile(r"[+(0-9][0-9 ()./+-]{5,}[0-9]")
+RUN = re.compile(r"[0-9 ()./+-]{7,}")
 CUE = re.compile(  # a word, alone or with "number", "(home)" or the like, directly before
     r"(?:(?<![A-Za-z])(?:tel|telephone|ph|phone|fax|mobile?|whatsapp|téléphone|telefono?|teléfono|тел"
     r"|телефон)(?![^\W\d_])|电话|手机|電話|携帯|전화|फ़ोन|फोन|मोबाइल)[^\w\n]{0,4}"
@@ -157,12 +157,21 @@ def addresses(text: str) -> Iterator[tuple[int, int]]:
     return iter(sorted(found))
 
 
+def runs(text: str) -> Iterator[tuple[str, int, int]]:
+    """What numbers may be in: from a +, ( or digit to the last digit, and where that is."""
+    for place in RUN.finditer(text):
+        run = place[0].rstrip(" ()./+-")
+        last = place.start() + len(run)
+        run = run.lstrip(" )./-")
+        if len(run) >= 7:
+            yield run, last - len(run), last
+
+
 def likely_numbers(text: str) -> Iterator[tuple[int, int]]:
     """Telephone numbers as many countries write them. 10 000 000 is none, nor is a row of a table."""
-    for run in NUMBER.finditer(text):
-        at, last = run.span()
-        other = OTHER.fullmatch(run[0]) and run[0][0] != "+"
-        if 7 <= digits_in(run[0]) <= 15 and not other and CUE.search(text, max(at - 32, 0), at):
+    for run, at, last in runs(text):
+        other = OTHER.fullmatch(run) and run[0] != "+"
+        if 7 <= digits_in(run) <= 15 and not other and CUE.search(text, max(at - 32, 0), at):
             yield at, last
             continue
         while place := PHONE.search(text, at, last):
@@ -178,10 +187,10 @@ def likely_numbers(text: str) -> Iterator[tuple[int, int]]:
 def library_numbers(text: str) -> Iterator[tuple[int, int]]:
     """Those that the library phonenumbers takes for valid somewhere."""
     import phonenumbers  # prepare.py has looked whether it is there
-    for run in NUMBER.finditer(text):
+    for run, at, _ in runs(text):
         for region in ("US", "GB", "FR", "DE", "IN", "CN", "JP", "KR", "ES", "IT", "BR", "RU"):
-            found = next(iter(phonenumbers.PhoneNumberMatcher(run[0], region)), None)
-            start, end = (run.start() + found.start, run.start() + found.end) if found else (0, 0)
+            found = next(iter(phonenumbers.PhoneNumberMatcher(run, region)), None)
+            start, end = (at + found.start, at + found.end) if found else (0, 0)
             if found and digits_in(text[start:end]) >= 9 and stands_alone(text, start, end):
                 yield start, end
                 break

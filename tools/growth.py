@@ -170,7 +170,7 @@ def near_copies(n):
 def hostile(n):
     """What begins, and does not end, again and again."""
     for thing in ("<!--", "<a ", "<", "</", "<?", "<script>", "&", "-----BEGIN PRIVATE KEY-----", "a.", "a@",
-                  "a:", "1 ", "1.", "eyJ", " ", "\n", "e\u0301", "a", "\u200b"):
+                  "a:", "1 ", "1.", "(", "+-", "@", "eyJ", " ", "\n", "e\u0301", "a", "\u200b"):
         yield thing * (n // len(thing))
 
 
