@@ -164,10 +164,10 @@ def bench_training(given: dict, s: SimpleNamespace) -> None:
     teacher = train.load_teacher(s.teacher, model.config, data.tokenizer.to_dict()) if s.teacher else None
     objective = train.Objective(model, counted, s.label_smoothing, teacher, s.teacher_share,
                                 s.teacher_temperature)
-    objective, is_compiled = train.ready(objective, machine, s.compile, windows.get(0, s.batch_size))
+    train.introduce(model, data, machine, s.compile)
+    objective, _ = train.ready(objective, machine, s.compile, windows.get(0, s.batch_size))
     optimizers = train.make_optimizers(model, s.optimizer, s.learning_rate, s.muon_lr, s.weight_decay,
                                        (s.beta1, s.beta2), s.momentum, s.embd_lr)
-    train.introduce(model, data, machine, is_compiled)
 
     step_windows = s.batch_size * s.gradient_accumulation_steps
     share = step_windows // machine.world
@@ -182,6 +182,7 @@ def bench_training(given: dict, s: SimpleNamespace) -> None:
         machine.lap("update")
         if step == -2:
             until_first = time.time() - STARTED
+            machine.say(f"measuring {STEPS} steps; the first one ended after {until_first:.1f} s")
     if machine.main:
         print("\n" + training_table(dict(machine.seconds), step_windows * T, model, machine, until_first))
 
