@@ -287,7 +287,12 @@ def vectors(body: Transformer, tokenizer, texts: list[str]) -> np.ndarray:
     model = Tuned(body, Vectors(head, tokenizer))
     rows = [model.task.row(f"text {n}", encoder["prompt"] + text) for n, text in enumerate(texts, start=1)]
     found = np.stack(predict(model, rows))
-    return found / np.linalg.norm(found, axis=1, keepdims=True) if encoder["normalize"] else found
+    return unit(found) if encoder["normalize"] else found
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Of length 1; one of length 0 stays."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
 # -----------------------------------------------------------------------------

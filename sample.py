@@ -36,7 +36,7 @@ from config import SettingError, UserError, at_least, check_used, launch, model_
 import numpy as np
 import torch
 
-from finetune import Tuned, predict, tuned_of, vectors, warn, with_head
+from finetune import Tuned, predict, tuned_of, unit, vectors, warn, with_head
 from lib.pretrained import HeadError, read_as_trained, save, together
 from lib.rows import as_csv, described, text_blocks
 from lib.run import (USE, Machine, find_checkpoint, load_whole, model_of, newest_run, refuse_chars,
@@ -228,8 +228,8 @@ def compare(model: Transformer, tokenizer: Tokenizer, texts: list[str]) -> None:
     if len(texts) == 1:
         print(*(f"{x:.6f}" for x in found[0]))
         return
-    unit = found / np.linalg.norm(found, axis=1, keepdims=True)
-    for text, cosine in zip(texts, unit @ unit[0]):
+    units = unit(found)
+    for text, cosine in zip(texts, units @ units[0]):
         print(f"{cosine:7.4f}  {text}")
 
 
@@ -369,7 +369,12 @@ def save_with_head(body: Transformer, folder: Path, ids: dict, head: Optional[di
         save(body, folder, ids, head)
     except HeadError as error:
         print(f"({error}: the head is left out, the body is exported with its pooling)", file=sys.stderr)
-        save(body, folder, ids, None, head["pool"])
+        # texts are read as in training, where nothing that its publisher asks for was put before them
+        encoder = {"normalize": False, **body.published.get("encoder", {}), "lower": head.get("lower", False),
+                   "pool": head["pool"], "max_length": head["max_length"], "prompt": "", "others": ""}
+        if encoder.get("settings"):
+            encoder["settings"] = {**encoder["settings"], "default_prompt_name": None}
+        save(body, folder, ids, None, encoder)
 
 
 def main(given: dict):

@@ -349,9 +349,9 @@ class HeadError(ValueError):
 
 
 def save(model: Transformer, folder: str | Path, extra: dict, head: dict | None = None,
-         pool: str | None = None) -> None:
-    """What Transformer.save_pretrained promises. head: of a task, as head_of gives it. pool: of a sentence
-    encoder that no published files tell of.
+         encoder: dict | None = None) -> None:
+    """What Transformer.save_pretrained promises. head: of a task, as head_of gives it. encoder: how a
+    sentence encoder makes a vector, see encoder_of, if not as its published files say.
 
     Raises HeadError before anything is written.
     """
@@ -377,8 +377,7 @@ def save(model: Transformer, folder: str | Path, extra: dict, head: dict | None 
             weight = torch.cat([ours[name] for name in names])
             weights[their] = turned(weight, names[0], family, model.config.head_dim).contiguous().cpu()
     theirs |= {"dtype": str(model.wte.weight.dtype).removeprefix("torch."), **said.get("ids", {}), **extra}
-    encoder = said.get("encoder") or {"pool": pool, "normalize": False, "max_length": None, "lower": False,
-                                      "prompt": ""}
+    encoder = said.get("encoder", {}) if encoder is None else encoder
     with together(Path(folder)) as new:
         save_file(weights, new / "model.safetensors", metadata={"format": "pt"})
         write_text(new / "config.json", json.dumps(theirs, indent=1, ensure_ascii=False))
@@ -387,7 +386,7 @@ def save(model: Transformer, folder: str | Path, extra: dict, head: dict | None 
             write_text(new / "generation_config.json", json.dumps(said["generation"], indent=1))
         if encoder.get("others"):
             say(f"{encoder['others']} is not exported, so that this is no sentence encoder")
-        elif encoder["pool"] and not head:
+        elif encoder.get("pool") and not head:
             write_encoder(new, encoder, model.config)
 
 

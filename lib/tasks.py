@@ -622,6 +622,8 @@ class Tag(Task):
         tags, _ = said
         wanted = [target == word if target else tag != "O" for word, tag in zip(row.words, tags)]
         n = wanted.index(True) if any(wanted) else 0
+        if target and sum(wanted) > 1:
+            self.notes[f"that has {target!r} {sum(wanted)} times: the first is explained"] = 1
         place = example.places[example.spans == n]
         if not len(place):  # it is in another window
             return "", []

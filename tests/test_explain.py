@@ -12,9 +12,10 @@ import finetune
 import sample
 from lib.run import save_checkpoint
 from lib.tasks import TASKS
-from lib.tokenizer import make_tokenizer
+from lib.tokenizer import Tokenizer, make_tokenizer
 from test_model import columns
 from tests.helpers import one_line, script, tiny, tokens, write_rows
+from tests.test_tokenizer import HUB, of_the_hub
 from tools import explain
 
 
@@ -271,6 +272,22 @@ def test_a_page_about_a_language_model(home):
     page_about(home / "out/whole", "--start=i", "--target=q")  # of a single token
 
 
+@pytest.mark.parametrize("kind, goes_on, targets, refused", [
+    ("llama", True, {"]": "]", "th": "th", " th": " th", "\n": "<0x0A>", "</s>": "</s>"}, {"zq": 3}),
+    ("llama", False, {"th": " th", "]": "]"}, {}),
+    ("bert", False, {"a": "a", "[MASK]": "[MASK]"}, {"\n": 0, " ": 0, "\u9f98": 0, "ab": 2})])
+def test_a_target_is_the_token_that_stands_there(kind, goes_on, targets, refused, tmp_path):
+    """Not that with a space before it. What is none is neither the likeliest nor the unknown one."""
+    fast = of_the_hub(tmp_path, **HUB[kind]())
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    for target, name in targets.items():
+        found = fast.id_to_token(explain.token_of(tokenizer, target, goes_on))
+        assert found.replace("\u2581", " ") == name, target
+    for target, n in refused.items():
+        with pytest.raises(explain.SettingError, match=f"one token is wanted; these are {n}"):
+            explain.token_of(tokenizer, target, goes_on)
+
+
 def test_a_page_about_a_masked_model(tmp_path):
     tokenizer = make_tokenizer("bytes", [], 0)
     model = tiny("gpt2", causal=False, vocab_size=tokenizer.vocab_size)
@@ -285,6 +302,7 @@ def test_a_page_about_a_masked_model(tmp_path):
     probs = model(torch.tensor([masked]))[0][0, 1].softmax(-1)
     assert page["said"][1]["p"] == pytest.approx(probs[32].item(), rel=1e-4)
     refused(tmp_path, ["--start=abc"], 1, "<|mask|>")
+    assert "(of 2 gaps the first)" in page_about(tmp_path, "--start=a<|mask|>c<|mask|>")[1]
 
 
 def test_a_page_about_a_classifier(tuned):
@@ -345,7 +363,7 @@ def test_what_a_task_predicts_is_what_is_explained(kind, tmp_path):
         refused(tmp_path, [f"--pair={pair}", "--target=x"], 2, "--target")
 
 
-def test_the_tag_of_a_word_is_explained():
+def test_the_tag_of_a_word_is_explained(capsys):
     """Of the first with a tag that is not O, or of the word that was asked for, in whichever window."""
     tokenizer = make_tokenizer("bytes", [], 0)
     body = tiny("gpt2", causal=False, head="none", vocab_size=tokenizer.vocab_size, block_size=64)
@@ -363,6 +381,8 @@ def test_the_tag_of_a_word_is_explained():
     first = (said["prediction"] + ["A"]).index("A") % 4
     named = ("one", "two", "three", "four")[first]
     assert explain.of_a_task(tuned, "one two three four", "", "").answer.startswith(f"{named}: ")
+    explain.of_a_task(tuned, "one two one four", "", "one")
+    assert "has 'one' 2 times: the first is explained" in capsys.readouterr().err
     with pytest.raises(explain.SettingError, match="five.*one, two"):
         explain.of_a_task(tuned, "one two three four", "", "five")
     long = " ".join(f"w{n}" for n in range(60))
@@ -388,7 +408,10 @@ def test_what_a_tuned_writer_is_given_as_a_table_is_a_prompt_of_a_row(tmp_path, 
     settings = {"out_dir": str(tmp_path), "start": f"FILE:{tmp_path / 'rows.jsonl'}", "row": 2, "samples": 1}
     for name, value in settings.items():
         monkeypatch.setattr(explain, name, value)
+    monkeypatch.setattr(explain.os, "access", lambda *asked: False)  # a folder of others, to be read alone
+    monkeypatch.chdir(tmp_path.parent)
     explain.main()
-    page = (tmp_path / "explain.html").read_text(encoding="utf-8").split("const D = ")[1].split("\n")[0]
+    page = (tmp_path.parent / "explain.html").read_text(encoding="utf-8")
+    page = page.split("const D = ")[1].split("\n")[0]
     said = "".join(json.loads(page)["tokens"]).replace("\u21b5", "\n")
     assert said == "### Instruction:\nc\n\n### Response:\n" and ":2: --row" in capsys.readouterr().out

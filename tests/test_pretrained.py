@@ -9,6 +9,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 import finetune
 import sample
@@ -16,7 +17,7 @@ import train
 from config import SettingError, UserError
 from lib.hub import OWNERS
 from lib.rows import Row
-from lib.run import Machine, load_body, save_checkpoint
+from lib.run import Machine, load_body, read_dict, save_checkpoint
 from lib.tasks import TASKS
 from lib.tokenizer import Tokenizer, make_tokenizer
 from model import Config, Transformer
@@ -502,6 +503,30 @@ def test_sentence_vectors_equal_sentence_transformers_in_and_out(pooling, normal
     again = st.SentenceTransformer(str(tmp_path / "out"), device="cpu")
     assert again.encode(SENTENCES) == pytest.approx(wanted, abs=1e-5)
     assert again.prompts == more["prompts"] and again.similarity_fn_name == "dot"
+
+
+def test_a_fine_tuned_encoder_is_exported_as_it_was_trained(tmp_path):
+    """Its pooling and length, not its publisher's, and no prompt that training did not put before texts."""
+    sentence_encoder(tmp_path / "in", {"pooling_mode": "mean"})
+    prompts = {"prompts": {"query": "b c "}, "default_prompt_name": "query"}
+    (tmp_path / "in/config_sentence_transformers.json").write_text(json.dumps(prompts))
+    body, tokenizer = sample.load(tmp_path / "in")
+    head = {"task": "regress", "labels": ["number"], "apart": True, "paired": True, "pool": "first",
+            "max_length": 5, "mean": 0.0, "std": 1.0}
+    tuned = finetune.Tuned(body, TASKS["regress"](head, tokenizer)).eval()
+    sample.write_pretrained(tuned, tokenizer, tmp_path / "out")
+    read = [tuned.task.wrapped(ids)[0] for ids in tuned.task.encoded(SENTENCES)]
+    wanted = torch.cat([body.hidden(torch.tensor([ids.tolist()]))[:, 0] for ids in read])  # not its mean
+    again, its_tokenizer = sample.load(tmp_path / "out")
+    found = torch.from_numpy(finetune.vectors(again, its_tokenizer, SENTENCES))
+    torch.testing.assert_close(found, F.normalize(wanted), atol=1e-5, rtol=1e-4)
+    assert read_dict(tmp_path / "out/config_sentence_transformers.json") == {
+        "prompts": {"query": "b c "}, "default_prompt_name": None}
+    assert read_dict(tmp_path / "out/sentence_bert_config.json")["max_seq_length"] == 5
+    with torch.no_grad():  # a vector of length 0 has none of length 1
+        again.blocks[-1].norm2.weight.zero_()
+        again.blocks[-1].norm2.bias.zero_()
+    assert (finetune.vectors(again, its_tokenizer, SENTENCES) == 0).all()
 
 
 @pytest.mark.parametrize("file, change, words", [

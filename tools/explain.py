@@ -17,6 +17,7 @@ import contextlib
 import itertools
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -119,18 +120,36 @@ def of_a_token(model: Transformer, tokenizer, text: str, target: str) -> Case:
             raise UserError("--start: a masked model fills a gap: write its mask token there, <|mask|> or "
                             f"[MASK] for instance, in {most} tokens at most (here are {len(ids)})")
         at, neutral = ids.index(tokenizer.mask), tokenizer.mask
+        if ids.count(neutral) > 1:
+            print(f"(of {ids.count(neutral)} gaps the first)")
     idx = torch.tensor([ids], device=model.wte.weight.device)
 
     def logits(ids):  # (B, T) -> (B, V)
         return model.logits(model.hidden(ids)[:, at])
 
     probs = logits(idx)[0].softmax(-1)
-    k, *more = tokenizer.encode(target, specials=True) or [probs[:tokenizer.vocab_size].argmax().item()]
-    name = shown(tokenizer, k)
-    if more:
-        raise SettingError(f"--target={target}: one token is wanted; these are {1 + len(more)}, of which the "
-                           f"first is {name!r}")
-    return Case(idx, lambda ids: logits(ids)[:, k], name, f", probability {probs[k].item():.1%}", neutral)
+    k = probs[:tokenizer.vocab_size].argmax().item()
+    if target:
+        k = token_of(tokenizer, target, model.config.causal)
+    return Case(idx, lambda ids: logits(ids)[:, k], shown(tokenizer, k),
+                f", probability {probs[k].item():.1%}", neutral)
+
+
+def token_of(tokenizer: Tokenizer, target: str, goes_on: bool) -> int:
+    """The token that --target is. One that goes on a text stands there as it is written, and `encode` may
+    put a space before it."""
+    found = tokenizer.encode(target, specials=True)
+    if goes_on or len(found) != 1 or tokenizer.lost:
+        exact = [k for k, piece in enumerate(tokenizer.token_bytes) if piece == target.encode()]
+        if len(exact) > 1:  # a byte and a character
+            usual = tokenizer.encode("a" + target)
+            exact.sort(key=lambda k: k not in usual)
+        found = exact[:1] or found * (not tokenizer.lost)
+        tokenizer.lost.clear()
+    if len(found) != 1:
+        first = f", of which the first is {shown(tokenizer, found[0])!r}" if found else ""
+        raise SettingError(f"--target={target!r}: one token is wanted; these are {len(found)}{first}")
+    return found[0]
 
 
 def of_a_task(tuned: Tuned, text: str, pair: str, target: str) -> Case:
@@ -405,7 +424,8 @@ def main():
     found = look_inside(body, tokenizer, case, speaks)
     print_short(found)
     folder = newest_run(Path(origin))
-    page = (folder if folder.is_dir() else Path()) / "explain.html"
+    is_ours = folder.is_dir() and os.access(folder, os.W_OK)  # not another's, to be read alone
+    page = (folder if is_ours else Path()) / "explain.html"
     template = Path(__file__).with_name("explain.html").read_text(encoding="utf-8")
     data = json.dumps(found, ensure_ascii=False).replace("<", "\\u003c")  # no token ends the script
     write_text(page, template.replace("DATA", data))
