@@ -134,7 +134,8 @@ def mean_and_std(values: list[float]) -> tuple[float, float]:
 
 
 def pooled(folder: Path, tested: list[Tested], summary: dict, s: SimpleNamespace) -> list[str]:
-    """The test rows of all folds as one: every row is answered once, by a model that has not seen it."""
+    """The test rows of all folds as one: every row is answered once, by a model that has not seen it, but
+    those of labels so rare that they are always trained on."""
     rows, answers, fold = [], [], []
     for k, one in enumerate(tested, start=1):
         rows += one.rows

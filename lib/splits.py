@@ -34,10 +34,15 @@ def read_splits(s: SimpleNamespace, say) -> dict[Path, Splits]:
         return {folder: Splits(*BUILT_IN[s.data]())}
     rows, val, test = read_files(s, say)
     parts = s.folds or 10
-    part, splits = task.split(rows, parts, s.seed), {}
+    part, splits, kept = task.split(rows, parts, s.seed), {}, {}
     for k in range(s.folds or 1):
         to_val = (part == (k + 1) % parts) & (val is None)
         to_test = (part == k) & (test is None)
+        if task.classes:
+            needed, labels = kept_to_learn(rows, to_val, to_test)
+            if (to_val & ~needed).any() == to_val.any() and (to_test & ~needed).any() == to_test.any():
+                to_val, to_test = to_val & ~needed, to_test & ~needed
+                kept |= dict.fromkeys(labels)
         train = pick(rows, ~(to_val | to_test))
         split = Splits(train, val or pick(rows, to_val), test or pick(rows, to_test))
         if not all(split):
@@ -49,7 +54,29 @@ def read_splits(s: SimpleNamespace, say) -> dict[Path, Splits]:
             learned = task(task.learn(split.train, s), None)
             for row in split.val + split.test:
                 learned.target(row)
+    if kept:
+        names = ", ".join([*kept][:10]) + ", ..." * (len(kept) > 10)
+        say(f"labels    {names}: so rare that rows which would be held out are trained on")
     return splits
+
+
+def kept_to_learn(rows: list[Row], to_val: np.ndarray, to_test: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Which rows have labels that no row to train on would have, (N,), with all that stay with them; and
+    these labels. As few as will do, those to validate on first."""
+    known = {label for row in pick(rows, ~(to_val | to_test)) for label in labels_in(row)}
+    chosen, found = set(), []
+    for row in pick(rows, to_val) + pick(rows, to_test):
+        new = [label for label in labels_in(row) if label not in known]
+        if new:
+            chosen.add(row.unit or text_key(row))
+            known.update(new)
+            found += new
+    needed = [bool(chosen) and (row.unit or text_key(row)) in chosen for row in rows]
+    return np.array(needed), found
+
+
+def labels_in(row: Row) -> list[str]:
+    return row.label if isinstance(row.label, list) else [row.label]
 
 
 def pick(rows: list[Row], chosen: np.ndarray) -> list[Row]:

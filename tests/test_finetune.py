@@ -610,7 +610,6 @@ NOTHING = json.dumps([{"text": f"t{i}", "label": [None]} for i in range(30)])
     ("a.csv", GOOD.replace("label", "mood").replace("text", "it"), [], ["a.csv:1", "--header=True", "mood"]),
     ("a.csv", GOOD, ["--data_val=a.csv"], ["data_val=a.csv", "the very texts of data=a.csv"]),
     ("a.csv", GOOD, ["--encoding=klingon"], ["encoding=klingon"]),
-    ("a.csv", GOOD + "a,z\nb,z\n", ["--folds=5"], ["'z'", "give more"]),
     ("a.csv", GOOD, ["--folds=70"], ["60 examples are too few"]),
     ("a.csv", "text,label\na,x\nb,y\n", [], ["too few"]),
     ("a.csv", GOOD, ["--task=regress"], ["a.csv:2", "'x'", "number"]),

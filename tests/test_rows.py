@@ -594,6 +594,32 @@ def test_rows_of_a_user_stay_on_one_side_of_splits_and_folds(tmp_path):
             assert sum(map(len, sides)) == 30 and all(sides)
 
 
+@pytest.mark.parametrize("folds", [None, 4])
+@pytest.mark.parametrize("rare", [1, 2, 3])
+def test_rare_labels_are_trained_on_before_they_are_held_out(rare, folds, tmp_path):
+    """With all rows of their users; but not if nothing would be left to validate or test on."""
+    labels = ["xy"[i % 2] for i in range(60)] + [f"rare {k}" for k in range(9) for _ in range(rare)]
+    n = len(labels)
+    path = write_rows(tmp_path / "a.csv", ("text", "label", "user"), [f"text {i}" for i in range(n)], labels,
+                      [i % (n - 3) for i in range(n)])
+    for column in ("", "user"):
+        found, said = splits_of(path, split_column=column, folds=folds)
+        assert column or ("so rare that" in said) == (rare < 3)
+        tested = sum(len(split.test) for split in found.values())
+        assert not folds or column or (tested == n) == (rare > 1)
+        for train, val, test in found.values():
+            assert {row.label for row in train} == {*labels} and val and test
+            units = [{row.unit or row.text for row in rows} for rows in (train, val, test)]
+            assert len(set.union(*units)) == sum(map(len, units))
+            assert len(train + val + test) == n
+    if folds:
+        return
+    path = write_rows(tmp_path / "b.csv", ("text", "label", "user"), [f"text {i}" for i in range(90)],
+                      ["xyy"[i % 3] for i in range(90)], [i % 3 for i in range(90)])
+    with pytest.raises(UserError, match="nothing to tell apart"):
+        splits_of(path, split_column="user")
+
+
 def test_groups_of_0_and_false_have_names(tmp_path):
     names = (0, False, "", None, 1.5, "nan", " F ", "F")  # a CSV's NaN is text
     rows = [{"text": "a", "label": "x", "g": group} for group in names]
