@@ -4,7 +4,6 @@ What the predictions of a test come to: metrics.json, predictions.csv, a table f
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple, Optional
@@ -34,9 +33,7 @@ def write_results(folder: Path, task: Task, rows: list[Row], answers: list, foun
     results = found.setdefault(under, {}) if under else found
     arrays = task.arrays(rows, answers)
     results.update({**task.scores(*arrays), "test_rows": len(rows), "meaning": task.meaning})
-    with replacing(folder / "predictions.csv") as f:
-        for lines in tables(task, rows, answers, more or {}):
-            f.write(as_csv(lines).encode("utf-8"))
+    write_predictions(folder / "predictions.csv", task, rows, answers, more or {})
     write_json(folder / "metrics.json", found)
     try:
         written = task.report(folder, *arrays)
@@ -49,17 +46,15 @@ def write_results(folder: Path, task: Task, rows: list[Row], answers: list, foun
     return ["metrics.json", "predictions.csv", *written]
 
 
-def tables(task: Task, rows: list[Row], answers: list, more: dict[str, list]) -> Iterator[list[list]]:
-    """The lines of predictions.csv, some at a time: of many classes each is long."""
+def write_predictions(path: Path, task: Task, rows: list[Row], answers: list, more: dict[str, list]) -> None:
+    """A row at a time: of many classes each is long."""
     header, _ = task.table(rows[:1], answers[:1])
-    lines = [[*header, *more]]
-    for n, row in enumerate(intervals.ticking(rows, "predictions.csv")):
-        added = [column[n] for column in more.values()]
-        lines += [[*line, *added] for line in task.table([row], [answers[n]])[1]]  # of tags one a word
-        if len(lines) > 250:
-            yield lines
-            lines = []
-    yield lines
+    with replacing(path) as f:
+        f.write(as_csv([[*header, *more]]).encode("utf-8"))
+        for n, row in enumerate(intervals.ticking(rows, path.name)):
+            added = [column[n] for column in more.values()]
+            lines = task.table([row], [answers[n]])[1]  # of tags one a word
+            f.write(as_csv([*line, *added] for line in lines).encode("utf-8"))
 
 
 def table(found: dict) -> str:

@@ -145,8 +145,8 @@ def test_html_as_it_is_read(text, expected):
 UNITS = {"html": ["<a ", "<!--", "<![CDATA[", "<", "</", "<?", "<?x", "<a b=\"", "<a b='\"", "<script>",
                   "</script", "<a b=\"<a c='",
                   "&#", "<p>", "&lt;", "<a x=\"y>\" "],
-         "scrub_pii": ["-----BEGIN RSA PRIVATE KEY-----\n", "1 ", "1", "a@b.", "::", "a:", "(1", "(", "+-", "@", "sk-",
-         "eyJ", "06 12 "],
+         "scrub_pii": ["-----BEGIN RSA PRIVATE KEY-----\n", "1 ", "1", "a@b.", "::", "a:", "(1", "(", "+-",
+                       "@", "sk-", "eyJ", "06 12 "],
          "repeated_lines": ["a\n", "a"], "nfc": ["e\u0301"], "line_ends": ["\r"]}
 
 

@@ -39,6 +39,7 @@ import finetune
 import prepare
 import sample
 from lib import intervals, metrics, pictures, run
+from lib.report import write_predictions
 from lib.rows import Row
 from lib.tasks import TASKS
 from lib.tokenizer import make_tokenizer
@@ -253,6 +254,12 @@ def report(n, folder):
     return partial(metrics.report, folder, *outputs(n, 20), [f"label{k}" for k in range(20)])
 
 
+def predictions(n, folder):
+    model, (_, probs) = classifier(n), outputs(1000, n)
+    rows = [Row(f"row {i}", f"text {i}", label="label0") for i in range(1000)]
+    return partial(write_predictions, folder / "predictions.csv", model, rows, list(probs), {})
+
+
 def predicting(n, folder):
     model = tuned(n_layer=1, n_head=1, n_embd=16)
     return partial(sample.answer_file, model, new_texts(n, folder), run.Machine("cpu"))
@@ -315,6 +322,7 @@ PARTS = {
                              "labels in 10,000 rows", 400, 10_000, "rows x labels"),
     "groups": Part(groups, "groups of 20 rows", 320, 1000, "the rows"),
     "report": Part(report, "rows of 20 labels", 128_000, 10**6, "the rows"),
+    "predictions": Part(predictions, "labels in 1,000 rows", 2000, 10_000, "a row's"),
     "predict": Part(predicting, "rows without a label", 64_000, 10**6, ""),
     "explain": Part(explaining, "words", 64, 256, "one text"),
     "picture": Part(picture, "rows of the log", 160_000, 600_000, "the log"),
