@@ -241,8 +241,8 @@ class Task:
         width = max(15, *map(len, found))
         return "\n".join(f"{name:{width}} {cell}" for name, cell in found.items())
 
-    def explained(self, row: Row, said, example: Example, out, target: str) -> tuple[str, list[int]]:
-        """What is said, and the sum of which outputs says it.
+    def explained(self, row: Row, said, example: Example, out, target: str) -> tuple[str | None, list[int]]:
+        """What is said, None if there is no answer, and the sum of which outputs says it.
 
         said: the answer for the row; out: all outputs for the example; target: a class to explain in place
         of the likeliest.
@@ -750,6 +750,8 @@ class Answer(Task):
     def explained(self, row, said, example, out, target):
         if target:
             raise SettingError(f"--target={target}: the task has no classes: leave it out")
+        if self.head["no_answer"] and said[1] < 0.5:
+            return None, [0, 1]  # as first and last
         _, text, ends = self.best_span(row, example, out)
         return text, [2 * place + k for k, place in enumerate(ends)]
 

@@ -363,6 +363,32 @@ def test_what_a_task_predicts_is_what_is_explained(kind, tmp_path):
         refused(tmp_path, [f"--pair={pair}", "--target=x"], 2, "--target")
 
 
+def test_that_there_is_no_answer_is_explained():
+    """Where that is predicted; of several windows that of the one that is least sure of it, as there."""
+    tokenizer = make_tokenizer("bytes", [], 0)
+    body = tiny("gpt2", causal=False, head="none", vocab_size=tokenizer.vocab_size, block_size=64)
+    head = {"labels": ["first", "last"], "paired": True, "pool": None, "max_length": 64, "no_answer": True,
+            "apart": False}
+    tuned = finetune.Tuned(body, TASKS["qa"](head, tokenizer)).eval()
+    context, kinds = " ".join(f"w{i}" for i in range(50)), set()
+    for text, sign in (("what?", 1), ("who is it?", 1), ("when was it?", -1)):
+        row = tuned.task.row("x", text, context)
+        examples = tuned.task.examples([row])
+        inputs = [finetune.collate([one], tuned.task, torch.device("cpu"))[0] for one in examples]
+        x = torch.cat([body.hidden(one["idx"])[0] for one in inputs])  # (windows * T, C)
+        first = torch.arange(len(x)).unsqueeze(1) % 64 == 0
+        with torch.no_grad():  # the first position stands out
+            tuned.head.weight.copy_(sign * torch.linalg.lstsq(x, first.float()).solution.T)
+        outputs = [tuned(**one)[0].detach().numpy() for one in inputs]
+        none = min(out[0].sum() for out in outputs)
+        best = max(tuned.task.best_span(row, one, out)[0] for one, out in zip(examples, outputs))
+        case = explain.of_a_row(tuned, row, "")
+        assert case.score(case.idx).item() == pytest.approx(max(none, best), abs=1e-4)
+        assert (case.answer == "no answer") == (none > best)
+        kinds.add(case.answer == "no answer")
+    assert kinds == {True, False} and len(outputs) > 2
+
+
 def test_the_tag_of_a_word_is_explained(capsys):
     """Of the first with a tag that is not O, or of the word that was asked for, in whichever window."""
     tokenizer = make_tokenizer("bytes", [], 0)

@@ -177,13 +177,14 @@ def of_a_row(tuned: Tuned, row: Row, target: str) -> Case:
             found.append((value, answer, idx, partial(sum_of_outputs, tuned, places, segments)))
     if not found:
         raise UserError(f"{row.where}: nothing of it is read, so nothing can be explained")
-    _, answer, idx, score = max(found, key=lambda one: one[0])
+    least = found[0][1] is None  # no answer: as the window says that is least sure of it
+    _, answer, idx, score = (min if least else max)(found, key=lambda one: one[0])
     task.tell(warn)
     header, lines = task.table([row], [said])
     told = ("prediction", "score", f"prob_{answer}") if len(lines) == 1 else ()  # not a line a word
     facts = "".join(f", {name} {cell}" for name, cell in zip(header, lines[0]) if name in told)
     neutral = tokenizer.pad if tokenizer.mask is None else tokenizer.mask
-    return Case(idx, score, answer.strip(), facts, neutral)
+    return Case(idx, score, "no answer" if least else answer.strip(), facts, neutral)
 
 
 def sum_of_outputs(tuned: Tuned, places: list[int], segments: torch.Tensor, idx: torch.Tensor):
