@@ -421,9 +421,12 @@ class Classify(TextTask):
         return y.sum(0) if self.several else np.bincount(y, minlength=len(self.labels))
 
     def class_weight(self, rows: list[Row]) -> torch.Tensor:
-        """(K,) so that classes count alike; of several labels, a label's presence as much as its absence."""
+        """(K,) so that classes count alike; of several labels, a label's presence as much as its absence, if
+        it is absent at all."""
         n, counts = len(rows), self.label_counts(rows)
-        weight = (n - counts) / counts if self.several else n / (len(self.labels) * counts)
+        weight = n / (len(self.labels) * counts)
+        if self.several:
+            weight = np.where(counts < n, (n - counts) / counts, 1.0)
         return torch.tensor(weight, dtype=torch.float32)
 
     def answers(self, rows, examples, outputs):
