@@ -288,7 +288,7 @@ def test_classes_that_are_rare_weigh_as_much_as_frequent_ones():
     assert (weight * torch.tensor([4, 2, 1])).tolist() == pytest.approx([7 / 3] * 3)
     assert SEVERAL.class_weight(rows).tolist() == pytest.approx([3 / 4, 5 / 2, 6])
     rows = [Row("", "", label="a|b"), Row("", "", label="a"), Row("", "", label="a|c")]
-    assert SEVERAL.class_weight(rows).tolist() == [1, 2, 2]  # a is in all: what is never absent is learned too
+    assert SEVERAL.class_weight(rows).tolist() == [1, 2, 2]  # a is never absent, and is learned
 
 
 @pytest.mark.parametrize("name", TASKS)
