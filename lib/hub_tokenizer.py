@@ -74,7 +74,7 @@ class HubTokenizer(Tokenizer):
         self.missing = {i for name, i in self.byte.items() if name not in vocab}  # bytes without a token
         falls_back = self.by_sign or model.get("byte_fallback")
         self.lossless = bool(falls_back and self.byte) and not self.missing
-        self.spaced = not decoder or "WordPiece" in steps  # the decoder puts spaces between words, unasked
+        self.spaced = not decoder or "WordPiece" in steps  # by the decoder
         self.continuing = decoder.get("prefix", "") if "WordPiece" in steps else ""
         unknown = model.get("unk_token")
         self.unknown = vocab.get(unknown) if unknown is not None else model.get("unk_id")

@@ -54,6 +54,7 @@ class Tokenizer:
     """
     safe = SAFE  # where a long text may be cut: it gives the same ids
     heavy = False  # does it take much memory for a text?
+    spaced = False  # does decode put spaces between words, unasked?
     prefix = []  # ids that its model reads before every text
     lost = Counter()  # characters that no id stands for, in what was encoded since the last tell(): none
 

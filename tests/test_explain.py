@@ -275,7 +275,7 @@ def test_a_page_about_a_language_model(home):
 @pytest.mark.parametrize("kind, goes_on, targets, refused", [
     ("llama", True, {"]": "]", "th": "th", " th": " th", "\n": "<0x0A>", "</s>": "</s>"}, {"zq": 3}),
     ("llama", False, {"th": " th", "]": "]"}, {}),
-    ("bert", False, {"a": "a", "[MASK]": "[MASK]"}, {"\n": 0, " ": 0, "\u9f98": 0, "ab": 2})])
+    ("bert", False, {"a": "a", "##a": "##a", "[MASK]": "[MASK]"}, {"\n": 0, " ": 0, "\u9f98": 0, "ab": 2})])
 def test_a_target_is_the_token_that_stands_there(kind, goes_on, targets, refused, tmp_path):
     """Not that with a space before it. What is none is neither the likeliest nor the unknown one."""
     fast = of_the_hub(tmp_path, **HUB[kind]())
@@ -283,6 +283,7 @@ def test_a_target_is_the_token_that_stands_there(kind, goes_on, targets, refused
     for target, name in targets.items():
         found = fast.id_to_token(explain.token_of(tokenizer, target, goes_on))
         assert found.replace("\u2581", " ") == name, target
+        assert name in (explain.shown(tokenizer, fast.token_to_id(found)), "<0x0A>")
     for target, n in refused.items():
         with pytest.raises(explain.SettingError, match=f"one token is wanted; these are {n}"):
             explain.token_of(tokenizer, target, goes_on)

@@ -140,7 +140,7 @@ def token_of(tokenizer: Tokenizer, target: str, goes_on: bool) -> int:
     put a space before it."""
     found = tokenizer.encode(target, specials=True)
     if goes_on or len(found) != 1 or tokenizer.lost:
-        exact = [k for k, piece in enumerate(tokenizer.token_bytes) if piece == target.encode()]
+        exact = [k for k in range(tokenizer.vocab_size) if written(tokenizer, k) == target.encode()]
         if len(exact) > 1:  # a byte and a character
             usual = tokenizer.encode("a" + target)
             exact.sort(key=lambda k: k not in usual)
@@ -341,11 +341,17 @@ def habits(weights: torch.Tensor, ids: torch.Tensor) -> list[tuple[float, str]]:
     return found
 
 
+def written(tokenizer: Tokenizer, token: int) -> bytes:
+    """Its text; of a WordPiece that goes on a word with the sign of that, ##ing."""
+    if tokenizer.spaced:
+        return tokenizer.decode([token]).encode()
+    return b"".join(tokenizer.token_bytes[token:token + 1])  # none of a padded vocabulary
+
+
 def shown(tokenizer: Tokenizer, *tokens: int) -> str:
     """The text of a token, or of several, in which line breaks and parts of characters can be seen."""
     special = {i: name.encode() for name, i in tokenizer.specials.items()}
-    pieces = [special.get(i) or b"".join(tokenizer.token_bytes[i:i + 1]) for i in tokens]
-    text = b"".join(pieces).decode("utf-8", "backslashreplace")
+    text = b"".join(special.get(i) or written(tokenizer, i) for i in tokens).decode("utf-8", "backslashreplace")
     text = text.replace("\n", "\u21b5").replace("\t", "\u21e5")
     return text if text.isprintable() else ascii(text)[1:-1]
 
