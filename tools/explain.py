@@ -351,7 +351,8 @@ def written(tokenizer: Tokenizer, token: int) -> bytes:
 def shown(tokenizer: Tokenizer, *tokens: int) -> str:
     """The text of a token, or of several, in which line breaks and parts of characters can be seen."""
     special = {i: name.encode() for name, i in tokenizer.specials.items()}
-    text = b"".join(special.get(i) or written(tokenizer, i) for i in tokens).decode("utf-8", "backslashreplace")
+    pieces = [special.get(i) or written(tokenizer, i) for i in tokens]
+    text = b"".join(pieces).decode("utf-8", "backslashreplace")
     text = text.replace("\n", "\u21b5").replace("\t", "\u21e5")
     return text if text.isprintable() else ascii(text)[1:-1]
 
