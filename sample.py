@@ -145,7 +145,8 @@ def as_text(ids: Iterable[int], tokenizer: Tokenizer, stops: Iterable[str] = (),
     """
     stops = [stop for stop in stops if stop]
     held = max(map(len, stops), default=1) - 1  # characters at the end, with which a stop string may begin
-    text, out = prompt, len(prompt)  # so many characters are out
+    text = prompt[max(0, len(prompt) - held):]  # the last characters, of which so many are out
+    out = len(text)
     ids = itertools.takewhile(lambda i: i not in tokenizer.ends, ids)
     for piece in tokenizer.pieces(ids, begun=prompt != ""):
         old, text = len(text), text + piece
@@ -156,7 +157,8 @@ def as_text(ids: Iterable[int], tokenizer: Tokenizer, stops: Iterable[str] = (),
             return
         end = max(out, len(text) - held)
         yield text[out:end]
-        out = end
+        first = max(0, len(text) - held)
+        text, out = text[first:], end - first
     yield text[out:]
 
 

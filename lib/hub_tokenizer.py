@@ -404,10 +404,10 @@ def with_added(path: str | Path, text: str, facts: dict[str, dict]) -> tuple[str
     lacking = [i for i in sorted(more, key=int) if more[i]["content"] not in have]
     if not lacking:
         return text, vocab
+    flags = [{name: value for name, value in more[i].items() if name != "__type"} for i in lacking]
+    fast.add_tokens([tokenizers.AddedToken(**one) for one in flags])  # at once: each call goes over them all
     for i in lacking:
-        flags = {name: value for name, value in more[i].items() if name != "__type"}
-        fast.add_tokens([tokenizers.AddedToken(**flags)])
-        token = flags["content"]
+        token = more[i]["content"]
         if token not in vocab and fast.token_to_id(token) != int(i):
             raise UserError(f"{path}: its files add {token!r} as id {i}, but {fast.token_to_id(token)} is "
                             "the next that is free")

@@ -12,7 +12,7 @@ import re
 import string
 import unicodedata
 from array import array
-from collections import Counter, namedtuple
+from collections import Counter, defaultdict, namedtuple
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -312,10 +312,12 @@ def cmrc_match(said: str, gold: str) -> tuple[float, float]:
     said, gold = cmrc_text(said), cmrc_text(gold)
     # other words end where nltk's word_tokenize ends them, as far as signs are left
     a, b = (re.findall(r"[\u4e00-\u9fa5$<>]|[^\s\u4e00-\u9fa5$<>]+", text) for text in (said, gold))
-    longest, before = 0, [0] * (len(b) + 1)
-    for word in a:  # before[j]: how long a run ends at this word and at b[j - 1]
-        before = [0] + [before[j] + 1 if word == other else 0 for j, other in enumerate(b)]
-        longest = max(longest, *before)
+    longest, before, places = 0, {}, defaultdict(list)
+    for j, word in enumerate(b):
+        places[word].append(j)
+    for word in a:  # before[j]: how long a run ends at this word and at b[j]
+        before = {j: before.get(j - 1, 0) + 1 for j in places[word]}
+        longest = max([longest, *before.values()])
     return float(said == gold), f1(longest, len(a) + len(b))
 
 

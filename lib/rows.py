@@ -21,7 +21,7 @@ import os
 import re
 import sys
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from config import SettingError, UserError
-from lib.text import (blocks, column_names, encoding_of, is_formula, kind_of, lines, records, refuse,
+from lib.text import (blocks, column_names, encoding_of, is_formula, kind_of, lines, listed, records, refuse,
                       standard_library)
 
 
@@ -136,16 +136,24 @@ def is_id(name: str) -> bool:
 
 def find_column(path: str, role: str, names: list[str], asked: str | int) -> str:
     """The column of this name, else of this number; of a label several, with commas between them."""
-    asked = str(asked)
-    alike = [name for name in names if plain(name) == plain(asked)]
-    if asked in names or len(alike) == 1:
-        return asked if asked in names else alike[0]
-    if asked.isdigit() and int(asked) < len(names):
-        return names[int(asked)]
-    if role == "label" and "," in asked:
-        return ",".join(find_column(path, role, names, one) for one in asked.split(","))
-    raise UserError(f"{path}: has no column {asked!r} for the {role}: it has {listed(names)}: "
-                    f"--{role}_column=NAME or its number")
+    alike = defaultdict(list)
+    for name in names:
+        alike[plain(name)].append(name)
+
+    def the_one(asked: str) -> str | None:
+        its = alike.get(plain(asked), [])
+        if asked in its or len(its) == 1:
+            return asked if asked in its else its[0]
+        return names[int(asked)] if asked.isdigit() and int(asked) < len(names) else None
+
+    each = [str(asked)]
+    if role == "label" and the_one(each[0]) is None:
+        each = each[0].split(",")
+    found = list(map(the_one, each))
+    if None in found:
+        raise UserError(f"{path}: has no column {each[found.index(None)]!r} for the {role}: it has "
+                        f"{listed(names)}: --{role}_column=NAME or its number")
+    return ",".join(found)
 
 
 def columns_in(name: str, names: Collection[str]) -> list[str]:
@@ -165,7 +173,7 @@ def choose(path: str, names: list[str], columns: dict, usual: Names) -> dict[str
         for one in columns_in(name, names) if role not in ("group", "split") else ():  # which may be any
             if learned.setdefault(one, role) != role:
                 raise UserError(f"{path}: the column {one} is asked for as the {learned[one]} and as the "
-                                f"{role}: it is one of them; there are {', '.join(names)}")
+                                f"{role}: it is one of them; there are {listed(names)}")
     free = set(map(plain, names)).difference(map(plain, learned))
     asked = {role: plain(name) for role, name in found.items()}
     wanted = {}
@@ -185,12 +193,6 @@ def choose(path: str, names: list[str], columns: dict, usual: Names) -> dict[str
             raise UserError(f"{path}: several columns for the {role}, {', '.join(alike)}: {each}")
         found.setdefault(role, alike[0])
     return {role: found.get(role) for role in ROLES}
-
-
-def listed(names: Sequence[str]) -> str:
-    """The first, where there are many, and their beginnings: for one line."""
-    first = [name if len(name) <= 60 else f"{name[:60]}..." for name in names[:40]]
-    return ", ".join(first) + (f" and {len(names) - 40:,} more" if len(names) > 40 else "")
 
 
 def described(columns: dict) -> str:
@@ -229,7 +231,7 @@ def of_names(path: str, names: list[str], columns: dict, usual: Names, needed: C
                 several *= role == "label" and usual is CLASS_NAMES
                 raise UserError(f"{path}: no column for the {role} among {listed(names)}: name it with "
                                 f"--{role}_column=...{several}")
-        used = [one for name in found.values() if name for one in columns_in(name, names)]
+        used = {one for name in found.values() if name for one in columns_in(name, names)}
         unused = [name for name in names if name not in used]
     ids = [name for name in names if is_id(name) and name not in found.values()]
     ids.sort(key=lambda name: plain(name) not in IDS)
@@ -335,7 +337,7 @@ def to_amount(label: str) -> float:
 
 UNIT = re.compile(r"(?<=\d)\s*(%|stars?|星级?|分)\s*$", re.IGNORECASE)
 STARS = re.compile("[★⭐\ufe0f]+☆*")
-NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
+NUMBER = re.compile(r"\s*[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
 
 
 def label_key(label: str) -> float | str:
@@ -648,15 +650,18 @@ def tags_of_spans(row: Row) -> tuple[list[str], list[str], int]:
         raise UserError(f"{row.where}: not the places of tags: {str(row.label)[:60]}: wanted [begin, end, "
                         "tag] of each") from None
     unspaced = " " not in row.text and UNSPACED.search(row.text)
-    words, tags = [], []
+    words, tags, inside = [], [], []
+    ahead = sorted(enumerate(spans), key=lambda one: one[1][0], reverse=True)  # the next is the last
     for match in word_pattern("characters" if unspaced else "punctuation").finditer(row.text):
-        inside = [span for span in spans if span[0] < match.end() and match.start() < span[1]]
-        span = begin, _, kind = max(inside, key=lambda span: span[1] - span[0], default=(0, 0, ""))
-        taken[span] = taken.get(span, "") + match.group()
+        while ahead and ahead[-1][1][0] < match.end():
+            inside.append(ahead.pop())
+        inside = [(n, span) for n, span in inside if match.start() < span[1]]
+        _, span = max(inside, key=lambda one: (one[1][1] - one[1][0], -one[0]), default=(0, (0, 0, "")))
+        taken.setdefault(span, []).append(match.group())
         words.append(match.group())
-        tags.append(f"{'B' if match.start() <= begin else 'I'}-{kind}" if kind else "O")
-    lost = [span for span in spans if "".join(row.text[span[0]:span[1]].split()) != taken.get(span)]
-    return words, tags, len(lost)
+        tags.append(f"{'B' if match.start() <= span[0] else 'I'}-{span[2]}" if span[2] else "O")
+    whole = {span: "".join(its_words) for span, its_words in taken.items()}
+    return words, tags, sum("".join(row.text[span[0]:span[1]].split()) != whole.get(span) for span in spans)
 
 
 IN_WORD = r"\p{L}\p{N}_\p{M}\u200c\u200d"  # the vowels of Hindi and Hebrew are marks; Persian has joiners
@@ -754,7 +759,7 @@ def place_of(text: str, said: Any, context: str) -> int:
     number = to_number(str(said))
     begin = 0 if number == math.inf else int(number)
     if number == math.inf or context[begin:begin + len(text)] != text:
-        places = [i for i in range(len(context)) if context.startswith(text, i)]
+        places = [match.start() for match in re.finditer(f"(?={re.escape(text)})", context)]
         whole = [i for i in places if is_whole(context, i, i + len(text))]
         begin = min(whole or places, key=lambda i: abs(i - begin), default=-1)
     return begin

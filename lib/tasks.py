@@ -699,11 +699,12 @@ class Answer(Task):
             known = [(begin, begin + len(answer)) for answer, begin in row.label or () if begin >= 0]
             first, last = known[0] if known else (0, 0)
             inside = (ends > first) & (begins < last)  # the tokens that the answer touches
+            touched = int(inside.sum())
             is_found = False  # in a window
             for part, offset, window in self.windows(ids, question[:most]):
                 places = np.arange(len(ids[part]), dtype=np.int32) + offset
                 answer = places[inside[part]]
-                whole = len(answer) == inside.sum() > 0
+                whole = len(answer) == touched > 0
                 is_found = is_found or whole
                 target = answer[[0, -1]].astype(np.int64) if whole else np.zeros(2, dtype=np.int64)
                 found.append(Example(i, [window], target, places, spans[part]))
@@ -717,14 +718,16 @@ class Answer(Task):
         if not n:
             return -math.inf, "", []
         first, last = out[example.places].T
-        most = self.head.get("max_answer", 40)  # tokens; 40 for all, once
-        allowed = np.tri(n, n, most - 1) - np.tri(n, n, -1)  # from the diagonal on
-        score = np.where(allowed, first[:, None] + last, -1e9)  # (n, n)
-        a, b = np.unravel_index(score.argmax(), score.shape)
+        most = min(n, self.head.get("max_answer", 40))  # tokens; 40 for all, once
+        last = np.pad(last, (0, most - 1), constant_values=-1e9)
+        # (n, most): by where it begins, and how much longer than one token it is
+        score = first[:, None] + np.lib.stride_tricks.sliding_window_view(last, most)
+        a, longer = np.unravel_index(score.argmax(), score.shape)
+        b = a + longer
         begin, end = example.spans[a][0], example.spans[b][1]
         while unicodedata.category(row.pair[end:end + 1] or "a")[0] == "M":  # a mark is of its letter's token
             end += 1
-        return float(score[a, b]), row.pair[begin:end].strip(), example.places[[a, b]].tolist()
+        return float(score[a, longer]), row.pair[begin:end].strip(), example.places[[a, b]].tolist()
 
     def answers(self, rows, examples, outputs):
         """(the best span of all windows, its probability against no answer)."""

@@ -30,7 +30,8 @@ import time
 import urllib.parse
 import urllib.request
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -257,20 +258,20 @@ class Lines:
     """Lines that can be given back: those of a row that turned out to be none."""
 
     def __init__(self, found: Iterable[str]):
-        self.rest, self.taken, self.line = iter(found), [], 1  # line: of the row's first
+        self.rest, self.back, self.taken, self.line = iter(found), deque(), [], 1  # line: of the row's first
 
     def __iter__(self):
         return self
 
     def __next__(self) -> str:
-        line = next(self.rest)
+        line = self.back.popleft() if self.back else next(self.rest)
         self.taken.append(line)
         return line
 
     def next_row(self, behind: int = 0) -> None:
         """It begins behind the lines that were taken, or behind so many of them."""
         if behind:
-            self.rest = itertools.chain(self.taken[behind:], self.rest)
+            self.back.extendleft(reversed(self.taken[behind:]))
         self.line += behind or len(self.taken)
         self.taken = []
 
@@ -298,7 +299,7 @@ def table(path: str | Path, text: Iterable[str], kind: str, names: Collection[st
         if not (any(cells) or empty):
             continue
         if any(cells[len(header):]):
-            refuse(f"{path}:{line}: {len(cells)} cells, but the columns are {', '.join(header)}: a text with "
+            refuse(f"{path}:{line}: {len(cells)} cells, but the columns are {listed(header)}: a text with "
                    f"{dialect['delimiter']!r} in it wants quotes around it, or --skip_bad_rows=True", bad)
             continue
         if any(cell.startswith("'") for cell in cells):
@@ -355,11 +356,18 @@ ESCAPED = re.compile(r'\\"[^\t,;|"\r\n]')
 
 def column_names(cells: list[str]) -> list[str]:
     """A header's. One that is there twice gets its number, as does one without a name."""
-    found = []
+    found, seen = [], set()
     for i, cell in enumerate(cells):
         name = cell.strip() or f"column {i}"
-        found.append(f"{name}.{i}" if name in found else name)
+        found.append(f"{name}.{i}" if name in seen else name)
+        seen.add(found[-1])
     return found
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first, where there are many, and their beginnings: for one line."""
+    first = [name if len(name) <= 60 else f"{name[:60]}..." for name in names[:40]]
+    return ", ".join(first) + (f" and {len(names) - 40:,} more" if len(names) > 40 else "")
 
 
 def cells_of(path: str | Path, source: Lines, dialect: dict,
@@ -639,7 +647,8 @@ EOT_LINES = re.compile(r"(?:\A|(?<=\n))[ \t]*<\|endoftext\|>[ \t]*(?:\r?\n|\Z)")
 
 
 def separator(split_on: str) -> re.Pattern:
-    """With the white space around it, but for the indent of the line behind: code wants it."""
+    """With the white space around it, but for the indent of the line behind: code wants it. A match of the
+    group `none` is white space without one, which is not to be searched again from each of its places."""
     between = split_on
     for escape, character in ((r"\n", "\n"), (r"\r", "\r"), (r"\t", "\t"), (r"\f", "\f")):
         between = between.replace(escape, character)
@@ -648,7 +657,7 @@ def separator(split_on: str) -> re.Pattern:
         return re.compile(rf"\r?\n(?:[ \t]*\r?\n){{{breaks - 1},}}")
     itself = re.escape(between).replace("\\\n", r"\r?\n")
     behind = r"(?:[ \t]*\r?\n)*" if between.endswith("\n") else r"(?:(?:[ \t]*\r?\n)+|[ \t]*)"
-    return re.compile(rf"\s*{itself}{behind}")
+    return re.compile(rf"\s*{itself}{behind}|(?P<none>\s+)")
 
 
 def parts_of(text: Iterable[str], title: str, split_on: str | None, found: dict,
@@ -669,7 +678,8 @@ def parts_of(text: Iterable[str], title: str, split_on: str | None, found: dict,
         for place in pattern.finditer(block) if divided else ():
             if place.start() >= end:
                 break
-            if place.start() == 0 and pattern is EOT_LINES and last != "\n":  # within a line
+            within_line = place.start() == 0 and pattern is EOT_LINES and last != "\n"
+            if within_line or place.lastgroup == "none":
                 continue
             if place.start() > at:
                 yield name, block[at:place.start()]
