@@ -15,6 +15,7 @@ it does for train.py.
 """
 from __future__ import annotations
 
+import bisect
 import contextlib
 import hashlib
 import math
@@ -380,44 +381,81 @@ def batches(lengths: np.ndarray, s: SimpleNamespace, epoch: int, done: Sequence 
 
     The batch size doubles at regular intervals of the whole training. done: batches that were taken before.
     """
-    sizes = [s.batch_size]
-    while sizes[-1] < (s.batch_size_end or 0):
-        sizes.append(min(2 * sizes[-1], s.batch_size_end))
     rng = np.random.default_rng((s.seed, epoch))
-    order, found, i = rng.permutation(len(lengths)), [], 0
+    order, found = rng.permutation(len(lengths)), []
     order = order[~np.isin(order, np.concatenate([[], *done]))]
-    while i < len(order):
-        k = (epoch * len(order) + i) * len(sizes) // (s.epochs * len(order))  # whose time it is
-        size = s.gradient_accumulation_steps * sizes[k]
-        most = -(-(k + 1) * s.epochs * len(order) // len(sizes)) - epoch * len(order) - i  # until the next
-        near = order[i:i + min(50 * size, -(-most // size) * size)]  # sorted by length within these
-        i += len(near)
+    for begin, end, size in stretches(len(order), s, epoch):
+        near = order[begin:end]
         near = near[np.argsort(lengths[near], kind="stable")]
         parts = [near[j:j + size] for j in range(0, len(near), size)]
         found += [parts[j] for j in rng.permutation(len(parts))]
     return found
 
 
+def stretches(n: int, s: SimpleNamespace, epoch: int) -> Iterator[tuple[int, int, int]]:
+    """Of an epoch's n examples: where those begin and end that are sorted by length, and their batch size."""
+    sizes, i = [s.batch_size], 0
+    while sizes[-1] < (s.batch_size_end or 0):
+        sizes.append(min(2 * sizes[-1], s.batch_size_end))
+    while i < n:
+        k = (epoch * n + i) * len(sizes) // (s.epochs * n)  # whose time it is
+        size = s.gradient_accumulation_steps * sizes[k]
+        most = -(-(k + 1) * s.epochs * n // len(sizes)) - epoch * n - i  # until the next
+        end = min(n, i + min(50 * size, -(-most // size) * size))
+        yield i, end, size
+        i = end
+
+
+class Steps(Sequence):
+    """The examples of each step. An epoch's batches are made in its time: a thousand may be asked for, to be
+    stopped by patience, and all of them be gigabytes.
+
+    given: the first steps, as they are known; ends: after how many steps each epoch ends, in all.
+    """
+
+    def __init__(self, lengths: np.ndarray, s: SimpleNamespace, given: list[np.ndarray], ends: Sequence[int]):
+        self.lengths, self.s, self.given, self.ends = lengths, s, given, list(ends)
+        self.under_way, self.made = len(ends), (-1, [])  # the epoch that is; (an epoch, its batches)
+        self.done = given[ends[-1]:] if ends else given
+        n, end = len(lengths) - sum(map(len, self.done)), len(given)
+        for epoch in range(len(ends), s.epochs):
+            end += sum(-(-(last - first) // size) for first, last, size in stretches(n, s, epoch))
+            self.ends.append(end)
+            n = len(lengths)
+
+    def __len__(self):
+        return max([len(self.given), *self.ends[-1:]])
+
+    def __getitem__(self, step):
+        if isinstance(step, slice):
+            return [self[i] for i in range(len(self))[step]]
+        if step < len(self.given):
+            return self.given[step]
+        if step >= len(self):
+            raise IndexError(step)
+        epoch = bisect.bisect_right(self.ends, step)
+        if epoch != self.made[0]:
+            done = self.done if epoch == self.under_way else ()
+            self.made = epoch, batches(self.lengths, self.s, epoch, done)
+        return self.made[1][step - max([len(self.given), *self.ends[:epoch][-1:]])]
+
+
 PLANNED_BY = ("epochs", "batch_size", "batch_size_end", "gradient_accumulation_steps")
 
 
-def plan(lengths: np.ndarray, s: SimpleNamespace, earlier: Sequence[tuple] = ()) -> tuple[list, list[int]]:
+def plan(lengths: np.ndarray, s: SimpleNamespace, earlier: Sequence[tuple] = ()) -> tuple[Steps, np.ndarray]:
     """The examples of each step of the whole training, and after how many steps each epoch ends.
 
     earlier: what the settings were until a step, [(step, {name: value}), ...], if a run that goes on has
     others now. Then the examples that its epoch has not seen come in the new batches.
     """
-    steps, ends = [], []
-    for until, changed in (*earlier, (None, {})):
-        then = SimpleNamespace(**{**vars(s), **changed})
-        done = steps[ends[-1]:] if ends else steps[:]  # of the epoch under way
-        for epoch in range(len(ends), then.epochs):
-            steps += batches(lengths, then, epoch, done)
-            ends.append(len(steps))
-            done = ()
-        steps = steps[:until]
-        ends = [end for end in ends if end <= len(steps)]
-    return steps, ends
+    given, ends = [], []
+    for until, changed in earlier:
+        then = Steps(lengths, SimpleNamespace(**{**vars(s), **changed}), given, ends)
+        given = then[:until]
+        ends = [end for end in then.ends if end <= len(given)]
+    steps = Steps(lengths, s, given, ends)
+    return steps, np.array(steps.ends)
 
 
 def earlier_plans(run: Run, s: SimpleNamespace) -> list[tuple[int, dict]]:

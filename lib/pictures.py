@@ -160,7 +160,8 @@ def thinned(n: int) -> np.ndarray:
 def draw_classes(folder: Path, labels: list, curves: dict, calibration: list,
                  confusion: list | None) -> list[str]:
     """The pictures of what is in curves.json. Returns the names of the files."""
-    with style("".join(map(str, labels))):
+    labels = list(map(short, labels))
+    with style("".join(labels)):
         found = [save(roc(curves), folder / "roc.png"),
                  save(precision_recall(curves), folder / "precision_recall.png"),
                  save(trust(calibration), folder / "calibration.png")]
@@ -169,12 +170,17 @@ def draw_classes(folder: Path, labels: list, curves: dict, calibration: list,
     return found
 
 
+def short(label) -> str:
+    """A sentence for a label leaves no room for the picture, and takes minutes to be drawn."""
+    return str(label) if len(str(label)) <= 40 else f"{str(label)[:40]}..."
+
+
 def roc(curves: dict):
     axes = new_axes(title="ROC, and the area below", xlabel="False positive rate",
                     ylabel="True positive rate")
     for name, one in curves.items():
         # the space in front: a label that begins with _ is left out
-        label = f" {name} (AUC = {one['roc_auc']:.2f})"
+        label = f" {short(name)} (AUC = {one['roc_auc']:.2f})"
         axes.plot(one["false_positive_rate"], one["true_positive_rate"], label=label)
     axes.plot([0, 1], [0, 1], color="grey", ls="--", lw=1, label="by chance")
     legend(axes)
@@ -184,7 +190,7 @@ def roc(curves: dict):
 def precision_recall(curves: dict):
     axes = new_axes(title="Precision and recall, and average precision", xlabel="Recall", ylabel="Precision")
     for name, one in curves.items():
-        label = f" {name} (AP = {one['average_precision']:.2f})"
+        label = f" {short(name)} (AP = {one['average_precision']:.2f})"
         recall, precision = np.array(one["true_positive_rate"]), np.array(one["precision"])
         first = np.argmax(recall > 0)  # before it nothing is found, whose precision says nothing
         line, = axes.step(np.append(0, recall[first:]), precision[[first, *range(first, len(recall))]],

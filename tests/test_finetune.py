@@ -366,6 +366,15 @@ def test_a_plan_that_changes_on_the_way_takes_each_example_once_an_epoch():
     assert all(map(np.array_equal, fewer, old)) and len(fewer) == 9
 
 
+def test_of_a_thousand_epochs_those_are_dealt_that_come(monkeypatch):
+    lengths, dealt, batches = np.full(50, 9), [], finetune.batches
+    monkeypatch.setattr(finetune, "batches", lambda *args: dealt.append(args[2]) or batches(*args))
+    s = SimpleNamespace(epochs=1000, batch_size=8, batch_size_end=None, gradient_accumulation_steps=1, seed=7)
+    steps, ends = finetune.plan(lengths, s)
+    assert len(steps) == ends[-1] == 7000 and not dealt
+    assert sorted(np.concatenate(steps[7:14]).tolist()) == list(range(50)) and dealt == [1]
+
+
 def test_a_run_goes_on_with_other_epochs_and_batches_which_it_says(tmp_path):
     out, args = tmp_path / "out", (f"--data={class_rows(tmp_path, 60)}", *QUICK, "--log_interval=1")
     run_here(finetune, f"--out_dir={out}", *args, "--epochs=1", "--eval_interval=2", "--min_lr=1e-3")

@@ -62,6 +62,13 @@ def test_curves_are_of_twenty_classes_and_a_thousand_points(tmp_path, drawn, cap
         assert len([style for _, style in looks if style != "--"]) == 20  # no two classes' lines look alike
 
 
+def test_of_a_sentence_for_a_label_the_beginning_is_drawn(tmp_path, drawn):
+    labels = ["first " + "long " * 1000, "second " + "long " * 1000]
+    metrics.report(tmp_path, np.arange(40) % 2, np.random.default_rng(0).random((40, 2)), labels)
+    ticks = [one.get_text() for one in drawn["confusion.png"].get_xticklabels()]
+    assert ticks[0].startswith("first long") and max(map(len, ticks + texts(drawn["roc.png"]))) < 60
+
+
 def test_letters_that_no_font_has_are_named_with_a_font_to_install(capsys, monkeypatch):
     from matplotlib.font_manager import fontManager
     shipped = [font for font in fontManager.ttflist if "DejaVu" in font.name or "Last Resort" in font.name]
