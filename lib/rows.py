@@ -412,7 +412,7 @@ def without_new_names(path: str, found: Iterable[tuple[int, dict]], names: list[
                 raise UserError(f"{path}:{line}: has {late[0]!r}, which the first {PEEK:,} rows have not: "
                                 "name all columns, --text_column=... --label_column=..., and --pair_column="
                                 f"{late[0]} if it is of use")
-            seen |= record.keys()
+            seen.update(record)  # |= would make a new set
         yield line, record
 
 
@@ -654,14 +654,18 @@ def tags_of_spans(row: Row) -> tuple[list[str], list[str], int]:
     ahead = sorted(enumerate(spans), key=lambda one: one[1][0], reverse=True)  # the next is the last
     for match in word_pattern("characters" if unspaced else "punctuation").finditer(row.text):
         while ahead and ahead[-1][1][0] < match.end():
-            inside.append(ahead.pop())
-        inside = [(n, span) for n, span in inside if match.start() < span[1]]
-        _, span = max(inside, key=lambda one: (one[1][1] - one[1][0], -one[0]), default=(0, (0, 0, "")))
+            n, span = ahead.pop()
+            heapq.heappush(inside, (span[0] - span[1], n, span))  # the longest first
+        while inside and inside[0][2][1] <= match.start():
+            heapq.heappop(inside)
+        span = inside[0][2] if inside else (0, 0, "")
         taken.setdefault(span, []).append(match.group())
         words.append(match.group())
         tags.append(f"{'B' if match.start() <= span[0] else 'I'}-{span[2]}" if span[2] else "O")
     whole = {span: "".join(its_words) for span, its_words in taken.items()}
-    return words, tags, sum("".join(row.text[span[0]:span[1]].split()) != whole.get(span) for span in spans)
+    lost = [span for span in spans
+            if span not in whole or whole[span] != "".join(row.text[span[0]:span[1]].split())]
+    return words, tags, len(lost)
 
 
 IN_WORD = r"\p{L}\p{N}_\p{M}\u200c\u200d"  # the vowels of Hindi and Hebrew are marks; Persian has joiners

@@ -42,13 +42,19 @@ def bad_rows(n, folder):
     return rows_of("text,label\n" + '"a" b,c\n' * n + "a,b\n", folder)
 
 
+def new_names(n, folder):
+    rows = ({"text": "a", "label": "b", f"more {i}": 1} for i in range(n))
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return lambda: list(open_rows(str(folder / "rows.jsonl"), ASKED, CLASS_NAMES)[1])
+
+
 def divided(n, folder):
     (folder / "one.txt").write_text("a\n---\nb" + " \n" * n + "c", encoding="utf-8")
     return lambda: list(documents(str(folder / "one.txt"), split_on="---"))
 
 
 def spans(n, folder):
-    every = [[0, 50 * n, "ALL"], *([50 * i, 50 * i + 4, "X"] for i in range(n))]
+    every = [[i, 50 * n - i, "ALL"] for i in range(n)] + [[50 * i, 50 * i + 4, "X"] for i in range(n)]
     row = Row("", "word " * 10 * n, label=every)
     return lambda: tags_of_spans(row)
 
@@ -86,7 +92,7 @@ def added_tokens(n, folder):
 
 
 @pytest.mark.parametrize("work, n", [
-    (columns, 2000), (labels, 250), (bad_rows, 1000), (divided, 2000), (spans, 100),
+    (columns, 2000), (labels, 250), (bad_rows, 1000), (new_names, 2000), (divided, 2000), (spans, 100),
     (windows, 4000), (best_span, 250), (written, 8000), (numbers, 2000), (added_tokens, 250)])
 def test_no_time_grows_faster_than_the_work(work, n, tmp_path):
     """Sixteen times the work may take 16 times as long, or 48 on a busy machine, but not 256 times."""
