@@ -286,6 +286,12 @@ def test_settings_are_those_that_a_script_starts_with(tmp_path):
             search.settings_of(file)
 
 
+def test_a_grid_that_is_not_soon_counted_is_said_to_be_large():
+    spaces = {name: search.Space([], 0.0, 1.0) for name in "abcdefghijklm"}
+    assert search.combinations(spaces, []) == "up to 1,220,703,125"
+    assert search.combinations({"a": spaces["a"], "b": search.Space([1, 2])}, []) == "10"
+
+
 @pytest.mark.parametrize("method", ["grid", "random", "bayes"])
 def test_a_trial_has_no_setting_that_its_others_make_useless(method, tmp_path):
     if method == "bayes":

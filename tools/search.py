@@ -173,8 +173,19 @@ def propose(method: str, spaces: dict[str, Space], rows: list[dict], best, seed:
 
 
 def grid(spaces: dict[str, Space]) -> Iterator[dict]:
-    axes = [space.choices or [space.at(i / (GRID - 1)) for i in range(GRID)] for space in spaces.values()]
-    return (dict(zip(spaces, values)) for values in itertools.product(*axes))
+    return (dict(zip(spaces, values)) for values in itertools.product(*axes(spaces)))
+
+
+def axes(spaces: dict[str, Space]) -> list[list]:
+    return [space.choices or [space.at(i / (GRID - 1)) for i in range(GRID)] for space in spaces.values()]
+
+
+def combinations(spaces: dict[str, Space], only: list[tuple]) -> str:
+    """How many a grid has, as far as they are soon counted: of ten ranges there are ten million."""
+    most = math.prod(map(len, axes(spaces)))
+    if most > 100_000:
+        return f"up to {most:,}"
+    return f"{len({json.dumps(useful(point, spaces, only)) for point in grid(spaces)}):,}"
 
 
 def ask_optuna(spaces: dict[str, Space], rows: list[dict], best, seed: int) -> dict:
@@ -437,8 +448,8 @@ def main(words: list[str]):
     keep_best(rows, best, folder, search, only)  # which is another if --goal is
 
     if method == "grid":
-        points = len({json.dumps(useful(point, spaces, only)) for point in grid(spaces)})
-        print(f"grid      {points} combinations, of which --trials={trials} are tried at most")
+        print(f"grid      {combinations(spaces, only)} combinations, of which --trials={trials} are tried at "
+              "most")
     started = time.time()
     while len(rows) < trials and time.time() - started < 60 * (minutes or math.inf):
         point = propose(method, spaces, rows, best, search_seed, only)
