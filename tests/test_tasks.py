@@ -291,6 +291,11 @@ def test_classes_that_are_rare_weigh_as_much_as_frequent_ones():
     assert SEVERAL.class_weight(rows).tolist() == [1, 2, 2]  # a is never absent, and is learned
 
 
+def test_a_target_of_several_labels_is_a_byte_each():
+    target = SEVERAL.target(Row("", "x", label=SEVERAL.labels[1]))
+    assert target.nbytes == len(SEVERAL.labels) and np.flatnonzero(target).tolist() == [1]
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_a_task_says_in_one_way_what_its_outputs_are_of(name):
     task = TASKS[name]
