@@ -934,10 +934,12 @@ def one_spelling(rows: list[Row], say: Callable) -> dict[str, str]:
     same, near = defaultdict(list), defaultdict(list)
     for label, _ in counts.most_common():
         same[label_key(label)].append(label)
+    spelled = []
     for first, *others in same.values():
         near["".join(unicodedata.normalize("NFKC", first).casefold().split())].append(first)
         if others:
-            say(f"labels    {', '.join([first, *others])}: one class, {first}")
+            spelled.append(f"labels    {', '.join([first, *others])}: one class, {first}")
+    say_first(say, spelled)
     joined = [label for label in counts if counts.keys() & set(re.split(JOINTS, label)) - {label}]
     if joined:
         say(f"warning: label {joined[0]!r} is a class of its own: --multi_label, and | between them, if it "
@@ -949,11 +951,17 @@ def one_spelling(rows: list[Row], say: Callable) -> dict[str, str]:
     broken = [labels[0] for key, labels in same.items() if isinstance(key, float) and key % 1]
     if broken:
         say(f"warning: label {broken[0]!r} is a class of its own: --task=regress if labels are amounts")
-    for labels in near.values():
-        if len(labels) > 1:
-            say(f"warning: labels {', '.join(map(repr, labels))} differ by case, width or spaces alone: "
-                f"{len(labels)} classes")
+    say_first(say, [f"warning: labels {', '.join(map(repr, labels))} differ by case, width or spaces alone: "
+                    f"{len(labels)} classes" for labels in near.values() if len(labels) > 1])
     return {key: labels[0] for key, labels in same.items()}
+
+
+def say_first(say: Callable, found: list[str]) -> None:
+    """Of lines that are alike, of which ten thousand labels may have as many."""
+    for line in found[:10]:
+        say(line)
+    if len(found) > 10:
+        say(f"          and {len(found) - 10:,} more like that")
 
 
 def respell(rows: Iterable[Row], spelling: dict[str, str]) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from config import SettingError, UserError
-from lib.tasks import LM, TASKS, Answer, Classify, Example, Regress, Tag
+from lib.tasks import LM, TASKS, Answer, Classify, Example, Regress, Tag, one_spelling
 from lib.rows import Row
 from lib.tokenizer import make_tokenizer
 
@@ -289,6 +289,12 @@ def test_classes_that_are_rare_weigh_as_much_as_frequent_ones():
     assert SEVERAL.class_weight(rows).tolist() == pytest.approx([3 / 4, 5 / 2, 6])
     rows = [Row("", "", label="a|b"), Row("", "", label="a"), Row("", "", label="a|c")]
     assert SEVERAL.class_weight(rows).tolist() == [1, 2, 2]  # a is never absent, and is learned
+
+
+def test_of_many_labels_that_are_alike_the_first_are_named():
+    said, labels = [], [f"{i}{end}" for i in range(500) for end in ("", ".0")]
+    same = one_spelling([Row("", "x", label=label) for label in labels], said.append)
+    assert len(same) == 500 and len(said) == 11 and "0, 0.0: one class" in said[0] and "490 more" in said[-1]
 
 
 def test_a_target_of_several_labels_is_a_byte_each():
