@@ -767,8 +767,6 @@ def main(given: dict):
     machine.choose(matmul, config.n_embd, run.machine_then)
     mask, counted = masking(config, mask_rate, tokenizer)
     windows = Windows(data.train, config.block_size, seed, mask)
-
-    # Say what will happen.
     compiling = compile and run.compiled is not False
     introduce(model, data, machine, compiling)
 
