@@ -14,7 +14,7 @@ from lib.run import save_checkpoint
 from lib.tasks import TASKS
 from lib.tokenizer import Tokenizer, make_tokenizer
 from test_model import columns
-from tests.helpers import one_line, script, tiny, tokens, write_rows
+from tests.helpers import one_line, script, slow, tiny, tokens, write_rows
 from tests.test_tokenizer import HUB, of_the_hub
 from tools import explain
 
@@ -318,7 +318,7 @@ def test_a_page_about_a_classifier(tuned):
     refused(tuned / "out", ["--target=so-so"], 2, "good", "bad")
 
 
-@pytest.mark.parametrize("kind", ["qa", "regress", "classify"])
+@pytest.mark.parametrize("kind", ["qa", pytest.param("regress", marks=slow), "classify"])
 def test_what_a_task_predicts_is_what_is_explained(kind, tmp_path):
     """In qa, wherever in a context of several windows the answer is."""
     tokenizer = make_tokenizer("bytes", [], 0)

@@ -37,8 +37,8 @@ from lib.run import load_body, stored_settings
 from lib.tokenizer import make_tokenizer
 from model import Config, Transformer
 from sample import Choice
-from tests.helpers import (PAGES, QUICK, ROOT, TOY, checkpoint, log_of, posix, run_here, same, start,
-                           synthetic, tiny, write_rows)
+from tests.helpers import (PAGES, QUICK, ROOT, TOY, checkpoint, log_of, posix, run_here, same, slow,
+                           start, synthetic, tiny, write_rows)
 from tools import search
 
 ALL = bool(os.environ.get("SLOW"))
@@ -613,6 +613,7 @@ def in_another_process(do, said: Path, seconds: float = 60.0) -> int | None:
     return None
 
 
+@slow
 @posix
 def test_damaged_files_are_one_line_or_no_matter(home, kinds, tmp_path):
     """No traceback, no hang, no other weights, and what was refused is left as it was."""

@@ -182,6 +182,7 @@ def a_group(monkeypatch):
     return store
 
 
+@slow
 def test_a_reason_is_printed_once_whoever_has_it(a_group, monkeypatch, capsys):
     said = [(1, "only here"), (0, "of all"), (1, "of all"), (0, "only there")]
     for rank, reason in said:
