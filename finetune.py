@@ -410,21 +410,24 @@ class Steps(Sequence):
     """The examples of each step. An epoch's batches are made in its time: a thousand may be asked for, to be
     stopped by patience, and all of them be gigabytes.
 
-    given: the first steps, as they are known; ends: after how many steps each epoch ends, in all.
+    given: the first steps, as they are known; ends: after how many steps each epoch ends that they finish.
     """
 
     def __init__(self, lengths: np.ndarray, s: SimpleNamespace, given: list[np.ndarray], ends: Sequence[int]):
         self.lengths, self.s, self.given, self.ends = lengths, s, given, list(ends)
-        self.under_way, self.made = len(ends), (-1, [])  # the epoch that is; (an epoch, its batches)
-        self.done = given[ends[-1]:] if ends else given
+        self.done = given[ends[-1]:] if ends else given  # of the epoch under way
+        self.begins, self.first = [], len(ends)  # the steps with which epochs begin to be made; the first one
+        self.made = -1, []  # an epoch, and its batches
         n, end = len(lengths) - sum(map(len, self.done)), len(given)
-        for epoch in range(len(ends), s.epochs):
+        for epoch in range(self.first, s.epochs):
+            self.begins.append(end)
             end += sum(-(-(last - first) // size) for first, last, size in stretches(n, s, epoch))
             self.ends.append(end)
             n = len(lengths)
+        self.count = end
 
     def __len__(self):
-        return max([len(self.given), *self.ends[-1:]])
+        return self.count
 
     def __getitem__(self, step):
         if isinstance(step, slice):
@@ -433,11 +436,11 @@ class Steps(Sequence):
             return self.given[step]
         if step >= len(self):
             raise IndexError(step)
-        epoch = bisect.bisect_right(self.ends, step)
+        k = bisect.bisect_right(self.begins, step) - 1
+        epoch = self.first + k
         if epoch != self.made[0]:
-            done = self.done if epoch == self.under_way else ()
-            self.made = epoch, batches(self.lengths, self.s, epoch, done)
-        return self.made[1][step - max([len(self.given), *self.ends[:epoch][-1:]])]
+            self.made = epoch, batches(self.lengths, self.s, epoch, () if k else self.done)
+        return self.made[1][step - self.begins[k]]
 
 
 PLANNED_BY = ("epochs", "batch_size", "batch_size_end", "gradient_accumulation_steps")

@@ -13,6 +13,7 @@ import numpy as np
 from config import UserError
 from lib.rows import RATINGS, Row, described, plain, python_packages, text_key, to_amount
 from lib.tasks import TASKS, one_spelling, respell
+from lib.text import listed
 
 
 class Splits(NamedTuple):
@@ -55,8 +56,7 @@ def read_splits(s: SimpleNamespace, say) -> dict[Path, Splits]:
             for row in split.val + split.test:
                 learned.target(row)
     if kept:
-        names = ", ".join([*kept][:10]) + ", ..." * (len(kept) > 10)
-        say(f"labels    {names}: so rare that rows which would be held out are trained on")
+        say(f"labels    {listed([*kept])}: so rare that rows which would be held out are trained on")
     return splits
 
 
